@@ -1,0 +1,1 @@
+"""What vllm_zo is measured against, and the programs that measure it."""

@@ -1,0 +1,40 @@
+"""Other ways to take a LoZO step, written to be as fast as their kind allows. `make` builds one by name.
+
+All have the interface of `common.Step`. What each does and leaves out is in benchmarks/README.md.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from benchmarks.baselines.common import Step
+
+CONTENDERS = {
+    "official": "dense perturbation as in the official code, both options as padded sequences, full logits",
+    "official-addmm": "the same with each dense sweep fused into one in-place addmm_",
+    "strong": "Hugging Face model, low-rank probes as hooks, one padded batch of stems, two label rows, lazy fold",
+    "packed": "one-model loop: packed tokens, fused qkv, shared shrink, lazy fold; weights as torch keeps them",
+    "packed-prepacked": "packed, with weights prepacked by whatever multiplies fastest here",
+    "packed-pruned": "packed-prepacked, and the last layer runs past attention for the last tokens only",
+    "gemms": "nothing but the six GEMMs of each layer on the packed tokens: a floor, not a step",
+}
+
+
+def make(name: str, *args: Any, **kwargs: Any) -> Step:
+    """Build the contender `name`; the arguments are those of `common.Step`."""
+    if name.startswith("official"):
+        from benchmarks.baselines.official_lozo import OfficialLOZO
+
+        return OfficialLOZO(*args, fused=name == "official-addmm", **kwargs)
+    if name == "strong":
+        from benchmarks.baselines.strong_hf import StrongHF
+
+        return StrongHF(*args, **kwargs)
+    if name == "gemms":
+        from benchmarks.baselines.gemm_floor import GemmFloor
+
+        return GemmFloor(*args, **kwargs)
+    from benchmarks.baselines.hand_packed import HandPacked
+
+    return HandPacked(*args, prepack=name != "packed", prune_last_layer=name == "packed-pruned", **kwargs)

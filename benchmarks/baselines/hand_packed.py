@@ -1,0 +1,127 @@
+"""LoZO rewritten for OPT alone: the loop a strong engineer ends up with for this one model and nothing else.
+
+No framework in the way: tokens of all prompts and both signs lie one after another without padding, q, k and v are one
+GEMM, both signs share every shrink, attention runs per prompt on views (both signs in one call, nothing is copied to a
+padded buffer), the LM head is two rows at the last tokens, and weights are folded and prepacked again when V changes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.baselines import linears
+from benchmarks.baselines.common import LazyStep, spans
+
+SITES = {"qkv": (0, 1, 2), "out": (3,), "fc1": (4,), "fc2": (5,)}
+"""GEMMs of a layer, and which of the six weights (in the order of PROJECTIONS) each holds."""
+POSITION_OFFSET = 2  # OPT's position table starts with two unused rows
+
+
+@dataclass
+class Site:
+    """One GEMM: a weight (O, I) with its bias, the six-weight indices that it stacks, and how it is multiplied."""
+
+    weight: Tensor
+    bias: Tensor
+    indices: tuple[int, ...]
+    kind: str
+    linear: linears.Linear
+
+
+class HandPacked(LazyStep):
+    """See the module. Needs the weight twice where it is prepacked (once to fold into, once to multiply with).
+
+    Args:
+        prepack: multiply with the fastest prepacked form of each weight instead of torch's own.
+        prune_last_layer: past the last attention, compute the last tokens only. The loss sees nothing else; no general
+            engine does this, so it is a variant of its own.
+    """
+
+    def __init__(self, *args: Any, prepack: bool = True, prune_last_layer: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.name = "packed-pruned" if prune_last_layer else "packed-prepacked" if prepack else "packed"
+        self.prune_last_layer = prune_last_layer
+        self.kinds: dict[str, Any] = {}
+        decoder = self.model.model.decoder
+        self.tokens, self.positions = decoder.embed_tokens.weight, decoder.embed_positions.weight
+        self.heads, self.final_norm = self.model.config.num_attention_heads, decoder.final_layer_norm
+        self.norms = [(layer.self_attn_layer_norm, layer.final_layer_norm) for layer in decoder.layers]
+        self.layers = [self._sites(number, prepack) for number in range(len(decoder.layers))]
+
+    def _sites(self, layer: int, prepack: bool) -> dict[str, Site]:
+        """Stack the weights of a layer; the model's own copies become views of the stacks."""
+        sites = {}
+        for site_name, of_layer in SITES.items():
+            indices = tuple(6 * layer + i for i in of_layer)
+            parts = [self.linears[i] for i in indices]
+            weight, bias = torch.cat([p.weight for p in parts]), torch.cat([p.bias for p in parts])
+            for part, rows in zip(parts, weight.split(parts[0].out_features), strict=True):
+                part.weight.data = rows
+            if site_name not in self.kinds:  # equal shapes in every layer: choose once
+                self.kinds[site_name] = linears.fastest(weight, bias) if prepack else ("plain", {})
+            kind = self.kinds[site_name][0]
+            sites[site_name] = Site(weight, bias, indices, kind, linears.build(kind, weight, bias))
+        return sites
+
+    @property
+    def details(self) -> dict[str, Any]:
+        return {"linears": {site: {"kind": kind, "ms": ms} for site, (kind, ms) in self.kinds.items()}}
+
+    def repack(self) -> None:
+        for sites in self.layers:
+            for site in sites.values():
+                site.linear = linears.build(site.kind, site.weight, site.bias)
+
+    def refresh(self, epoch: int) -> None:
+        super().refresh(epoch)
+        self.shrinks = [
+            {name: torch.cat([self.v[i] for i in site.indices], dim=1) for name, site in sites.items()}
+            for sites in self.layers
+        ]
+
+    def score(self, batch: list[list[int]], labels: Tensor) -> Tensor:
+        where = spans(batch)
+        ids = torch.tensor([token for prompt in batch for token in prompt])
+        positions = torch.cat([torch.arange(end - start) for start, end in where]) + POSITION_OFFSET
+        hidden = (self.tokens[ids] + self.positions[positions]).repeat(2, 1)  # [+ rows, - rows]
+        sign = torch.ones(2 * len(ids), 1, dtype=self.dtype)
+        sign[len(ids) :] = -1
+        last = torch.tensor([end - 1 for _, end in where])
+        last = torch.cat([last, last + len(ids)])
+        for layer, (norm, ffn_norm) in enumerate(self.norms):
+            attended = self._attend(self._apply(layer, "qkv", _norm(hidden, norm), sign), where)
+            if self.prune_last_layer and layer == len(self.norms) - 1:
+                attended, hidden, sign = attended[last], hidden[last], sign[last]
+                last = torch.arange(len(last))
+            hidden += self._apply(layer, "out", attended, sign)
+            inner = self._apply(layer, "fc1", _norm(hidden, ffn_norm), sign).relu_()
+            hidden += self._apply(layer, "fc2", inner, sign)
+        return self.two_option_losses(_norm(hidden[last], self.final_norm), labels)
+
+    def _apply(self, layer: int, name: str, x_TI: Tensor, sign_T1: Tensor) -> Tensor:
+        """A linear and its probe: one shrink for all stacked weights and both signs, one expand per weight."""
+        site = self.layers[layer][name]
+        y_TO = site.linear(x_TI)
+        s = x_TI @ self.shrinks[layer][name]
+        for i, s_TR, out in zip(site.indices, s.split(self.rank, 1), y_TO.chunk(len(site.indices), 1), strict=True):
+            out.addmm_(torch.cat([s_TR, s_TR * sign_T1], dim=1), self.b[i].T)
+        return y_TO
+
+    def _attend(self, qkv: Tensor, where: list[tuple[int, int]]) -> Tensor:
+        """Causal attention within each prompt, both signs at once: (2T, 3H) -> (2T, H)."""
+        q, k, v = qkv.view(2, len(qkv) // 2, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        out = torch.empty(2, q.shape[2], self.heads, q.shape[3], dtype=qkv.dtype)
+        for start, end in where:
+            part = slice(start, end)
+            attended = F.scaled_dot_product_attention(q[:, :, part], k[:, :, part], v[:, :, part], is_causal=True)
+            out[:, part] = attended.transpose(1, 2)
+        return out.view(len(qkv), -1)
+
+
+def _norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
+    return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)

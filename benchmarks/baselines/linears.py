@@ -1,0 +1,73 @@
+"""Ways to multiply by a constant weight on this machine, and how to find the fastest.
+
+Each takes the (O, I) weight and (O,) bias, is called with (T, I), and is built anew after the weight has changed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Linear = Callable[[Tensor], Tensor]
+TYPICAL_TOKENS = 441
+
+
+def plain(weight: Tensor, bias: Tensor) -> Linear:
+    """The weight as torch keeps it."""
+    return lambda x: F.linear(x, weight, bias)
+
+
+def onednn(weight: Tensor, bias: Tensor) -> Linear:
+    """vLLM's own CPU path: oneDNN with the weight in the layout its kernel wants."""
+    import vllm._custom_ops as ops
+
+    handler = ops.create_onednn_mm(weight.t(), 32)
+    return lambda x: ops.onednn_mm(handler, x, bias)
+
+
+def mkldnn(weight: Tensor, bias: Tensor) -> Linear:
+    """torch's oneDNN path with a reordered weight, as TorchInductor uses it."""
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), TYPICAL_TOKENS)
+    return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+
+
+def float32(weight: Tensor, bias: Tensor) -> Linear:
+    """A float32 copy of a 16-bit weight: on machines without 16-bit matrix instructions that is far faster."""
+    wide, wide_bias = weight.float(), bias.float()
+    return lambda x: F.linear(x.float(), wide, wide_bias).to(x.dtype)
+
+
+PREPACKED: dict[str, Callable[[Tensor, Tensor], Linear]] = {"onednn": onednn, "mkldnn": mkldnn, "float32": float32}
+
+
+def seconds(linear: Linear, x: Tensor, repeats: int = 7) -> float:
+    """Fastest of a few calls, after one that does not count. The fastest is the least disturbed."""
+    linear(x)
+    taken = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        linear(x)
+        taken.append(time.perf_counter() - start)
+    return min(taken)
+
+
+def fastest(weight: Tensor, bias: Tensor) -> tuple[str, dict[str, float]]:
+    """Name of the fastest prepacked kind for this weight, and milliseconds of all that work here (and of plain)."""
+    x = torch.randn(TYPICAL_TOKENS, weight.shape[1]).to(weight.dtype)
+    times = {"plain": seconds(plain(weight, bias), x)}
+    for name, build in PREPACKED.items():
+        if name == "float32" and weight.dtype == torch.float32:
+            continue
+        try:
+            times[name] = seconds(build(weight, bias), x)
+        except (RuntimeError, AttributeError, ImportError):
+            continue  # needs instructions or a vLLM build that this machine does not have
+    return min(times, key=lambda name: times[name]), {name: round(1e3 * t, 3) for name, t in times.items()}
+
+
+def build(name: str, weight: Tensor, bias: Tensor) -> Linear:
+    return plain(weight, bias) if name == "plain" else PREPACKED[name](weight, bias)

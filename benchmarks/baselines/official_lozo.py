@@ -1,0 +1,77 @@
+"""The official code's step: weights perturbed densely and in place, every option scored as a whole padded sequence.
+
+Transcribed in kind (not copied) from optsuite/LOZO `large_models/LOZOtrainer.py` (`lowrank_zo_perturb_parameters`,
+`lowrank_zo_step`, `lowrank_zo_update`) and princeton-nlp/MeZO `large_models/utils.py` (`forward_wrap_with_option_len`,
+the left-padding collator). Left out, all in its favour: the HF Trainer around it, the data loader, the key-value cache
+that `use_cache=True` would fill, the weight-decay term (0 in the published runs, but computed), one of the temporaries
+in the scaling of U V^T, and all parameters but the six linear weights of a layer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.baselines.common import Step
+from benchmarks.shapes import PAD
+
+
+class OfficialLOZO(Step):
+    """Four dense sweeps over the weights a step: +eps, -2 eps, +eps, update; U is drawn again in each, from its seed.
+
+    Args:
+        fused: run a sweep as one in-place `addmm_` instead of the official expression
+            `param.data = param.data + factor * (u @ v.t())`, which makes temporaries as large as the weight.
+    """
+
+    def __init__(self, *args: Any, fused: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.name = "official-addmm" if fused else "official"
+        self.fused = fused
+        self.v: tuple[Tensor, ...] = ()
+
+    def _step(self, batch: list[list[int]], labels: Tensor) -> tuple[float, float]:
+        if self.step_index % self.interval == 0 or not self.v:
+            v = self.directions.v(self.step_index // self.interval)
+            self.v = self.layout.split_v(v.to(self.dtype))
+        inputs = self._option_sequences(batch)
+        self._sweep(self.eps)
+        plus = self._loss(*inputs, labels)
+        self._sweep(-2 * self.eps)
+        minus = self._loss(*inputs, labels)
+        self._sweep(self.eps)
+        self._sweep(-self.lr * self.coefficient(plus, minus))
+        return plus, minus
+
+    def _sweep(self, factor: float) -> None:
+        """W += factor U V^T for every weight in scope."""
+        us = self.layout.split_u(self.directions.u(self.step_index).to(self.dtype))
+        for linear, u, v in zip(self.linears, us, self.v, strict=True):
+            if self.fused:
+                linear.weight.addmm_(u, v.T, alpha=factor)
+            else:
+                linear.weight.data = linear.weight.data + factor * (u @ v.T)
+
+    def _option_sequences(self, batch: list[list[int]]) -> tuple[Tensor, Tensor]:
+        """(2B, T) token ids and attention mask, left-padded: the two options of an example are adjacent rows."""
+        width = max(map(len, batch)) + 1
+        ids = torch.full((2 * len(batch), width), PAD)
+        for i, prompt in enumerate(batch):
+            for j, option in enumerate(self.options):
+                ids[2 * i + j, width - len(prompt) - 1 :] = torch.tensor([*prompt, option])
+        return ids, (ids != PAD).long()
+
+    def _loss(self, ids: Tensor, mask: Tensor, labels: Tensor) -> float:
+        """Mean cross-entropy over the options' log-probabilities, from log-probabilities of the whole vocabulary."""
+        logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        log_probs = F.log_softmax(logits[:, :-1].contiguous(), dim=-1)
+        targets = ids[:, 1:]
+        of_tokens = torch.gather(log_probs, -1, targets.unsqueeze(-1)).squeeze(-1)
+        scores = of_tokens[:, -1].view(-1, 2)  # an option is one token: the mean over its tokens is the last entry
+        return F.cross_entropy(scores.float(), labels).item()
+
+    def effective_weights(self) -> list[Tensor]:
+        return [linear.weight.float().clone() for linear in self.linears]

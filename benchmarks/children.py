@@ -1,0 +1,99 @@
+"""One process per contender. It loads its model, then blocks on a pipe until it is told to take some steps.
+
+Only one child is ever told to run at a time; the others wait in `recv`, with no thread spinning, so contenders neither
+share a core nor a thread pool. Protocol, parent to child: `Window` or None (stop); child to parent: `Ready` once, then
+a `Timing` for each window, or `Failed`.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import traceback
+from argparse import Namespace
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Window:
+    """Take steps `start` to `start + count - 1`. Steps in between windows are skipped, or taken without being timed."""
+
+    start: int
+    count: int
+
+
+@dataclass(frozen=True)
+class Ready:
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Wall seconds of each step of a window, in order; the losses; CPU seconds of the process for the whole request."""
+
+    seconds: list[float]
+    losses: list[float]
+    cpu_seconds: float
+
+
+@dataclass(frozen=True)
+class Failed:
+    message: str
+
+
+def environment(name: str, cores: list[int]) -> dict[str, str]:
+    """Variables of a child, set before it starts: equal thread counts and equally bound threads for all."""
+    listed = ",".join(map(str, cores))
+    common = {
+        "OMP_NUM_THREADS": str(len(cores)),
+        "MKL_NUM_THREADS": str(len(cores)),
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    if name == "ours":  # vLLM binds its own threads; by default it would leave one core to the front end
+        return common | {
+            "VLLM_CPU_OMP_THREADS_BIND": listed,
+            "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        }
+    return common | {"GOMP_CPU_AFFINITY": listed.replace(",", " ")}
+
+
+def child_main(name: str, conn: Connection, args: Namespace) -> None:
+    """Entry point of a child process."""
+    try:
+        if name == "ours":
+            from benchmarks.ours import run_ours
+
+            run_ours(conn, args)
+        else:
+            run_baseline(name, conn, args)
+    except Exception:
+        conn.send(Failed(traceback.format_exc()))
+
+
+def run_baseline(name: str, conn: Connection, args: Namespace) -> None:
+    import torch
+
+    from benchmarks.baselines import make
+    from benchmarks.shapes import SHAPES, Prompts
+
+    torch.set_num_threads(len(args.cores))
+    dtype = getattr(torch, args.dtype)
+    contender = make(name, args.model_dir, dtype, args.rank, args.interval, args.eps, args.lr, args.seed)
+    prompts = Prompts(SHAPES[args.shape].vocab, args.batch, args.seed)
+    conn.send(Ready(contender.details | {"pid": os.getpid(), "threads": torch.get_num_threads()}))
+    while (window := conn.recv()) is not None:
+        cpu = time.process_time()
+        contender.step_index = window.start
+        batches = [prompts.batch(step) for step in range(window.start, window.start + window.count)]
+        seconds, losses = [], []
+        for batch, labels in batches:
+            start = time.perf_counter()
+            losses.append(contender.step(batch, labels))
+            seconds.append(time.perf_counter() - start)
+        conn.send(Timing(seconds, losses, time.process_time() - cpu))

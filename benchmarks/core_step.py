@@ -1,0 +1,154 @@
+"""ms per LoZO step: vllm_zo against other ways to take the same step, alternating in one call.
+
+    python benchmarks/core_step.py --shape 125m --dtype bfloat16 --space bank --json out.json
+    python benchmarks/core_step.py --no-ours --dtype float32 --against packed,packed-prepacked,strong --rounds 3
+
+See benchmarks/README.md for the contenders and for how the figures are made.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import multiprocessing
+import os
+import shutil
+import sys
+import tempfile
+import time
+from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks import facts, report
+from benchmarks.children import Failed, Ready, Timing, Window, child_main, environment
+from benchmarks.options import SLOW, parse
+from benchmarks.shapes import SHAPES
+
+SETTLE_S = 0.5
+"""Pause before a window: longer than any OpenMP runtime spins after its last parallel region (Intel's: 0.2 s)."""
+
+
+class Contender:
+    """A child process and what it has measured."""
+
+    def __init__(self, name: str, args: argparse.Namespace) -> None:
+        self.name = name
+        context = multiprocessing.get_context("spawn")
+        self.conn, theirs = context.Pipe()
+        saved = dict(os.environ)
+        os.environ.update(environment(name, args.cores))
+        try:
+            self.process: SpawnProcess = context.Process(target=child_main, args=(name, theirs, args))
+            self.process.start()
+        finally:
+            os.environ.clear()
+            os.environ.update(saved)
+        theirs.close()
+        self.cores = args.cores
+        self.details = _answer(self.conn, self.name, Ready).details
+        self.windows: list[dict[str, Any]] = []
+
+    def run(self, window: Window) -> dict[str, Any]:
+        """Let the child take a window of steps while everybody else waits."""
+        time.sleep(SETTLE_S)
+        busy, start = facts.busy_seconds(self.cores), time.perf_counter()
+        self.conn.send(window)
+        timing = _answer(self.conn, self.name, Timing)
+        wall = time.perf_counter() - start
+        foreign = facts.busy_seconds(self.cores) - busy - timing.cpu_seconds
+        return {
+            "start": window.start,
+            "ms": [1e3 * s for s in timing.seconds],
+            "losses": timing.losses,
+            "cpu_ms_per_step": 1e3 * timing.cpu_seconds / window.count,  # spinning threads included
+            "foreign_load": max(0.0, foreign / (wall * len(self.cores))),
+        }
+
+    def stop(self) -> None:
+        with contextlib.suppress(OSError):  # it may have died
+            self.conn.send(None)
+        self.process.join(timeout=60)
+
+
+def _answer(conn: Connection, name: str, kind: type) -> Any:
+    try:
+        answer = conn.recv()
+    except EOFError:
+        raise SystemExit(f"{name}: the child process died; see its output above") from None
+    if isinstance(answer, Failed):
+        raise SystemExit(f"{name} failed:\n{answer.message}")
+    assert isinstance(answer, kind), answer
+    return answer
+
+
+def measure(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Run all contenders round by round; returns name -> details and windows.
+
+    Every window starts with a refresh step (a multiple of the interval). The order of the contenders turns by one place
+    a round, so that nobody always follows the same neighbour.
+    """
+    contenders: list[Contender] = []
+    try:
+        for name in args.contenders:
+            print(f"starting {name}", file=sys.stderr)
+            contenders.append(Contender(name, args))
+        for contender in contenders:
+            contender.run(Window(0, args.warmup))
+        for number in range(args.rounds):
+            turn = number % len(contenders)
+            for contender in contenders[turn:] + contenders[:turn]:
+                count = args.slow_steps if contender.name in SLOW else args.window
+                window = contender.run(Window(args.first_step + number * args.window, count))
+                contender.windows.append(window)
+                mean = sum(window["ms"]) / count
+                print(f"round {number + 1}/{args.rounds} {contender.name}: {mean:.1f} ms/step", file=sys.stderr)
+        return {c.name: {"details": c.details, "windows": c.windows} for c in contenders}
+    finally:
+        for contender in contenders:
+            contender.stop()
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv, __doc__)
+    os.sched_setaffinity(0, args.cores)
+    before = facts.machine(args.cores)
+    scratch = Path(tempfile.mkdtemp(prefix="core_step_"))
+    try:
+        if args.model_dir is None:
+            args.model_dir = str(make_checkpoint(args, scratch))
+        measured = measure(args)
+    finally:
+        shutil.rmtree(scratch)
+    settings = {key: value for key, value in vars(args).items() if key not in ("json", "model_dir")}
+    result = report.summarise(measured, args.interval, reference=args.contenders[-1] if args.no_ours else "ours")
+    document = {"machine": before, "settings": settings, "contenders": result}
+    report.show(document)
+    if args.json:
+        args.json.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def make_checkpoint(args: argparse.Namespace, directory: Path) -> Path:
+    """In a process of its own: this one must stay without torch and its thread pool."""
+    process = multiprocessing.get_context("spawn").Process(
+        target=_write_checkpoint, args=(args.shape, args.dtype, directory / "model")
+    )
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise SystemExit("the checkpoint could not be written; see above")
+    return directory / "model"
+
+
+def _write_checkpoint(shape: str, dtype: str, directory: Path) -> None:
+    from benchmarks.shapes import write_checkpoint
+
+    write_checkpoint(SHAPES[shape], dtype, directory)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""Command line of core_step.py."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from benchmarks.baselines import CONTENDERS
+from benchmarks.shapes import SHAPES
+
+SLOW = ("official", "official-addmm")
+"""Contenders that take only the first steps of a window."""
+
+
+def parse(argv: list[str] | None, description: str | None) -> argparse.Namespace:
+    """Options of the command line, and what follows from them: contenders, cores, the steps of the whole run."""
+    parser = _parser(description)
+    args = parser.parse_args(argv)
+    if args.interval < 2:
+        parser.error(f"--interval {args.interval}: must be at least 2, to tell refresh steps from plain ones")
+    if not 1 <= args.warmup <= args.interval:
+        parser.error(f"--warmup {args.warmup}: must be from 1 to the interval, {args.interval}, where timing starts")
+    args.window = args.window or args.interval
+    if args.window % args.interval:
+        parser.error(
+            f"--window {args.window}: must be a multiple of --interval {args.interval}, to hold whole refreshes"
+        )
+    if args.slow_steps < 2:
+        parser.error(f"--slow-steps {args.slow_steps}: must be at least 2, a refresh step and a plain one")
+    args.slow_steps = min(args.slow_steps, args.window)
+    allowed = sorted(os.sched_getaffinity(0))
+    args.cores = [int(core) for core in args.cores.split(",")] if args.cores else allowed[:2]
+    names = [name for name in args.against.split(",") if name]
+    if unknown := [name for name in names if name not in CONTENDERS]:
+        parser.error(f"--against {unknown[0]}: must be one of {', '.join(CONTENDERS)}")
+    args.contenders = names if args.no_ours else ["ours", *names]
+    args.first_step = args.interval
+    args.total_steps = args.first_step + args.rounds * args.window
+    return args
+
+
+def _parser(description: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="125m")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32", "float16"), default="bfloat16")
+    parser.add_argument("--batch", type=int, default=16, help="examples a step")
+    parser.add_argument("--rank", type=int, default=2)
+    parser.add_argument("--interval", type=int, default=50, help="steps between refreshes of V")
+    parser.add_argument("--eps", type=float, default=1e-3)
+    parser.add_argument("--lr", type=float, default=1e-7)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--space", choices=("bank", "fold"), default="bank", help="update space of ours")
+    parser.add_argument(
+        "--window", type=int, help="timed steps in a row, a multiple of the interval (default: the interval)"
+    )
+    parser.add_argument("--slow-steps", type=int, default=8, help=f"steps of a window that {SLOW} take, its first ones")
+    parser.add_argument("--warmup", type=int, default=3, help="steps before timing starts")
+    parser.add_argument("--rounds", type=int, default=5, help="windows of each contender")
+    parser.add_argument(
+        "--against", default="official,strong,packed,packed-prepacked", help=f"of: {', '.join(CONTENDERS)}"
+    )
+    parser.add_argument(
+        "--no-ours", action="store_true", help="time the baselines only; ratios are to the last of them"
+    )
+    parser.add_argument("--cores", default=None, help='cores to use, e.g. "0,1" (default: the first two)')
+    parser.add_argument("--model-dir", help="use this checkpoint of the shape instead of making one")
+    parser.add_argument("--json", type=Path, help="write everything measured to this file")
+    return parser

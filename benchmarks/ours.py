@@ -1,0 +1,66 @@
+"""vllm_zo as a contender: the one place where the benchmark touches the package's public API.
+
+The job runs its steps one after another inside the engine. A callback after each step does what the loop of
+`children.run_baseline` does: it notes the time, and at the end of a window answers the parent and waits for the next
+one. The engine core is in this process (VLLM_ENABLE_V1_MULTIPROCESSING=0), where it works only when the caller steps
+it: while the callback waits, the engine is idle. Steps that lie between two windows are taken without being timed.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from argparse import Namespace
+from multiprocessing.connection import Connection
+from typing import Any
+
+from benchmarks.children import Ready, Timing, Window
+from benchmarks.shapes import OPTION_TEXTS, SHAPES, Prompts
+
+
+class WindowClock:
+    """A callback of `finetune` that splits the job's steps into the windows the parent asks for."""
+
+    def __init__(self, conn: Connection) -> None:
+        self.conn = conn
+        self._next_window()
+
+    def _next_window(self) -> None:
+        self.window: Window | None = self.conn.recv()
+        self.seconds: list[float] = []
+        self.losses: list[float] = []
+        self.cpu = time.process_time()
+        self.last = time.perf_counter()
+
+    def __call__(self, run: Any, record: dict[str, Any]) -> None:
+        if self.window is None or "eval_loss" in record:
+            return
+        now = time.perf_counter()
+        if record["step"] - 1 >= self.window.start:  # records count completed steps
+            self.seconds.append(now - self.last)
+            self.losses.append(record["loss"])
+        self.last = now
+        if len(self.seconds) == self.window.count:
+            self.conn.send(Timing(self.seconds, self.losses, time.process_time() - self.cpu))
+            self._next_window()
+
+
+def run_ours(conn: Connection, args: Namespace) -> None:
+    """Answer every `Window` with a `Timing` until None comes. `args` are those of core_step.py."""
+    from vllm_zo import LLM, Classification, LoZO
+
+    llm = LLM(args.model_dir, dtype=args.dtype, zo_training=True)
+    prompts = Prompts(SHAPES[args.shape].vocab, args.batch, args.seed)
+    conn.send(Ready({"pid": os.getpid(), "space": args.space}))
+    llm.finetune(
+        train=prompts.records(),
+        objective=Classification(template="{sentence}", options=list(OPTION_TEXTS)),
+        method=LoZO(rank=args.rank, interval=args.interval, eps=args.eps),
+        learning_rate=args.lr,
+        batch_size=args.batch,
+        steps=args.total_steps,
+        seed=args.seed,
+        update_space=args.space,
+        callbacks=[WindowClock(conn)],
+        progress=False,
+    )

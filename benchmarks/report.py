@@ -1,0 +1,97 @@
+"""From timed windows to the table that is printed."""
+
+from __future__ import annotations
+
+from statistics import median
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+FOREIGN_LOAD_LIMIT = 0.05
+"""Share of the cores taken by others during a window, above which the table carries a warning."""
+
+
+def window_figures(window: dict[str, Any], interval: int) -> dict[str, float]:
+    """Figures of one window, in ms.
+
+    plain       median of the steps that do not refresh
+    refresh     mean of those that do: the fold, a new V, and the step itself
+    amortised   plain + (refresh - plain) / interval: a step including its share of the refresh. For a window of whole
+                intervals this is its mean, with outliers among the plain steps damped; for the first steps of one it
+                is the same estimate from fewer of them.
+    mean        of all steps of the window, undamped (not comparable where only the first steps were taken)
+    """
+    by_kind: dict[bool, list[float]] = {True: [], False: []}
+    for step, ms in enumerate(window["ms"], start=window["start"]):
+        by_kind[step % interval == 0].append(ms)
+    plain, refresh = median(by_kind[False]), sum(by_kind[True]) / len(by_kind[True])
+    return {
+        "plain": plain,
+        "refresh": refresh,
+        "amortised": plain + (refresh - plain) / interval,
+        "mean": sum(window["ms"]) / len(window["ms"]),
+    }
+
+
+def summarise(measured: dict[str, Any], interval: int, reference: str) -> dict[str, Any]:
+    """Add figures over the rounds to what was measured: medians of the windows, their range, and ratios.
+
+    A ratio is taken within a round, between windows minutes apart at most, and only then is the median taken.
+    """
+    for contender in measured.values():
+        contender["rounds"] = [window_figures(window, interval) for window in contender["windows"]]
+    base = [figures["amortised"] for figures in measured[reference]["rounds"]]
+    for contender in measured.values():
+        rounds = contender["rounds"]
+        amortised = [figures["amortised"] for figures in rounds]
+        ratios = [own / other for own, other in zip(amortised, base, strict=True)]
+        contender["summary"] = {
+            **{f"{key}_ms": median(figures[key] for figures in rounds) for key in rounds[0]},
+            "amortised_range_ms": (min(amortised), max(amortised)),
+            f"ratio_to_{reference}": median(ratios),
+            "ratio_range": (min(ratios), max(ratios)),
+            "foreign_load": max(window["foreign_load"] for window in contender["windows"]),
+            "refreshes": sum(step % interval == 0 for w in contender["windows"] for step in steps_of(w)),
+        }
+    return measured
+
+
+def steps_of(window: dict[str, Any]) -> range:
+    return range(window["start"], window["start"] + len(window["ms"]))
+
+
+def show(document: dict[str, Any]) -> None:
+    """Print the table and, where others used the cores, a warning."""
+    settings, machine, contenders = (document[key] for key in ("settings", "machine", "contenders"))
+    console = Console(width=None if Console().is_terminal else 120)
+    isa = ", ".join(flag for flag, present in machine["isa"].items() if present)
+    console.print(f"{machine['cpu']}, {len(settings['cores'])} cores; {isa}; {machine['versions']}", highlight=False)
+    console.print(
+        f"OPT {settings['shape']} {settings['dtype']}, batch {settings['batch']}, rank {settings['rank']}, "
+        f"interval {settings['interval']}, {settings['rounds']} windows of {settings['window']} steps; "
+        f"ours in {settings['space']} space",
+        highlight=False,
+    )
+    ratio = next(key for key in next(iter(contenders.values()))["summary"] if key.startswith("ratio_to_"))
+    table = Table(
+        "contender", *("ms/step", "min-max", "plain", "refresh", ratio.replace("_", " "), "min-max", "others")
+    )
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name, contender in contenders.items():
+        s = contender["summary"]
+        low, high = s["amortised_range_ms"]
+        low_ratio, high_ratio = s["ratio_range"]
+        table.add_row(
+            name, f"{s['amortised_ms']:.1f}", f"{low:.1f}-{high:.1f}", f"{s['plain_ms']:.1f}", f"{s['refresh_ms']:.1f}",
+            f"{s[ratio]:.2f}", f"{low_ratio:.2f}-{high_ratio:.2f}", f"{s['foreign_load']:.0%}",
+        )  # fmt: skip
+    console.print(table)
+    console.print(
+        "ms/step: median over the windows, share of the refresh included. others: cores taken by others, worst window."
+    )
+    if max(c["summary"]["foreign_load"] for c in contenders.values()) > FOREIGN_LOAD_LIMIT:
+        console.print(
+            "[yellow]Other processes were busy: repeat on a quiet machine before quoting these figures.[/yellow]"
+        )

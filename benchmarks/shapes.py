@@ -1,0 +1,146 @@
+"""What the benchmarks run on: OPT shapes with random weights, and batches with SST-2's prompt lengths.
+
+Nothing is downloaded and no data set is needed. Speed does not depend on the values of weights and tokens, only on
+shapes and lengths; those are real:
+
+* `SHAPES` are the published OPT configurations with pre-LN layers. OPT-350M is left out: its post-LN layers and
+  projected embeddings make it another architecture, and no table of the papers uses it.
+* `PROMPT_LENGTHS` counts the tokens of 1,000 prompts "{sentence} It was" (SST-2 training rows; GPT-2's byte-level BPE,
+  whose merges are OPT's; plus the </s> that OPT's tokenizer puts in front). 1,000 training rows is the MeZO and LoZO
+  protocol. Which 1,000: `random.Random(s).sample(range(67349), 1000)` with s = 5483, the first s whose sample has the
+  statistics that the project's reference measurements were made with, to their rounding: mean prompt 13.8 tokens, mean
+  longest of 16 prompts 34.9, hence 441 packed tokens in a step of 16 prompts x 2 signs, a padding factor of 2.5.
+  The whole training set has 14.4, 36.1, 460 and the same factor of 2.5, so nobody gains from the choice.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import dataclass
+from functools import cached_property
+from math import comb
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Shape:
+    """An OPT configuration; embeddings are tied and as wide as the layers, layers are pre-LN with biases and ReLU."""
+
+    hidden: int
+    layers: int
+    heads: int
+    ffn: int
+    vocab: int = 50272
+    positions: int = 2048
+
+
+SHAPES = {
+    "7m": Shape(256, 6, 4, 1024, vocab=8192, positions=512),  # the demo model of examples/
+    "125m": Shape(768, 12, 12, 3072),
+    "1.3b": Shape(2048, 24, 32, 8192),
+    "2.7b": Shape(2560, 32, 32, 10240),
+    "6.7b": Shape(4096, 32, 32, 16384),
+    "13b": Shape(5120, 40, 40, 20480),
+}
+
+BOS, PAD = 2, 1
+NUM_SPECIAL = 4
+OPTION_IDS = (6587, 372)
+"""Token ids of " terrible" and " great" in OPT's vocabulary; with random weights any two would do."""
+OPTION_TEXTS = tuple(f" t{token}" for token in OPTION_IDS)
+
+PROMPT_LENGTHS: dict[int, int] = {
+    4: 7, 5: 63, 6: 105, 7: 101, 8: 78, 9: 65, 10: 65, 11: 65, 12: 41, 13: 32, 14: 41, 15: 42, 16: 25, 17: 20, 18: 23,
+    19: 17, 20: 21, 21: 17, 22: 19, 23: 17, 24: 13, 25: 12, 26: 10, 27: 10, 28: 8, 29: 6, 30: 9, 31: 10, 32: 8, 33: 6,
+    34: 9, 35: 3, 36: 3, 37: 4, 38: 1, 39: 3, 40: 3, 41: 1, 42: 1, 43: 2, 44: 2, 45: 3, 46: 1, 47: 1, 48: 2, 50: 2,
+    55: 1, 56: 2,
+}  # fmt: skip
+
+
+def mean_prompt_tokens() -> float:
+    return sum(length * count for length, count in PROMPT_LENGTHS.items()) / sum(PROMPT_LENGTHS.values())
+
+
+def mean_longest(batch_size: int) -> float:
+    """Exact expectation of the longest of `batch_size` prompts drawn without replacement: what padding pads to."""
+    lengths = sorted(length for length, count in PROMPT_LENGTHS.items() for _ in range(count))
+    weighted = sum(length * comb(i, batch_size - 1) for i, length in enumerate(lengths))
+    return weighted / comb(len(lengths), batch_size)
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """1,000 labelled prompts of random tokens with SST-2's lengths, served in a fixed order of full batches.
+
+    Every contender of a benchmark builds its own equal copy from the same three numbers; the order is that of a vllm_zo
+    job with this seed, so ours sees the same batches too. An epoch is a permutation of all prompts, so means over an
+    epoch are exactly those of `PROMPT_LENGTHS`; batches run on across epochs (none is short).
+    """
+
+    vocab: int
+    batch_size: int
+    seed: int = 0
+
+    @cached_property
+    def rows(self) -> list[tuple[list[int], int]]:
+        """(token ids with BOS, index of the right option) of every prompt."""
+        rng = random.Random(f"rows {self.seed}")
+        lengths = [length for length, count in PROMPT_LENGTHS.items() for _ in range(count)]
+        return [([BOS, *rng.choices(range(NUM_SPECIAL, self.vocab), k=n - 1)], rng.randrange(2)) for n in lengths]
+
+    def indices(self, step: int) -> tuple[int, ...]:
+        """Which prompts make the batch of a step."""
+        from vllm_zo.data.batches import BatchOrder  # here: core_step.py itself stays without torch
+
+        return BatchOrder(len(self.rows), self.batch_size, self.seed).batch(step)
+
+    def batch(self, step: int) -> tuple[list[list[int]], list[int]]:
+        """Token ids of the prompts, and the indices of their right options."""
+        chosen = [self.rows[i] for i in self.indices(step)]
+        return [ids for ids, _ in chosen], [label for _, label in chosen]
+
+    def records(self) -> list[dict[str, str | int]]:
+        """The rows as text: the tokenizer that `write_checkpoint` saves gives back the very same ids."""
+        return [{"sentence": " ".join(f"t{i}" for i in ids[1:]), "label": label} for ids, label in self.rows]
+
+
+def write_checkpoint(shape: Shape, dtype: str, directory: str | Path, seed: int = 0) -> Path:
+    """Save an OPT of random weights (normal, std 0.02) as safetensors, with config and a tokenizer.
+
+    The tokenizer's words are "t<id>", separated by spaces, with </s> in front as OPT's own has it: a program that takes
+    text scores the same tokens as one that takes ids.
+
+    Args:
+        dtype: "float32", "bfloat16" or "float16": of the weights in the file and of the run.
+    """
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
+
+    config = OPTConfig(
+        hidden_size=shape.hidden, word_embed_proj_dim=shape.hidden, num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads, ffn_dim=shape.ffn, vocab_size=shape.vocab,
+        max_position_embeddings=shape.positions, bos_token_id=BOS, eos_token_id=BOS, pad_token_id=PAD,
+        dropout=0.0, attention_dropout=0.0,
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(getattr(torch, dtype))  # 13B is never held in float32 on the way
+    try:
+        OPTForCausalLM(config).save_pretrained(directory)
+    finally:
+        torch.set_default_dtype(default)
+    words = ["<s>", "<pad>", "</s>", "<unk>", *(f"t{i}" for i in range(NUM_SPECIAL, shape.vocab))]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.TemplateProcessing(single="</s> $A", special_tokens=[("</s>", BOS)])
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="</s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
+    ).save_pretrained(directory)
+    return Path(directory)
+
+
+if __name__ == "__main__":
+    statistics = {"mean prompt": mean_prompt_tokens(), "mean longest of 16": mean_longest(16)}
+    print(json.dumps(statistics | {"packed tokens a step": 32 * mean_prompt_tokens()}, indent=2))

@@ -1,0 +1,73 @@
+"""`make demo`: a small OPT model learns to tell good reviews from bad ones, inside vLLM, in a few minutes on a CPU.
+
+    python examples/demo.py [--steps 400] [--output demo-run]
+
+Zero-shot accuracy, LoZO with a live progress bar, final accuracy, a saved PEFT adapter and a picture of the run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+
+HERE = Path(__file__).parent
+MODEL, REVIEWS = HERE / "demo" / "model", HERE / "demo" / "reviews"
+TEMPLATE, OPTIONS = "{sentence} It was", [" terrible", " great"]
+EXAMPLES = ("a warm and clever story , beautifully told .", "the soup was cold and the waiter never came back .")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--output", type=Path, default=Path("demo-run"), help="job, adapter/ and run.png go here")
+    args = parser.parse_args()
+    job = args.output / time.strftime("%Y%m%d-%H%M%S")
+
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    from vllm_zo.entrypoints.cpu_defaults import apply_cpu_defaults, has_native_bfloat16
+
+    apply_cpu_defaults()
+    from vllm_zo import LLM, Classification, LoZO
+
+    print("Starting vLLM with", MODEL, file=sys.stderr)
+    dtype = "auto" if has_native_bfloat16() else "float32"  # emulated bfloat16 is slower than float32
+    llm = LLM(str(MODEL), max_model_len=256, dtype=dtype, zo_training=True)
+    run = llm.finetune(
+        train=REVIEWS / "train.jsonl",
+        validation=REVIEWS / "validation.jsonl",
+        objective=Classification(TEMPLATE, OPTIONS),
+        method=LoZO(rank=2, eps=1e-3),
+        bases=1,
+        learning_rate=3e-4,
+        batch_size=16,
+        steps=args.steps,
+        eval_interval=max(1, args.steps // 4),
+        output_dir=str(job),
+    )
+    run.save(job / "adapter")
+    run.plot(job / "run.png")
+
+    before, after = run.metrics["initial_accuracy"], run.metrics["accuracy"]
+    print(f"\nValidation accuracy: {before:.3f} zero-shot, {after:.3f} after {args.steps} steps of LoZO.")
+    for sentence in EXAMPLES:
+        prompt = TEMPLATE.format(sentence=sentence)
+        words = [next_option(llm, prompt, adapter) for adapter in (None, run.lora_request)]
+        print(f"  {prompt} ...   before:{words[0]}   after:{words[1]}")
+    print(f"Adapter: {job / 'adapter'}   picture: {job / 'run.png'}   log: {job / 'metrics.jsonl'}")
+
+
+def next_option(llm, prompt: str, adapter) -> str:
+    """Which of the two options the model finds likelier after the prompt."""
+    from vllm import SamplingParams
+
+    ids = [llm.get_tokenizer()(o, add_special_tokens=False).input_ids[0] for o in OPTIONS]
+    params = SamplingParams(max_tokens=1, temperature=0.0, allowed_token_ids=ids)
+    return llm.generate([prompt], params, lora_request=adapter, use_tqdm=False)[0].outputs[0].text
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""Real in-process vLLM engines for the tests: made once a session and model, shared by every test that asks alike."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tests import tiny
+from vllm_zo import LLM, Classification
+from vllm_zo.entrypoints.engine_client import EngineClient
+
+MAKERS: dict[str, Callable[[Path], Path]] = {"opt": tiny.make_opt, "llama": tiny.make_llama, "qwen2": tiny.make_qwen2}
+SENTIMENT = Classification("{sentence} It was", [" terrible", " great"])
+
+
+class Engines:
+    """Makes engines on demand and keeps them; equal options give the same engine."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._models: dict[str, Path] = {}
+        self._engines: dict[str, Any] = {}
+
+    def model(self, family: str) -> Path:
+        if family not in self._models:
+            directory = self.root / family
+            directory.mkdir()
+            self._models[family] = MAKERS[family](directory)
+        return self._models[family]
+
+    def get(self, family: str = "opt", **options: Any) -> Any:
+        key = repr((family, sorted(options.items())))
+        if key not in self._engines:
+            defaults = {"max_model_len": 128, "dtype": "float32", "zo_training": True, "block_size": 32}
+            self._engines[key] = LLM(str(self.model(family)), **{**defaults, **options})
+        return self._engines[key]
+
+
+def scheduler_of(llm: Any) -> Any:
+    return llm.llm_engine.engine_core.engine_core.scheduler
+
+
+def worker_of(llm: Any) -> Any:
+    return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+
+
+def client_of(llm: Any) -> EngineClient:
+    return EngineClient(llm.llm_engine)
+
+
+def reviews(count: int, seed: int = 0, longest: int = 20) -> list[dict[str, Any]]:
+    """Random word salads of mixed length with labels; enough for equivalence, nothing to learn."""
+    words = " ".join(tiny.SENTENCES).split()
+    rng = random.Random(seed)
+    return [
+        {"sentence": " ".join(rng.choices(words, k=rng.randint(3, longest))), "label": rng.randint(0, 1)}
+        for _ in range(count)
+    ]

@@ -1,0 +1,132 @@
+"""The oracle of the engine tests: the same Method, Objective and fold on a plain Hugging Face model, without vLLM.
+
+Naive on purpose: every probe writes dense weights, every row is its own forward pass, nothing is padded or packed.
+
+    trainer = ReferenceTrainer(model, LoZO(), objective, job_seed=0, update_space="bank", num_bases=7)
+    losses_PE, coefficients_K = trainer.step(step, examples, learning_rate)
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from vllm_zo import noise
+from vllm_zo.methods.base import Method, ModuleShape, Probe
+from vllm_zo.methods.fold import fold_into
+from vllm_zo.methods.spaces import basis_of
+from vllm_zo.methods.state import AdapterState, FactorLayout
+from vllm_zo.methods.targets import select_modules
+from vllm_zo.objectives.base import EncodedExample, Objective, ScoringRow
+
+DECODER_LAYER = re.compile(r"(^|.*\.)(layers|h|blocks)\.\d+\..+")
+
+
+def decoder_linears(model: nn.Module) -> dict[str, nn.Linear]:
+    """Linear modules inside decoder layers by Hugging Face name; the LM head and input projections lie outside."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and DECODER_LAYER.fullmatch(name)
+    }
+
+
+class ReferenceTrainer:
+    """Trains a copy of `model`, one step at a time.
+
+    Args:
+        model: causal LM; its dtype is the one weights are stored, and folded, in.
+        num_bases: M as `resolve_bases` gives it; 1 in `fold` space.
+        target_modules: as in JobConfig.
+        dtype: of forward passes and losses, float32 or float64. Weights are summed in float64, then cast to it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        method: Method,
+        objective: Objective,
+        *,
+        job_seed: int,
+        update_space: str,
+        num_bases: int = 1,
+        target_modules: str = "all-linear",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        linears = decoder_linears(model)
+        self.names = select_modules(target_modules, linears)
+        self.base = {name: linears[name].weight.detach().clone() for name in self.names}
+        self.model = copy.deepcopy(model).to(dtype).eval()
+        self.linears = decoder_linears(self.model)
+        self.method, self.objective, self.space = method, objective, update_space
+        self.job_seed, self.num_bases = job_seed, num_bases
+        shapes = tuple(ModuleShape(n, linears[n].out_features, linears[n].in_features) for n in self.names)
+        self.layout = FactorLayout(shapes, method.rank)
+        self.state = AdapterState(method, self.layout, job_seed, num_bases)
+        self.basis = 0
+        """Basis of the last step; in `fold` space the only one with an accumulator."""
+
+    def step(self, step: int, examples: Sequence[EncodedExample], learning_rate: float) -> tuple[Tensor, Tensor]:
+        """One optimiser step.
+
+        Returns:
+            (P, E) losses in nats, in the objective's dtype; and the (K,) float32 coefficients applied, which are zeros
+            when a loss is not finite.
+        """
+        basis = basis_of(self.method, step, self.space, self.num_bases)
+        if self.space == "fold" and basis != self.basis:
+            self.fold(key=noise.derive_key(self.job_seed, "fold", step))
+        self.basis = basis
+        plan = self.method.plan(self.job_seed, step, basis)
+        losses_PE = torch.cat([self.score(examples, probe)[0] for probe in plan.probes])
+        coefficients_K = self.method.coefficients(plan, losses_PE).float()
+        if not losses_PE.isfinite().all():
+            coefficients_K = torch.zeros_like(coefficients_K)
+        self.state.apply(plan, coefficients_K, learning_rate)
+        return losses_PE, coefficients_K
+
+    def fold(self, key: int) -> None:
+        """Write the accumulator into the stored weights and forget it."""
+        taken = self.state.take()
+        if taken is None:
+            return
+        basis, acc_N = taken
+        us, vs = self.layout.split_u(acc_N), self.layout.split_v(self.state.v_flat(basis))
+        for name, u_OR, v_IR in zip(self.names, us, vs, strict=True):
+            self.base[name] = fold_into(self.base[name], u_OR, v_IR, key, name)
+
+    def weights(self, probe: Probe | None = None) -> dict[str, Tensor]:
+        """Dense float64 weights by module: base + sum over bases of U_acc V^T (+ sign eps scale U V^T at a probe)."""
+        total = {name: weight.double() for name, weight in self.base.items()}
+        for basis in [self.basis] if self.space == "fold" else range(self.num_bases):
+            self._add_product(total, self.state.acc_BN[self.state.row(basis)], self.state.v_flat(basis), 1.0)
+        if probe is not None and probe.sign:
+            u_N = noise.normal(probe.seed, self.layout.u_ranges, "cpu")
+            radius = probe.sign * probe.eps * self.method.scale()
+            self._add_product(total, u_N, self.state.v_flat(self.basis), radius)
+        return total
+
+    def _add_product(self, total: dict[str, Tensor], u_N: Tensor, v_N: Tensor, factor: float) -> None:
+        us, vs = self.layout.split_u(u_N), self.layout.split_v(v_N)
+        for name, u_OR, v_IR in zip(self.names, us, vs, strict=True):
+            total[name] = total[name] + factor * (u_OR.double() @ v_IR.double().T)
+
+    @torch.no_grad()
+    def score(self, examples: Sequence[EncodedExample], probe: Probe | None = None) -> tuple[Tensor, Tensor]:
+        """(1, E) losses in nats and (1, E) predictions at the current weights, or at a probe's."""
+        for name, weight in self.weights(probe).items():
+            self.linears[name].weight.copy_(weight)
+        cells = [self._cells(row) for example in examples for row in example.rows]
+        return self.objective.loss(torch.cat(cells)[None], examples)
+
+    def _cells(self, row: ScoringRow) -> Tensor:
+        """Scores of one row, from a forward pass over it alone; see `vllm_zo.objectives.base`."""
+        logits_TV = self.model(torch.tensor([row.token_ids])).logits[0]
+        labels = torch.tensor(row.label_ids)
+        if row.kind == "labels":
+            return logits_TV[row.positions[0], labels]
+        return logits_TV[torch.tensor(row.positions)].log_softmax(-1)[torch.arange(len(labels)), labels]

@@ -1,0 +1,195 @@
+"""The benchmark baselines take the same LoZO step as a naive dense float64 computation: a fast wrong baseline proves
+nothing. One tiny float32 OPT, every contender, two refreshes (so that folding counts)."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import OPTForCausalLM
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks/ is not part of the installed package
+
+from tiny import make_opt
+
+from benchmarks.baselines import CONTENDERS, linears, make
+from benchmarks.baselines.common import PROJECTIONS, Step
+from benchmarks.shapes import PROMPT_LENGTHS, Prompts, mean_longest, mean_prompt_tokens
+
+RANK, INTERVAL, EPS, LR = 2, 2, 1e-2, 3e-3
+OPTIONS = (17, 5)
+STEPS = 5  # refreshes before steps 0, 2 and 4: two of them fold
+STEPPERS = [name for name in CONTENDERS if name != "gemms"]
+
+LOSS_TOLERANCE = 2e-5
+"""Nats. A float32 forward of this model is within 1e-6 of float64; an official step also adds and subtracts eps U V^T
+three times, which leaves rounding of 1e-7 in each weight. A wrong sign, row or position is off by 1e-3 and more."""
+WEIGHT_TOLERANCE = 2e-5
+"""Updates are 1e-3 to 1e-2 here; c inherits LOSS_TOLERANCE / eps, times lr and |u v|."""
+
+
+@dataclass(frozen=True)
+class Injected:
+    """Directions that no contender could have drawn by itself."""
+
+    rows: int
+    columns: int
+
+    def u(self, step: int) -> Tensor:
+        return torch.randn(self.rows, RANK, generator=torch.Generator().manual_seed(900 + step))
+
+    def v(self, epoch: int) -> Tensor:
+        return torch.randn(self.columns, RANK, generator=torch.Generator().manual_seed(70 + epoch))
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Dense float64 LoZO, one unpadded option sequence at a time."""
+
+    directions: Injected
+    losses: list[tuple[float, float]]
+    weights: list[Tensor]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """The model is too small for two threads, which only wait for each other on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_opt(tmp_path_factory.mktemp("opt"))
+
+
+@pytest.fixture(scope="module")
+def batches() -> list[tuple[list[list[int]], list[int]]]:
+    generator = torch.Generator().manual_seed(3)
+
+    def prompt() -> list[int]:
+        length = int(torch.randint(1, 12, (1,), generator=generator))
+        return [2, *torch.randint(4, 512, (length,), generator=generator).tolist()]
+
+    return [([prompt() for _ in range(4)], torch.randint(2, (4,), generator=generator).tolist()) for _ in range(STEPS)]
+
+
+def naive_loss(model: OPTForCausalLM, batch: list[list[int]], labels: list[int]) -> float:
+    losses = []
+    for prompt, label in zip(batch, labels, strict=True):
+        logits = [model(torch.tensor([[*prompt, option]])).logits[0, -2].log_softmax(-1)[option] for option in OPTIONS]
+        losses.append(-torch.stack(logits).log_softmax(0)[label])
+    return float(torch.stack(losses).mean())
+
+
+@pytest.fixture(scope="module")
+def reference(model_dir: Path, batches: list[tuple[list[list[int]], list[int]]]) -> Reference:
+    model = OPTForCausalLM.from_pretrained(model_dir, dtype=torch.float64, attn_implementation="eager").eval()
+    weights = [layer.get_submodule(name).weight for layer in model.model.decoder.layers for name in PROJECTIONS]
+    directions = Injected(sum(len(w) for w in weights), sum(w.shape[1] for w in weights))
+    losses = []
+    with torch.no_grad():
+        for step, (batch, labels) in enumerate(batches):
+            us = directions.u(step).double().split([len(w) for w in weights])
+            vs = directions.v(step // INTERVAL).double().split([w.shape[1] for w in weights])
+            z = [u @ v.T for u, v in zip(us, vs, strict=True)]
+            start = [w.clone() for w in weights]
+            pair = []
+            for sign in (1, -1):
+                for w, w0, direction in zip(weights, start, z, strict=True):
+                    w.copy_(w0 + sign * EPS * direction)
+                pair.append(naive_loss(model, batch, labels))
+            c = (pair[0] - pair[1]) / (2 * EPS)
+            for w, w0, direction in zip(weights, start, z, strict=True):
+                w.copy_(w0 - LR * c * direction)
+            losses.append((pair[0], pair[1]))
+    return Reference(directions, losses, [w.detach().clone() for w in weights])
+
+
+@pytest.fixture(scope="module")
+def build(model_dir: Path, reference: Reference) -> Callable[[str, torch.dtype], Step]:
+    def of(name: str, dtype: torch.dtype) -> Step:
+        return make(
+            name, model_dir, dtype, RANK, INTERVAL, EPS, LR, 0, options=OPTIONS, directions=reference.directions
+        )
+
+    return of
+
+
+@pytest.mark.parametrize("name", STEPPERS)
+def test_every_baseline_has_the_losses_and_updates_of_a_naive_dense_float64_step(
+    name: str,
+    build: Callable[[str, torch.dtype], Step],
+    reference: Reference,
+    batches: list[tuple[list[list[int]], list[int]]],
+) -> None:
+    contender = build(name, torch.float32)
+    for (batch, labels), expected in zip(batches, reference.losses, strict=True):
+        mean = contender.step(batch, labels)
+        assert contender.losses == pytest.approx(expected, abs=LOSS_TOLERANCE)
+        assert mean == pytest.approx(sum(expected) / 2, abs=LOSS_TOLERANCE)
+    for ours, theirs in zip(contender.effective_weights(), reference.weights, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, atol=WEIGHT_TOLERANCE, rtol=0)
+
+
+def test_the_reference_run_moves_losses_and_weights_by_more_than_the_tolerances(
+    model_dir: Path, reference: Reference
+) -> None:
+    start = OPTForCausalLM.from_pretrained(model_dir, dtype=torch.float64).model.decoder.layers[0].fc1.weight
+    assert max(abs(plus - minus) for plus, minus in reference.losses) > 100 * LOSS_TOLERANCE
+    assert (reference.weights[4] - start).abs().max() > 50 * WEIGHT_TOLERANCE
+
+
+@pytest.mark.parametrize("name", STEPPERS)
+def test_every_baseline_runs_in_bfloat16_with_losses_near_those_of_float32(
+    name: str,
+    build: Callable[[str, torch.dtype], Step],
+    reference: Reference,
+    batches: list[tuple[list[list[int]], list[int]]],
+) -> None:
+    contender = build(name, torch.bfloat16)
+    batch, labels = batches[0]
+    contender.step(batch, labels)
+    assert contender.losses == pytest.approx(reference.losses[0], abs=0.05)  # 8 bits of mantissa through two layers
+
+
+@pytest.mark.parametrize("kind", linears.PREPACKED)
+def test_a_prepacked_linear_multiplies_with_the_folded_weight(
+    kind: str,
+    build: Callable[[str, torch.dtype], Step],
+    reference: Reference,
+    batches: list[tuple[list[list[int]], list[int]]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Which kind is fastest depends on the machine; all that work here must be right, above all after a fold."""
+    try:
+        linears.build(kind, torch.ones(8, 16), torch.ones(8))
+    except (RuntimeError, AttributeError, ImportError) as error:
+        pytest.skip(f"{kind} does not work on this machine: {error}")
+    monkeypatch.setattr(linears, "fastest", lambda weight, bias: (kind, {}))
+    contender = build("packed-prepacked", torch.float32)
+    for (batch, labels), expected in zip(batches, reference.losses, strict=True):
+        contender.step(batch, labels)
+        assert contender.losses == pytest.approx(expected, abs=LOSS_TOLERANCE)
+
+
+def test_prompts_have_the_stated_lengths_and_every_epoch_holds_each_once() -> None:
+    assert sum(PROMPT_LENGTHS.values()) == 1000
+    assert mean_prompt_tokens() == pytest.approx(13.8, abs=0.05)
+    assert mean_longest(16) == pytest.approx(34.9, abs=0.05)
+    assert round(2 * 16 * mean_prompt_tokens()) == 441
+    prompts = Prompts(vocab=512, batch_size=16)
+    seen = [i for step in range(125) for i in prompts.indices(step)]  # 2,000 = two epochs, split inside a batch
+    assert sorted(seen[:1000]) == sorted(seen[1000:]) == list(range(1000))
+
+
+def test_equal_seeds_give_every_child_process_the_same_batches() -> None:
+    assert Prompts(512, 16, seed=4).batch(3) == Prompts(512, 16, seed=4).batch(3)
+    assert Prompts(512, 16, seed=4).batch(3) != Prompts(512, 16, seed=5).batch(3)

@@ -1,0 +1,345 @@
+"""Options: defaults, ranges, what an error says, round trips, and how the update space is resolved."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pickle
+import re
+from typing import Any
+
+import pytest
+
+from vllm_zo.config import JobConfig, ZOTrainingConfig
+from vllm_zo.errors import ConfigError
+from vllm_zo.methods import METHODS, FactorizedMeZO, LoZO, Method
+from vllm_zo.methods.spaces import (
+    basis_of,
+    check_space,
+    describe_space,
+    equals_published,
+    num_intervals,
+    resolve_bases,
+    space_table,
+)
+from vllm_zo.methods.targets import select_modules
+from vllm_zo.objectives import Classification
+
+OBJECTIVE = Classification("{sentence} It was", [" terrible", " great"])  # type: ignore[arg-type]  # lists are accepted
+
+
+def job(**options: Any) -> JobConfig:
+    return JobConfig.from_options({"objective": OBJECTIVE} | options)
+
+
+# --- engine options ---------------------------------------------------------------------------------------------------
+
+
+def test_zo_training_accepts_true_a_dictionary_or_itself_and_false_means_none() -> None:
+    assert ZOTrainingConfig.from_user(True) == ZOTrainingConfig()
+    assert ZOTrainingConfig.from_user(False) is None
+    config = ZOTrainingConfig.from_user({"slots": 8, "slot_rank": 32, "token_budget": 512, "state_dir": "jobs"})
+    assert config == ZOTrainingConfig(slots=8, slot_rank=32, token_budget=512, state_dir="jobs")
+    assert ZOTrainingConfig.from_user(config) is config  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"slot": 4}, r"unknown zo_training option 'slot': did you mean 'slots'\?"),
+        ({"slots": 1}, r"zo_training\.slots=1: expected an integer >= 2; a pair of probes needs 2"),
+        ({"slots": "2"}, r"zo_training\.slots='2': expected an integer"),
+        ({"slot_rank": 24}, r"zo_training\.slot_rank=24: expected one of 1, 8, 16, 32"),
+        ({"slot_rank": True}, r"zo_training\.slot_rank=True: expected one of"),
+        ({"slot_rank": [16]}, r"zo_training\.slot_rank=\[16\]: expected one of"),
+        ({"token_budget": 0}, r"zo_training\.token_budget=0: expected an integer >= 1; None sets no limit"),
+        ({"state_dir": ""}, r"zo_training\.state_dir='': expected a directory"),
+        ("yes", r"zo_training='yes': expected True, False or a dictionary of options"),
+    ],
+)
+def test_a_bad_engine_option_is_named_with_value_and_fix(options: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ZOTrainingConfig.from_user(options)
+
+
+# --- job options ------------------------------------------------------------------------------------------------------
+
+
+def test_a_job_needs_nothing_but_an_objective() -> None:
+    config = job()
+    assert config.method == LoZO()
+    assert (config.space, config.learning_rate, config.batch_size) == ("bank", 1e-7, 16)
+
+
+def test_a_method_may_be_given_as_object_name_or_dictionary() -> None:
+    expected = LoZO(rank=4)
+    assert job(method=expected).method == job(method={"name": "lozo", "rank": 4}).method == expected
+    assert job(method="factorized-mezo").method == FactorizedMeZO()
+
+
+def test_the_update_space_defaults_to_the_first_of_the_method() -> None:
+    assert job(method=FactorizedMeZO()).space == "fold"
+    assert job(update_space="fold").space == "fold"
+
+
+def test_a_learning_rate_of_zero_and_zero_steps_are_allowed() -> None:
+    config = job(learning_rate=0, steps=0)
+    assert (config.learning_rate, config.steps) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"learningrate": 1e-6}, r"unknown job option 'learningrate': did you mean 'learning_rate'\?"),
+        ({"method": "lozoo"}, r"unknown method 'lozoo': did you mean 'lozo'\?"),
+        ({"method": {"name": "lozo", "rnk": 2}}, r"unknown hyperparameter of lozo 'rnk': did you mean 'rank'\?"),
+        ({"method": {"rank": 2}}, r"method\.name=None: expected a name such as 'lozo'"),
+        ({"method": 3}, r"method=3: expected a method such as LoZO"),
+        ({"method": LoZO}, r"method=<class .*LoZO'>: expected a method such as LoZO\(rank=2\)"),
+        ({"objective": 3}, r"objective=3: expected an objective such as"),
+        ({"objective": Classification}, r"objective=<class .*: expected an objective such as"),
+        ({"objective": {"name": "clasification"}}, r"unknown objective 'clasification': did you mean"),
+        ({"objective": {"template": "{a}"}}, r"objective\.name=None: expected a name such as 'classification'"),
+        ({"objective": {"name": "classification", "template": "{a}"}}, r"objective\.options is missing"),
+        ({"objective": {"name": "classification", "templat": "{a}"}}, r"'templat': did you mean 'template'\?"),
+        ({"learning_rate": -1e-7}, r"learning_rate=-1e-07: expected a number >= 0"),
+        ({"learning_rate": float("inf")}, r"learning_rate=inf: expected a number >= 0"),
+        ({"learning_rate": "1e-7"}, r"learning_rate='1e-7': expected a number >= 0"),
+        ({"lr_schedule": "cosin"}, r"unknown lr_schedule 'cosin': did you mean 'cosine'\?"),
+        ({"warmup_steps": 11, "steps": 10}, r"warmup_steps=11: expected an integer from 0 to 10; warm-up is part of"),
+        ({"batch_size": 0}, r"batch_size=0: expected an integer >= 1"),
+        ({"steps": 1e4}, r"steps=10000\.0: expected an integer >= 0"),
+        ({"seed": -1}, r"seed=-1: expected an integer from 0 to"),
+        ({"update_space": "banc"}, r"unknown update_space 'banc': did you mean 'bank'\?"),
+        ({"method": "factorized-mezo", "update_space": "bank"}, r"update_space='bank': factorized-mezo cannot run"),
+        ({"bases": 0}, r"bases=0: expected an integer >= 1"),
+        ({"bases": 2, "update_space": "fold"}, r"bases=2: update_space='fold' keeps one basis"),
+        ({"target_modules": "(q_proj"}, r"target_modules='\(q_proj': not a regular expression"),
+        ({"target_modules": ["q_proj"]}, r"target_modules=\['q_proj'\]: expected one of all-linear, attention, mlp or"),
+        ({"eval_interval": 0}, r"eval_interval=0: expected an integer >= 1"),
+        ({"eval_examples": 0}, r"eval_examples=0: expected an integer >= 1; None evaluates on all"),
+        ({"checkpoint_interval": 0}, r"checkpoint_interval=0: expected an integer >= 1"),
+        ({"output_dir": 3}, r"output_dir=3: expected a directory as a non-empty string, or None"),
+        ({"keep_best": 1}, r"keep_best=1: expected True or False"),
+        ({"divergence_factor": 0.5}, r"divergence_factor=0\.5: expected a number >= 1; None turns the guard off"),
+    ],
+)
+def test_a_bad_job_option_is_named_with_value_and_fix(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        job(**options)
+
+
+def test_a_job_without_an_objective_says_what_one_looks_like() -> None:
+    with pytest.raises(ConfigError, match="objective is missing: expected e.g. Classification"):
+        JobConfig.from_options({"steps": 10})
+
+
+CONFIGS = {
+    "defaults": {},
+    "everything set": {
+        "method": LoZO(rank=4, interval=10, eps=1e-2, queries=3),
+        "learning_rate": 3e-6,
+        "lr_schedule": "cosine",
+        "warmup_steps": 5,
+        "batch_size": 8,
+        "steps": 77,
+        "seed": 2**63 - 1,
+        "update_space": "bank",
+        "bases": 3,
+        "target_modules": r".*\.(q_proj|v_proj)",
+        "eval_interval": 10,
+        "eval_examples": 100,
+        "checkpoint_interval": 50,
+        "output_dir": "adapter",
+        "keep_best": False,
+        "divergence_factor": None,
+    },
+    "another method": {"method": FactorizedMeZO(rank=8)},
+}
+
+
+@pytest.mark.parametrize("options", CONFIGS.values(), ids=CONFIGS)
+def test_a_job_survives_json_and_pickling(options: dict[str, Any]) -> None:
+    config = job(**options)
+    again = JobConfig.from_json(json.loads(json.dumps(config.to_json())))
+    assert again == config
+    assert again.fingerprint() == config.fingerprint()
+    assert pickle.loads(pickle.dumps(config)) == config
+
+
+OTHER_VALUES: dict[str, Any] = {
+    "objective": Classification("{sentence} Was it", (" terrible", " great")),
+    "method": LoZO(rank=3),
+    "learning_rate": 1e-6,
+    "lr_schedule": "linear",
+    "warmup_steps": 1,
+    "batch_size": 17,
+    "steps": 1001,
+    "seed": 1,
+    "update_space": "fold",
+    "bases": 2,
+    "target_modules": "mlp",
+    "eval_interval": 5,
+    "eval_examples": 5,
+    "checkpoint_interval": 5,
+    "output_dir": "elsewhere",
+    "keep_best": False,
+    "divergence_factor": 9.0,
+}
+
+
+MEASURED_OR_KEPT = (
+    "eval_interval",
+    "eval_examples",
+    "checkpoint_interval",
+    "output_dir",
+    "keep_best",
+    "divergence_factor",
+)
+
+
+def test_every_job_option_has_another_value_in_the_table_above() -> None:
+    assert set(OTHER_VALUES) == {f.name for f in dataclasses.fields(JobConfig)}
+
+
+@pytest.mark.parametrize("field", OTHER_VALUES)
+def test_resuming_is_refused_when_the_trajectory_would_differ_and_only_then(field: str) -> None:
+    started, resumed = job(), job(**{field: OTHER_VALUES[field]})
+    if field in MEASURED_OR_KEPT:
+        assert resumed.fingerprint() == started.fingerprint()
+        resumed.check_resumes(started)
+    else:
+        assert resumed.fingerprint() != started.fingerprint()
+        with pytest.raises(ConfigError, match=rf"cannot resume with another configuration: {field}=.*started with"):
+            resumed.check_resumes(started)
+
+
+def test_the_fingerprint_does_not_see_how_a_value_was_spelt() -> None:
+    assert job(learning_rate=0).fingerprint() == job(learning_rate=0.0).fingerprint()
+    assert job(update_space="bank").fingerprint() == job().fingerprint()
+
+
+# --- update spaces ----------------------------------------------------------------------------------------------------
+
+
+def test_the_table_of_spaces_has_a_row_for_every_method_and_space() -> None:
+    table = {(row.method, row.space): row for row in space_table()}
+    assert set(table) == {(method, space) for method in METHODS for space in ("bank", "fold")}
+    for name, method in METHODS.items():
+        for space in ("bank", "fold"):
+            assert table[name, space].runs == (space in method.update_spaces)
+    assert table["factorized-mezo", "bank"].remark == "use fold"
+
+
+@pytest.mark.parametrize("method", [LoZO(), FactorizedMeZO()], ids=lambda m: m.name)
+@pytest.mark.parametrize("space", ["bank", "fold"])
+def test_a_combination_the_table_refuses_is_refused_before_work_starts(method: Method, space: str) -> None:
+    runs = {(row.method, row.space): row.runs for row in space_table()}[method.name, space]
+    if runs:
+        check_space(method, space)
+    else:
+        with pytest.raises(ConfigError, match=f"{method.name} cannot run in it; set update_space='fold'"):
+            check_space(method, space)
+
+
+@pytest.mark.parametrize(
+    ("steps", "slot_rank", "requested", "expected"),
+    [
+        (1000, 16, None, 7),  # 20 intervals; 16 / 2 = 8 blocks, one of which is the probe's
+        (1000, 64, None, 20),  # room for 31, but only 20 intervals
+        (151, 64, None, 4),  # a started interval counts
+        (150, 64, None, 3),
+        (1, 64, None, 1),
+        (0, 64, None, 1),
+        (1000, 16, 1, 1),
+        (1000, 16, 7, 7),
+    ],
+)
+def test_the_bank_keeps_a_basis_an_interval_as_far_as_the_slot_rank_goes(
+    steps: int, slot_rank: int, requested: int | None, expected: int
+) -> None:
+    assert resolve_bases(LoZO(rank=2, interval=50), "bank", steps, slot_rank, requested) == expected
+
+
+def test_fold_keeps_one_basis() -> None:
+    assert resolve_bases(LoZO(), "fold", 1000, 16) == resolve_bases(LoZO(), "fold", 1000, 16, 1) == 1
+    assert resolve_bases(FactorizedMeZO(rank=128), "fold", 1000, 256) == 1
+
+
+@pytest.mark.parametrize(
+    ("method", "space", "slot_rank", "requested", "message"),
+    [
+        (LoZO(rank=9), "bank", 16, None, "lozo.rank=9 and slot_rank=16: a slot holds.*18 in all; set rank <= 8, or set "
+         "slot_rank=32"),
+        (LoZO(rank=1), "fold", 1, None, "lozo.rank=1 and slot_rank=1: a slot holds.*2 in all; set slot_rank=8"),
+        (FactorizedMeZO(), "fold", 128, None, "256 in all; set rank <= 64, or set slot_rank=256"),
+        (FactorizedMeZO(rank=300), "fold", 512, None, "set rank <= 256, or vLLM has no slot rank >= 600"),
+        (LoZO(), "bank", 16, 8, "bases=8 with lozo.rank=2 and slot_rank=16: expected at most 7; for more, set "
+         "slot_rank=32"),
+        (LoZO(), "fold", 16, 2, "bases=2: update_space='fold' keeps one basis"),
+        (FactorizedMeZO(), "bank", 512, None, "update_space='bank': factorized-mezo cannot run in it"),
+        (LoZO(), "attic", 16, None, "unknown update_space 'attic'.*Known: bank, fold"),
+    ],
+)  # fmt: skip
+def test_a_rank_or_number_of_bases_that_does_not_fit_is_refused_with_the_fix(
+    method: Method, space: str, slot_rank: int, requested: int | None, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        resolve_bases(method, space, 1000, slot_rank, requested)
+
+
+def test_bases_return_in_turn_in_a_bank_and_never_in_fold() -> None:
+    method = LoZO(interval=2)
+    assert [basis_of(method, step, "bank", 3) for step in range(9)] == [0, 0, 1, 1, 2, 2, 0, 0, 1]
+    assert [basis_of(method, step, "fold", 1) for step in range(9)] == [0, 0, 1, 1, 2, 2, 3, 3, 4]
+
+
+@pytest.mark.parametrize("steps", [1, 49, 50, 51, 100, 350, 351])
+def test_a_bank_is_lozo_as_published_while_steps_fit_the_bases(steps: int) -> None:
+    method = LoZO(rank=2, interval=50)
+    assert num_intervals(method, steps) == -(-steps // 50)
+    assert equals_published(method, "bank", steps, 7) == (steps <= 7 * 50)
+    assert equals_published(method, "fold", steps, 1)
+
+
+def test_the_log_line_says_whether_the_run_is_lozo_as_published() -> None:
+    method = LoZO(rank=2, interval=50)
+    line = describe_space(method, "bank", 350, 7)
+    assert line.startswith("update_space=bank: 7 bases of rank 2, an adapter of rank 14;")
+    assert line.endswith("equals lozo as published")
+    line = describe_space(method, "bank", 1000, 7)
+    assert "20 intervals share them" in line and "not lozo as published (slot_rank=64 or update_space=fold" in line
+    assert "(update_space=fold would be)" in describe_space(method, "bank", 20_000, 7)
+    assert "equals lozo as published" in describe_space(method, "fold", 1000, 1)
+
+
+# --- target modules ---------------------------------------------------------------------------------------------------
+
+OPT = [
+    "model.decoder.layers.0.self_attn.q_proj",
+    "model.decoder.layers.0.self_attn.out_proj",
+    "model.decoder.layers.0.fc1",
+    "model.decoder.layers.0.fc2",
+]
+LLAMA = ["model.layers.0.self_attn.q_proj", "model.layers.0.mlp.gate_proj", "model.layers.0.mlp.down_proj"]
+
+
+@pytest.mark.parametrize(
+    ("target_modules", "names", "expected"),
+    [
+        ("all-linear", OPT, OPT),
+        ("all-linear", [*OPT, "lm_head", "model.decoder.project_in"], OPT),
+        ("attention", OPT, OPT[:2]),
+        ("mlp", OPT, OPT[2:]),
+        ("attention", LLAMA, LLAMA[:1]),
+        ("mlp", LLAMA, LLAMA[1:]),
+        (r".*\.(q_proj|fc1)", OPT, [OPT[0], OPT[2]]),
+    ],
+)
+def test_target_modules_select_by_hugging_face_name(target_modules: str, names: list[str], expected: list[str]) -> None:
+    assert select_modules(target_modules, names) == expected
+
+
+def test_an_expression_that_matches_no_whole_name_shows_the_names() -> None:
+    with pytest.raises(ConfigError, match=f"target_modules='q_proj': matches no linear module.*{re.escape(OPT[0])}"):
+        select_modules("q_proj", OPT)

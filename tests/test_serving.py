@@ -1,0 +1,235 @@
+"""Training and serving on one engine: neither may change what the other computes beyond stated rounding.
+
+CPU GEMM rows differ bitwise with the batch size, so with traffic beside it only tolerances are promised: LOSS_TOLERANCE
+is float32 rounding of a 2-layer model, and a greedy token may differ only where the two best were closer than that.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from vllm import SamplingParams
+
+from tests.engines import SENTIMENT, Engines, reviews, scheduler_of, worker_of
+from tests.test_seams import PROMPTS, RUN, job_in_progress
+from vllm_zo import JobError, LoZO
+from vllm_zo.engine.scheduler import MEMBER_CLIENT
+from vllm_zo.worker.trainer import Trainer
+
+LOSS_TOLERANCE = 2e-5
+GREEDY = SamplingParams(max_tokens=8, temperature=0.0, logprobs=2)
+
+
+def answers(llm: Any, **kwargs: Any) -> list[tuple[list[int], list[float]]]:
+    """Greedy tokens of each prompt with the margin of each over the runner-up."""
+    outputs = llm.generate(PROMPTS, GREEDY, use_tqdm=False, **kwargs)
+    return [
+        (list(o.outputs[0].token_ids), [margin([p.logprob for p in step.values()]) for step in o.outputs[0].logprobs])
+        for o in outputs
+    ]
+
+
+def margin(logprobs: list[float]) -> float:
+    best, second = sorted(logprobs, reverse=True)[:2]
+    return best - second
+
+
+def assert_agree(ours: Any, theirs: Any) -> None:
+    for (a, _), (b, margins) in zip(ours, theirs, strict=True):
+        for x, y, m in zip(a, b, margins, strict=True):
+            if m <= 1e-4:
+                break  # a tie: from here on the texts may differ
+            assert x == y
+
+
+def test_serving_answers_are_the_same_with_a_job_running(engines: Engines) -> None:
+    llm = engines.get()
+    alone = answers(llm)
+    with job_in_progress(llm, learning_rate=1e-2) as run:
+        steps = len(run.history)
+        beside = answers(llm)
+        run.poll()
+        assert len(run.history) > steps, "the job went on meanwhile"
+        assert_agree(beside, alone)
+    assert_agree(answers(llm), alone)
+
+
+def test_a_published_adapter_answers_the_same_with_a_job_running(engines: Engines) -> None:
+    llm = engines.get()
+    tuned = llm.finetune(reviews(16), steps=8, learning_rate=2e-2, method=LoZO(eps=1e-2), **RUN)
+    alone = answers(llm, lora_request=tuned.lora_request)
+    assert [a for a, _ in alone] != [a for a, _ in answers(llm)], "the adapter must change something"
+    with job_in_progress(llm, learning_rate=1e-2, seed=5):
+        assert_agree(answers(llm, lora_request=tuned.lora_request), alone)
+
+
+def test_the_trajectory_with_traffic_beside_it_stays_within_rounding(engines: Engines) -> None:
+    llm = engines.get()
+    options: dict[str, Any] = {"steps": 12, "learning_rate": 1e-4, "method": LoZO(eps=2e-2, interval=4), **RUN}
+    quiet = llm.finetune(reviews(16), **options)
+
+    def ask(run: Any, record: dict[str, Any]) -> None:
+        name = f"ask-{record['step']}"
+        llm.llm_engine.add_request(name, PROMPTS[record["step"] % 3], SamplingParams(max_tokens=3, temperature=0.0))
+
+    busy = llm.finetune(reviews(16), callbacks=[ask], **options)
+    while llm.llm_engine.has_unfinished_requests():
+        llm.llm_engine.step()
+    for a, b in zip(quiet.history, busy.history, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=LOSS_TOLERANCE)
+
+
+def test_the_same_job_twice_is_the_same_bit_for_bit(engines: Engines) -> None:
+    llm = engines.get()
+    runs = [llm.finetune(reviews(16), steps=7, learning_rate=1e-3, seed=11, **RUN) for _ in range(2)]
+    assert [r["projected_grad"] for r in runs[0].history] == [r["projected_grad"] for r in runs[1].history]
+    other = llm.finetune(reviews(16), steps=7, learning_rate=1e-3, seed=12, **RUN)
+    assert other.history[0]["projected_grad"] != runs[0].history[0]["projected_grad"]
+
+
+@pytest.mark.parametrize("space", ["bank", "fold"])
+def test_with_learning_rate_zero_nothing_ever_changes(engines: Engines, space: str) -> None:
+    llm = engines.get()
+    before = answers(llm)
+    options: dict[str, Any] = {"learning_rate": 0.0, "method": LoZO(interval=2), "update_space": space}
+    run = llm.finetune(reviews(16), reviews(6, seed=4), steps=6, eval_interval=2, **RUN, **options)
+    assert {e["eval_loss"] for e in run.evaluations} == {run.evaluations[0]["eval_loss"]}
+    assert any(g != 0 for r in run.history for g in r["projected_grad"])
+    if space == "fold":
+        assert answers(llm) == before
+        llm.restore_base(run)
+    else:
+        assert answers(llm, lora_request=run.lora_request) == before
+
+
+def test_a_non_finite_loss_changes_nothing_and_is_reported(engines: Engines, monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = engines.get()
+    clean = llm.finetune(reviews(16), steps=4, learning_rate=1e-2, **RUN)
+    trainer: Trainer = worker_of(llm).zo
+    score = trainer.score
+    calls = 0
+
+    def poisoned(members: Any, hidden: torch.Tensor, *args: Any) -> None:
+        nonlocal calls
+        calls += 1
+        score(members, hidden * math.nan if calls == 3 else hidden, *args)
+
+    monkeypatch.setattr(trainer, "score", poisoned)
+    run = llm.finetune(reviews(16), steps=4, learning_rate=1e-2, **RUN)
+    assert [r["finite"] for r in run.history] == [True, True, False, True]
+    assert run.history[2]["projected_grad"] == [0.0]
+    assert [r["projected_grad"] for r in run.history[:2]] == [r["projected_grad"] for r in clean.history[:2]]
+    assert run.history[3]["projected_grad"] != clean.history[3]["projected_grad"], "step 2 was skipped, not repeated"
+
+
+def test_a_run_of_non_finite_losses_stops_with_the_reason(engines: Engines, monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = engines.get()
+    trainer: Trainer = worker_of(llm).zo
+    score = trainer.score
+    monkeypatch.setattr(trainer, "score", lambda m, hidden, *a: score(m, hidden * math.nan, *a))
+    with pytest.raises(JobError, match="not finite in 10 steps in a row"):
+        llm.finetune(reviews(16), steps=50, **RUN)
+
+
+def test_an_exploding_loss_stops_with_the_reason(engines: Engines, monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = engines.get()
+    trainer: Trainer = worker_of(llm).zo
+    score = trainer.score
+    calls = 0
+
+    def inflated(members: Any, hidden: torch.Tensor, *args: Any) -> None:
+        nonlocal calls
+        calls += 1
+        score(members, hidden * (100 if calls > 12 else 1), *args)  # logits, and with them wrong answers, grow
+
+    monkeypatch.setattr(trainer, "score", inflated)
+    with pytest.raises(JobError, match=r"the training loss rose from .* lower the learning rate"):
+        llm.finetune(reviews(16), steps=60, **RUN)
+
+
+def test_cancelling_frees_everything(engines: Engines) -> None:
+    llm = engines.get()
+    scheduler = scheduler_of(llm)
+    free = scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
+    for _ in range(3):
+        with job_in_progress(llm) as run:
+            llm.llm_engine.step()
+            run.cancel()
+    assert not any(r.client_index == MEMBER_CLIENT for r in scheduler.requests.values())
+    assert scheduler.kv_cache_manager.block_pool.get_num_free_blocks() == free
+    assert scheduler.zo.slots.free == [0, 1]
+    trainer = worker_of(llm).zo
+    assert not trainer.jobs and not trainer.groups and not any(trainer.pool._owner)
+    assert run.status == "cancelled"
+
+
+def test_a_preempted_member_counts_once(engines: Engines) -> None:
+    """Members prefilled in chunks are preempted at random; the losses must be those of an undisturbed run."""
+    llm = engines.get(max_num_batched_tokens=24, max_num_seqs=8)
+    options: dict[str, Any] = {"steps": 4, "learning_rate": 1e-4, "method": LoZO(eps=2e-2), **RUN}
+    rows = reviews(16, longest=60)
+    quiet = llm.finetune(rows, **options)
+    scheduler = scheduler_of(llm)
+    schedule, preempted = scheduler.schedule, 0
+
+    def schedule_with_preemptions(*args: Any, **kwargs: Any) -> Any:
+        nonlocal preempted
+        output = schedule(*args, **kwargs)
+        partial = [r for r in scheduler.running if r.client_index == MEMBER_CLIENT and r.is_prefill_chunk]
+        if partial and preempted < 6:
+            preempted += 1
+            victim = partial[-1]
+            scheduler.running.remove(victim)
+            scheduler._preempt_request(victim, 0.0)
+        return output
+
+    scheduler.schedule = schedule_with_preemptions
+    try:
+        disturbed = llm.finetune(rows, **options)
+    finally:
+        scheduler.schedule = schedule
+    assert preempted == 6
+    for a, b in zip(quiet.history, disturbed.history, strict=True):
+        assert b["finite"] and a["loss"] == pytest.approx(b["loss"], abs=LOSS_TOLERANCE)
+
+
+def test_probes_carry_the_directions_that_the_update_uses(engines: Engines, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Invariant 1: what stands in the slots is +/- eps times the very U that the update adds."""
+    llm = engines.get()
+    trainer: Trainer = worker_of(llm).zo
+    pages: list[torch.Tensor] = []
+    score = trainer.score
+
+    def look(*args: Any) -> None:
+        job = next(iter(trainer.jobs.values()))
+        target = job.targets[0]
+        page = target.module.lora_b_stacked[target.slice_index][trainer.pool.first : trainer.pool.first + 2, 0, :, :2]
+        pages.append(page.clone())
+        score(*args)
+
+    monkeypatch.setattr(trainer, "score", look)
+    method = LoZO(rank=2, interval=3, eps=1e-2)
+    run = llm.finetune(reviews(16), steps=7, learning_rate=1e-2, method=method, **RUN)
+    from vllm_zo.checkpoint.seed_log import read_seed_log
+    from vllm_zo.methods.spaces import basis_of
+
+    header = read_seed_log(run.directory / "seeds.log").header
+    state = header.new_state()
+    for step, page in enumerate(pages[:7]):
+        plan = method.plan(header.job_seed, step, basis_of(method, step, "bank", header.num_bases))
+        u_OR = state.layout.split_u(state.u_flat(plan.seeds)[0])[0]
+        assert torch.allclose(page[0], u_OR * 1e-2, rtol=1e-6) and torch.allclose(page[1], -u_OR * 1e-2, rtol=1e-6)
+
+
+def test_evaluate_scores_the_base_and_a_run(engines: Engines) -> None:
+    llm = engines.get()
+    data = reviews(20, seed=8)
+    run = llm.finetune(reviews(16), data, steps=6, learning_rate=2e-2, method=LoZO(eps=1e-2), **RUN)
+    base = llm.evaluate(data, SENTIMENT)
+    tuned = llm.evaluate(data, run=run)
+    assert base["loss"] == pytest.approx(run.metrics["initial_loss"], abs=LOSS_TOLERANCE)
+    assert tuned["loss"] == pytest.approx(run.metrics["loss"], abs=LOSS_TOLERANCE)
+    assert tuned["accuracy"] == run.metrics["accuracy"]

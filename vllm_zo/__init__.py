@@ -1,0 +1,56 @@
+"""Zeroth-order fine-tuning inside vLLM: the public names.
+
+    from vllm_zo import LLM, Classification, LoZO
+
+    llm = LLM("facebook/opt-1.3b", zo_training=True)
+    run = llm.finetune(train="train.jsonl", validation="dev.jsonl",
+                       objective=Classification("{sentence} It was", [" terrible", " great"]), method=LoZO())
+
+Importing this package does not import vLLM; once vLLM's `LLM` is imported, it accepts `zo_training`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vllm_zo.compat.import_hook import when_imported
+from vllm_zo.config import JobConfig, ZOTrainingConfig
+from vllm_zo.errors import ConfigError, CorruptLogError, JobError, SlotError, ZOError
+from vllm_zo.methods import FactorizedMeZO, LoZO
+from vllm_zo.objectives import Classification, LanguageModeling
+
+if TYPE_CHECKING:
+    from vllm import LLM
+
+__version__ = "0.1.0"
+__all__ = [
+    "LLM",
+    "LoZO",
+    "FactorizedMeZO",
+    "Classification",
+    "LanguageModeling",
+    "JobConfig",
+    "ZOTrainingConfig",
+    "ZOError",
+    "ConfigError",
+    "JobError",
+    "SlotError",
+    "CorruptLogError",
+]
+
+
+def _patch_llm() -> None:
+    from vllm_zo.compat import llm
+
+    llm.install()
+
+
+when_imported("vllm.entrypoints.llm", _patch_llm)
+
+
+def __getattr__(name: str) -> Any:
+    if name == "LLM":
+        from vllm import LLM
+
+        return LLM
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,1 @@
+"""The training side of EngineCore: jobs, perturbation groups, admission and the scheduler."""

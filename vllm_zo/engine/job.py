@@ -1,0 +1,260 @@
+"""A fine-tuning job as the engine holds it: everything needed to take the next step, and what it has measured.
+
+It needs nothing from the front end while it runs: examples are tokenised, batch order and directions come from the
+seed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vllm_zo.commands import GroupResult
+from vllm_zo.config import JobConfig
+from vllm_zo.data.batches import BatchOrder
+from vllm_zo.methods.base import Probe, ProbePlan
+from vllm_zo.methods.schedules import learning_rate_at
+from vllm_zo.methods.spaces import basis_of
+from vllm_zo.objectives.base import EncodedExample
+
+QUEUED, RUNNING, SUCCEEDED, FAILED, CANCELLED = "queued", "running", "succeeded", "failed", "cancelled"
+FINAL_STATES = (SUCCEEDED, FAILED, CANCELLED)
+DIVERGENCE_WINDOW = 10
+"""Steps averaged for the divergence guard: enough that one unlucky batch does not stop a run."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """One group to schedule: a training step, or a piece of an evaluation (`learning_rate` None)."""
+
+    plan: ProbePlan
+    example_ids: tuple[int, ...]
+    examples: tuple[EncodedExample, ...]
+    learning_rate: float | None
+    last_of_evaluation: bool = False
+
+
+@dataclass
+class Evaluation:
+    """Losses and hits of the validation examples scored so far, at one step."""
+
+    step: int
+    expected: int
+    losses: list[float] = field(default_factory=list)
+    hits: int = 0
+
+    @property
+    def complete(self) -> bool:
+        return len(self.losses) == self.expected
+
+
+class Job:
+    """The run's state machine. `next_work` moves forward when work is *issued*; `on_result` records what came back.
+
+    Args:
+        train, validation: tokenised examples; validation may be empty.
+        eval_batch: examples per evaluation group.
+    """
+
+    def __init__(
+        self,
+        job_id: str,
+        directory: Path,
+        config: JobConfig,
+        num_bases: int,
+        train: Sequence[EncodedExample],
+        validation: Sequence[EncodedExample],
+        eval_batch: int,
+        first_step: int = 0,
+        evaluate_only: bool = False,
+    ) -> None:
+        self.job_id = job_id
+        self.directory = directory
+        self.config = config
+        self.space = config.space
+        self.num_bases = num_bases
+        self.train, self.validation = train, validation
+        self.eval_batch = eval_batch
+        self.evaluate_only = evaluate_only
+        self.order = BatchOrder(len(train), config.batch_size, config.seed) if train else None
+        self.step = self.first_step = first_step
+        resumed = first_step > 0 and not evaluate_only
+        self.basis: int | None = basis_of(config.method, first_step - 1, self.space, num_bases) if resumed else None
+        """Basis of the last train step issued."""
+        self.unfolded = resumed
+        """In `fold` space: whether the accumulator of `basis` holds steps that are not in the base yet."""
+        self.status = QUEUED
+        self.error: str | None = None
+        self.history: list[dict[str, Any]] = []
+        self.evaluations: list[dict[str, Any]] = []
+        self.finish_requested = False
+        self.ending: tuple[str, str | None] | None = None
+        """(status, error) of a job that ends as soon as the groups that have already run are recorded."""
+        self.outstanding = 0
+        self.published: set[int] = set()
+        self.tokens = 0
+        self._evaluation: Evaluation | None = None
+        self._eval_queue: list[tuple[int, ...]] = []
+        self._eval_issued: int | None = None
+        self._started = time.monotonic()
+        self._losses: list[float] = []
+
+    # --- issuing work ---------------------------------------------------------------------------------------------
+
+    def next_work(self) -> Work | None:
+        """The next group, or None when everything has been issued."""
+        if not self._eval_queue and self._evaluation_due():
+            self._eval_issued = self.step
+            count = len(self.validation)
+            ids = range(count)
+            self._evaluation = Evaluation(self.step, count)
+            self._eval_queue = [tuple(ids[i : i + self.eval_batch]) for i in range(0, count, self.eval_batch)]
+        if self._eval_queue:
+            return self._evaluation_work()
+        if self.step < self.config.steps and not self.finish_requested:
+            return self._train_work()
+        return None
+
+    def _evaluation_due(self) -> bool:
+        if (
+            not self.validation
+            or self._eval_issued == self.step
+            or (self._evaluation and not self._evaluation.complete)
+        ):
+            return False
+        interval = self.config.eval_interval
+        at_end = self.step == self.config.steps or self.finish_requested
+        return at_end or self.step == 0 or bool(interval and self.step % interval == 0)
+
+    def _evaluation_work(self) -> Work:
+        ids = self._eval_queue.pop(0)
+        self.outstanding += 1
+        basis = self.basis if self.basis is not None else 0
+        plan = ProbePlan(step=self.step, probes=(Probe(seed=0, sign=0, eps=0.0),), basis=basis)
+        return Work(plan, ids, tuple(self.validation[i] for i in ids), None, last_of_evaluation=not self._eval_queue)
+
+    def _train_work(self) -> Work:
+        config, step = self.config, self.step
+        assert self.order is not None
+        basis = basis_of(config.method, step, self.space, self.num_bases)
+        plan = config.method.plan(config.seed, step, basis)
+        ids = self.order.batch(step)
+        rate = learning_rate_at(config.lr_schedule, config.learning_rate, step, config.steps, config.warmup_steps)
+        self.step += 1
+        self.outstanding += 1
+        return Work(plan, ids, tuple(self.train[i] for i in ids), rate)
+
+    def fold_due(self, work: Work) -> bool:
+        """Whether the accumulator must go into the base before `work`; call once, when the work is opened."""
+        due = self.unfolded and self.basis != work.plan.basis
+        self.basis, self.unfolded = work.plan.basis, True
+        return due
+
+    def take_back(self, work: Work) -> None:
+        """Work whose group was dropped: it is issued again later, as if nothing had happened."""
+        self.outstanding -= 1
+        if work.learning_rate is None:
+            self._eval_queue.insert(0, work.example_ids)
+        else:
+            self.step = work.plan.step
+
+    @property
+    def recorded(self) -> int:
+        """Steps whose result is in: those of the seed log. `step` runs ahead of it by the groups in flight."""
+        return self.first_step + len(self.history)
+
+    @property
+    def all_issued(self) -> bool:
+        ended = self.step >= self.config.steps or self.finish_requested
+        return ended and not self._eval_queue and not self._evaluation_due()
+
+    # --- results --------------------------------------------------------------------------------------------------
+
+    def on_train_result(self, work: Work, result: GroupResult) -> dict[str, Any]:
+        """Record one step; raises nothing: a divergence is reported through `divergence`."""
+        self.outstanding -= 1
+        examples = [self.train[i] for i in work.example_ids]
+        signs = [p.sign for p in work.plan.probes]
+        mean = [sum(row) / len(row) for row in result.losses]
+        hits = sum(p == e.gold for row in result.predictions for p, e in zip(row, examples, strict=True))
+        self.tokens += sum(e.num_tokens for e in examples) * len(signs)
+        loss = sum(mean) / len(mean)
+        record: dict[str, Any] = {
+            "step": work.plan.step + 1,
+            "loss": loss,
+            "accuracy": hits / (len(examples) * len(signs)),
+            "loss_plus": _mean([m for m, s in zip(mean, signs, strict=True) if s > 0]),
+            "loss_minus": _mean([m for m, s in zip(mean, signs, strict=True) if s < 0]),
+            "projected_grad": result.coefficients,
+            "learning_rate": work.learning_rate,
+            "eps": work.plan.probes[0].eps,
+            "finite": result.finite,
+            "tokens": self.tokens,
+            "seconds": time.monotonic() - self._started,
+        }
+        self._losses.append(loss if result.finite else float("nan"))
+        self.history.append(record)
+        return record
+
+    def on_evaluation_result(self, work: Work, result: GroupResult) -> dict[str, Any] | None:
+        """Add a piece of an evaluation; the finished record when it was the last."""
+        self.outstanding -= 1
+        evaluation = self._evaluation
+        assert evaluation is not None and evaluation.step == work.plan.step
+        evaluation.losses += result.losses[0]
+        golds = [self.validation[i].gold for i in work.example_ids]
+        evaluation.hits += sum(p == g for p, g in zip(result.predictions[0], golds, strict=True))
+        if not evaluation.complete:
+            return None
+        record = {
+            "step": evaluation.step,
+            "eval_loss": sum(evaluation.losses) / evaluation.expected,
+            "eval_accuracy": evaluation.hits / evaluation.expected,
+            "seconds": time.monotonic() - self._started,
+        }
+        self.evaluations.append(record)
+        return record
+
+    def divergence(self) -> str | None:
+        """Why the run should stop, if it should (window and factor: see JobConfig.divergence_factor)."""
+        recent = self._losses[-DIVERGENCE_WINDOW:]
+        if len(recent) < DIVERGENCE_WINDOW:
+            return None
+        if all(x != x for x in recent):
+            return f"the training loss was not finite in {DIVERGENCE_WINDOW} steps in a row"
+        limit = self.config.divergence_factor
+        if limit is None or len(self._losses) < 2 * DIVERGENCE_WINDOW:
+            return None
+        first, last = _finite_mean(self._losses[:DIVERGENCE_WINDOW]), _finite_mean(recent)
+        if last > limit * first + 1.0:
+            return f"the training loss rose from {first:.3f} to {last:.3f} nats (mean of {DIVERGENCE_WINDOW} steps)"
+        return None
+
+    def best(self) -> dict[str, Any] | None:
+        """The evaluation with the lowest loss (ties: the earliest), or None without validation data."""
+        return min(self.evaluations, key=lambda e: e["eval_loss"], default=None)
+
+    def summary(self) -> dict[str, Any]:
+        return {
+            "job_id": self.job_id,
+            "status": self.status,
+            "error": self.error,
+            "step": self.recorded,
+            "steps": self.config.steps,
+            "update_space": self.space,
+            "num_bases": self.num_bases,
+            "best_step": (self.best() or {}).get("step"),
+            "published": sorted(self.published),
+        }
+
+
+def _mean(values: list[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def _finite_mean(values: list[float]) -> float:
+    finite = [v for v in values if v == v]
+    return sum(finite) / len(finite) if finite else float("inf")

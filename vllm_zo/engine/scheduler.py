@@ -1,0 +1,297 @@
+"""vLLM's scheduler with perturbation groups beside ordinary requests. The one engine file that touches vLLM.
+
+Members are ordinary `Request`s (one token to sample, `client_index` -1) that exist in vLLM's queues only during
+`schedule()`: they are offered at the tail of the waiting queue, behind everything that serves, and what was not
+scheduled is withdrawn again. They carry no LoRA request inside the scheduler, so that the serving-adapter limit and the
+prefix-cache keys never see them; the slot's LoRA request is attached to the `SchedulerOutput` on its way out.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.config.lora import LoRAConfig
+from vllm.logger import init_logger
+from vllm.lora.request import LoRARequest
+from vllm.sampling_params import SamplingParams
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.interface import PauseState, SchedulerInterface
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine import EngineCoreOutputs
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request, RequestStatus
+
+from vllm_zo import compat
+from vllm_zo.commands import COMMANDS_ATTR, RESULTS_ATTR, SLOT_LORA_ID_BASE
+from vllm_zo.config import ZOTrainingConfig
+from vllm_zo.engine.admission import Capacity, Demand, capacity_for_training
+from vllm_zo.engine.controller import Controller
+from vllm_zo.engine.group import Member
+from vllm_zo.engine.job_dir import load_job
+from vllm_zo.errors import ConfigError
+
+logger = init_logger("vllm.zo.scheduler")
+
+MEMBER_CLIENT = -1
+MEMBER_PRIORITY = 1 << 30
+
+
+def slot_lora_request(slot: int) -> LoRARequest:
+    """The synthetic LoRA request of a ZO slot. One name a slot is safe: members never enter the prefix cache."""
+    return LoRARequest(f"zo-slot-{slot}", SLOT_LORA_ID_BASE + slot, f"zo-slot://{slot}")
+
+
+_Base: Any = object
+"""Stands for Scheduler or AsyncScheduler: the mixin goes in front of either."""
+
+
+class ZOSchedulerMixin(_Base):
+    """Adds perturbation groups to whichever scheduler vLLM would have used."""
+
+    def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(vllm_config, *args, **kwargs)
+        self.zo_config = ZOTrainingConfig.of_engine(vllm_config.additional_config)
+        self.zo = Controller(self.zo_config.slots, self.block_size)
+        self._zo_members: dict[str, Member] = {}
+        self._zo_preempted: dict[str, Request] = {}
+        self.zo_draining = False
+        # The stacked tensors hold the user's slots and ours; the limit for serving adapters stays what the user set.
+        self.lora_config: LoRAConfig = copy.copy(vllm_config.lora_config)
+        self.lora_config.max_loras -= self.zo_config.slots
+        self._zo_params = SamplingParams(
+            max_tokens=1, temperature=0.0, detokenize=False, skip_reading_prefix_cache=True
+        )
+        self._keep_members_out_of_prefix_cache()
+
+    def _keep_members_out_of_prefix_cache(self) -> None:
+        """Members have no block hashes; caching their full blocks would index past them (and poison the cache)."""
+        coordinator = self.kv_cache_manager.coordinator
+        cache_blocks = coordinator.cache_blocks
+
+        def cache_serving_blocks(request: Request, num_computed_tokens: int) -> None:
+            if request.client_index != MEMBER_CLIENT:
+                cache_blocks(request, num_computed_tokens)
+
+        coordinator.cache_blocks = cache_serving_blocks
+
+    # --- one engine step ------------------------------------------------------------------------------------------
+
+    def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        self._abort_orphans()
+        may_start = self._pause_state == PauseState.UNPAUSED and not self.zo_draining
+        offered = self._offer_members() if may_start else []
+        self._forget_stale_kv()  # before vLLM looks up the prefix of any new request
+        output = super().schedule(*args, **kwargs)
+        self._withdraw(m for m in offered if m.req_id not in output.num_scheduled_tokens)
+        self._collect_preempted(output.preempted_req_ids)
+        for new in output.scheduled_new_reqs:
+            if (member := self._zo_members.get(new.req_id)) is not None:
+                new.lora_request = slot_lora_request(member.slot)
+        for req_id, num_tokens in output.num_scheduled_tokens.items():
+            if (member := self._zo_members.get(req_id)) is not None:
+                request = self.requests[req_id]
+                done = request.num_computed_tokens >= request.num_prompt_tokens
+                self.zo.score(member, request.num_computed_tokens - num_tokens, last_chunk=done)
+        if commands := self.zo.take_commands():
+            setattr(output, COMMANDS_ATTR, commands)
+        return output
+
+    def _forget_stale_kv(self) -> None:
+        """After a fold, cached KV of the base is stale. While groups are in flight their blocks are in use and the
+        cache cannot be reset, but nobody is served either; after the job nothing runs, and the reset comes first."""
+        if self.zo.folds_since_reset and not self.running and self.reset_prefix_cache():
+            self.zo.folds_since_reset = False
+
+    def _offer_members(self) -> list[Member]:
+        serving, members_left = self._demand()
+        total = Capacity(
+            sequences=self.max_num_active_reqs - len(self.running),
+            tokens=self.max_num_scheduled_tokens - members_left,
+            kv_blocks=self.kv_cache_manager.block_pool.get_num_free_blocks(),
+        )
+        capacity = capacity_for_training(total, serving, self.zo_config.token_budget)
+        offered = self.zo.offer(capacity, engine_is_empty=not serving.requests and not members_left)
+        for member in offered:
+            self._enqueue(member)
+        return offered
+
+    def _demand(self) -> tuple[Demand, int]:
+        """What serving requests in the queues want from this step, and the tokens left of members being prefilled."""
+        requests = tokens = blocks = members_left = 0
+        waiting = [*self.waiting, *self.kv_holding_waiting]
+        for request in [*self.running, *waiting]:
+            left = request.num_tokens_with_spec + request.num_output_placeholders - request.num_computed_tokens
+            if request.client_index == MEMBER_CLIENT:
+                members_left += max(left, 0)
+                continue
+            requests += 1
+            tokens += max(left, 0)
+            blocks += 1 + max(left, 0) // self.block_size
+        return Demand(requests, tokens, blocks, waiting=len(waiting)), members_left
+
+    def _enqueue(self, member: Member) -> None:
+        request = self._zo_preempted.pop(member.req_id, None)
+        if request is None:
+            request = Request(
+                request_id=member.req_id,
+                prompt_token_ids=list(member.token_ids),
+                sampling_params=self._zo_params,
+                pooling_params=None,
+                client_index=MEMBER_CLIENT,
+                priority=MEMBER_PRIORITY,
+            )
+        self._zo_members[member.req_id] = member
+        self.requests[member.req_id] = request
+        self.waiting.add_request(request)
+
+    def _withdraw(self, members: Iterable[Member]) -> None:
+        members = list(members)
+        if not members:
+            return
+        self.waiting.remove_requests([self.requests[m.req_id] for m in members])
+        for member in members:
+            request = self.requests[member.req_id]
+            self.deferred_waiting.discard(request)
+            del self._zo_members[member.req_id]
+            if request.num_preemptions:
+                self._zo_preempted[member.req_id] = request
+            else:
+                del self.requests[member.req_id]
+            self.zo.put_back(member)
+
+    def _collect_preempted(self, preempted: Iterable[str] | None) -> None:
+        """vLLM put preempted members at the head of the waiting queue, in front of serving requests: take them out.
+
+        A member whose whole prompt had been scheduled is scored already; one that had not runs again.
+        """
+        for req_id in preempted or ():
+            member = self._zo_members.get(req_id)
+            if member is None or self.requests[req_id].status != RequestStatus.PREEMPTED:
+                continue
+            if member.scored:
+                super().finish_requests(req_id, RequestStatus.FINISHED_ABORTED)
+                del self._zo_members[req_id]
+            else:
+                self._withdraw([member])
+
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+    ) -> dict[int, EngineCoreOutputs]:
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        for req_id in scheduler_output.num_scheduled_tokens:
+            if req_id in self._zo_members and req_id not in self.requests:
+                del self._zo_members[req_id]
+        self._drop_member_outputs(outputs)
+        if (results := getattr(model_runner_output, RESULTS_ATTR, None)) is not None:
+            self.zo.on_results(results)
+        return outputs
+
+    def _drop_member_outputs(self, outputs: dict[int, EngineCoreOutputs]) -> None:
+        """No client asked for member outputs. Scheduler stats ride on whichever output comes first: keep those."""
+        members = outputs.pop(MEMBER_CLIENT, None)
+        if members is None or members.scheduler_stats is None:
+            return
+        if not outputs:
+            outputs[0] = EngineCoreOutputs()
+        next(iter(outputs.values())).scheduler_stats = members.scheduler_stats
+
+    def finish_requests(self, request_ids: str | Iterable[str] | None, finished_status: RequestStatus) -> list[Request]:
+        finished = super().finish_requests(request_ids, finished_status)
+        if self.finished_req_ids_dict is not None:
+            self.finished_req_ids_dict.pop(MEMBER_CLIENT, None)
+        aborted = [r for r in finished if r.client_index == MEMBER_CLIENT]
+        if aborted:
+            self._forget_members()
+        return [r for r in finished if r.client_index != MEMBER_CLIENT]
+
+    def _forget_members(self) -> None:
+        """Members were aborted from outside (pause, shutdown): their group changes nothing and runs again later."""
+        left = [req_id for req_id in self._zo_members if req_id in self.requests]
+        super().finish_requests(left, RequestStatus.FINISHED_ABORTED)
+        self._zo_members.clear()
+        self._zo_preempted.clear()
+        self.zo.drop_group()
+
+    def _abort_orphans(self) -> None:
+        """Members whose group was dropped (its job was cancelled) must not go on: their slots are given to others."""
+        group_id = self.zo.group.group_id if self.zo.group is not None else None
+        running = [r for r, m in self._zo_members.items() if m.group_id != group_id and not m.scored]
+        preempted = [r for r in self._zo_preempted if r.rsplit("/", 2)[0] != group_id]
+        if running or preempted:
+            super().finish_requests([*running, *preempted], RequestStatus.FINISHED_ABORTED)
+        for req_id in running:
+            del self._zo_members[req_id]
+        for req_id in preempted:
+            del self._zo_preempted[req_id]
+
+    # --- the engine loop's questions ------------------------------------------------------------------------------
+
+    def has_requests(self) -> bool:
+        """Keeps the loop alive for training, and lets it rest while paused: a paused engine must become idle."""
+        if super().has_requests():
+            return True
+        return self._pause_state == PauseState.UNPAUSED and not self.zo_draining and self.zo.has_work()
+
+    def add_request(self, request: Request) -> None:
+        self.check_not_exclusive()
+        super().add_request(request)
+
+    def check_not_exclusive(self) -> None:
+        """Raise ConfigError when a `fold` job owns the engine: the base is changing under every request."""
+        if (job := self.zo.exclusive) is not None:
+            raise ConfigError(
+                f"update_space='fold' in job {job.job_id}: the base weights change while it runs, so the engine "
+                f"answers no "
+                "other requests until it ends. Wait for it, cancel it, or train with update_space='bank'."
+            )
+
+    def shutdown(self) -> None:
+        self.zo.close()
+        super().shutdown()
+
+    # --- calls from the front end (EngineCore utility calls) ------------------------------------------------------
+
+    def zo_start(self, job_dir: str) -> dict[str, Any]:
+        """Start the job that the front end wrote to `job_dir`; returns its summary."""
+        job, recorder, start = load_job(Path(job_dir), self.zo_config, self.vllm_config, self.max_num_active_reqs)
+        if job.space == "fold" and self.get_num_unfinished_requests():
+            raise ConfigError(
+                "update_space='fold' needs the engine to itself and it has unfinished requests: wait for them, or "
+                "train "
+                "with update_space='bank'."
+            )
+        self.zo.start_job(job, recorder, start)
+        return job.summary()
+
+    def zo_restore_base(self, job_id: str) -> None:
+        """Bring the base weights of before the `fold` job back."""
+        if self.zo.exclusive is None and self.get_num_unfinished_requests():
+            raise ConfigError(
+                "restore_base changes the weights under unfinished requests: wait for them, or abort them."
+            )
+        self.zo.request_restore(job_id)
+
+
+class ZOScheduler(ZOSchedulerMixin, Scheduler):
+    """For engines without async scheduling."""
+
+
+class ZOAsyncScheduler(ZOSchedulerMixin, AsyncScheduler):
+    """For engines with async scheduling: the next group is scheduled while this one runs."""
+
+
+def make_scheduler(vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> SchedulerInterface:
+    """What `scheduler_cls` names: the class that fits the engine's scheduling mode (picking the wrong base is slow)."""
+    compat.install()
+    cls = ZOAsyncScheduler if vllm_config.scheduler_config.async_scheduling else ZOScheduler
+    logger.info(
+        "zeroth-order training: %s, %d adapter slots",
+        cls.__name__,
+        ZOTrainingConfig.of_engine(vllm_config.additional_config).slots,
+    )
+    return cls(vllm_config, *args, **kwargs)

@@ -1,0 +1,223 @@
+"""What `vllm-zo train` does: flags to a job, an engine around it, results beside its log."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from vllm_zo.checkpoint.files import write_atomically
+from vllm_zo.config import JobConfig, ZOTrainingConfig
+from vllm_zo.data import load_examples
+from vllm_zo.engine.job_dir import read_description
+from vllm_zo.entrypoints.cpu_defaults import apply_cpu_defaults, has_native_bfloat16, is_cpu_build
+from vllm_zo.entrypoints.logs import quiet_vllm, show_ours
+from vllm_zo.entrypoints.run import Callback, FineTuneRun
+from vllm_zo.errors import ConfigError, JobError
+from vllm_zo.methods import LoZO
+from vllm_zo.methods.spaces import resolve_bases
+
+Params = Mapping[str, Any]
+"""Flags of `cli_train.train` by name; None or an empty list: not given."""
+
+logger = logging.getLogger("vllm.zo.cli")
+
+INTERRUPTED = 130
+"""Exit status of a program that Ctrl-C ended."""
+JOB_FLAGS = (
+    "learning_rate", "lr_schedule", "warmup_steps", "batch_size", "steps", "seed", "update_space", "bases",
+    "target_modules", "eval_interval", "eval_examples", "checkpoint_interval", "divergence_factor", "keep_best",
+)  # fmt: skip
+METHOD_FLAGS = ("rank", "interval", "eps", "queries")
+OBJECTIVE_FLAGS = {
+    "template": "template", "option": "options", "label": "labels", "label_field": "label_field",
+    "prompt_field": "prompt_field", "completion_field": "completion_field",
+}  # fmt: skip
+"""Flag -> field of the objective."""
+
+
+def run_training(params: Params) -> None:
+    """Everything is checked that can be before the engine is started, which takes a while.
+
+    Raises:
+        ConfigError: a setting or the data cannot work.
+        JobError: the job failed; its log and last good state are kept.
+    """
+    resume_from: Path | None = params["resume_from"]
+    started = _description(resume_from)
+    config = job_config(params, started)
+    zo = ZOTrainingConfig(**_given(params, ("slots", "slot_rank")))
+    resolve_bases(config.method, config.space, config.steps, zo.slot_rank, config.bases)
+    model = params["model"] or started.get("model")
+    for flag, value in (("--model", model), ("--train", params["train"])):
+        if value is None:
+            raise ConfigError(f"{flag} is missing: see vllm-zo train --help.")
+    for name in ("train", "validation"):
+        if params[name] is not None:
+            load_examples(params[name], name)
+    callbacks = _callbacks(params)
+    llm = start_engine(str(model), zo, params)
+    run = _finetune(llm, config, params, callbacks)
+    for line in save_results(run):
+        print(line)
+
+
+def _description(resume_from: Path | None) -> dict[str, Any]:
+    if resume_from is None:
+        return {}
+    if not (resume_from / "job.json").exists():
+        raise ConfigError(f"--resume-from {resume_from}: no job.json there; give the directory of an earlier run.")
+    return read_description(resume_from)
+
+
+# --- flags to a job ---------------------------------------------------------------------------------------------------
+
+
+def _given(params: Params, names: Iterable[str]) -> dict[str, Any]:
+    return {name: params[name] for name in names if params[name] not in (None, [], ())}
+
+
+def job_config(params: Params, started: Mapping[str, Any]) -> JobConfig:
+    """The job that the flags describe; with --resume-from, `started` (its job.json) fills in what is not given."""
+    before: Mapping[str, Any] = started.get("config", {})
+    objective = params["objective"] or ("classification" if params["option"] else None)
+    if objective is None and not before:
+        raise ConfigError("--objective is missing: classification (with --option) or language-modeling.")
+    settings = {OBJECTIVE_FLAGS[flag]: value for flag, value in _given(params, OBJECTIVE_FLAGS).items()}
+    method = params["method"] or (None if before else LoZO.name)
+    return JobConfig.from_options(
+        {
+            **before,
+            **_given(params, JOB_FLAGS),
+            "objective": _part(before.get("objective"), objective, settings),
+            "method": _part(before.get("method"), method, _given(params, METHOD_FLAGS)),
+            "output_dir": _output_dir(params, before),
+        }
+    )
+
+
+def _part(before: Mapping[str, Any] | None, name: str | None, settings: dict[str, Any]) -> dict[str, Any]:
+    """Method or objective: as it was, unless another one is named, with what is given on top."""
+    same = before is not None and name in (None, before["name"])
+    return {**(before if same and before else {"name": name}), **settings}
+
+
+def _output_dir(params: Params, before: Mapping[str, Any]) -> str | None:
+    if not before:
+        return str(params["output"] or Path("runs") / time.strftime("%Y%m%d-%H%M%S"))
+    if params["output"] is not None:
+        raise ConfigError(f"--output {params['output']}: a resumed run stays in its directory; drop --output.")
+    return before["output_dir"]
+
+
+# --- the engine -------------------------------------------------------------------------------------------------------
+
+
+def start_engine(model: str, zo: ZOTrainingConfig, params: Params) -> Any:
+    """vLLM's LLM with training on; its start-up lines are left out.
+
+    Raises:
+        ConfigError: an option or the model is refused.
+    """
+    options = {
+        "use_tqdm_on_load": False,
+        **_given(params, ("dtype", "max_model_len")),
+        **_engine_options(params["engine_option"] or ()),
+    }
+    quiet_vllm()
+    chosen = apply_cpu_defaults(int(options.get("tensor_parallel_size", 1)))
+    from vllm_zo import LLM
+
+    show_ours(logging.WARNING if params["quiet"] else logging.INFO)
+    if chosen:
+        logger.info("on CPU, chosen: %s", ", ".join(f"{name}={value}" for name, value in chosen.items()))
+    if is_cpu_build() and not has_native_bfloat16() and options.get("dtype", "auto") != "float32":
+        logger.info("this CPU has no bfloat16 instructions: --dtype float32 is faster")
+    try:
+        return LLM(model, zo_training=asdict(zo), **options)
+    except ConfigError:
+        raise
+    except (OSError, ValueError, TypeError) as error:  # what vLLM raises for a model or an option it does not take
+        raise ConfigError(f"the engine does not start with model={model!r}, {options}: {error}") from error
+
+
+def _engine_options(pairs: Iterable[str]) -> dict[str, Any]:
+    """name=value; values are JSON where they can be read as such, else text."""
+    options = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not name or not equals:
+            raise ConfigError(f"--engine-option {pair!r}: expected name=value, e.g. tensor_parallel_size=2.")
+        try:
+            options[name.replace("-", "_")] = json.loads(value)
+        except json.JSONDecodeError:
+            options[name.replace("-", "_")] = value
+    return options
+
+
+# --- the run ----------------------------------------------------------------------------------------------------------
+
+
+def _callbacks(params: Params) -> list[Callback]:
+    if not params["wandb"]:
+        return []
+    from vllm_zo.entrypoints.wandb_callback import WandbCallback
+
+    return [WandbCallback()]
+
+
+def _finetune(llm: Any, config: JobConfig, params: Params, callbacks: list[Callback]) -> FineTuneRun:
+    directory = params["resume_from"] or config.output_dir
+    options = {f.name: getattr(config, f.name) for f in fields(config)}
+    try:
+        run: FineTuneRun = llm.finetune(
+            params["train"],
+            params["validation"],
+            resume_from=params["resume_from"],
+            callbacks=callbacks,
+            progress=not params["quiet"],
+            **options,
+        )
+    except JobError as error:
+        raise JobError(f"{error} To use what it learnt: vllm-zo export {directory} OUT") from error
+    except KeyboardInterrupt:
+        print(f"vllm-zo: stopped. To go on: the same command with --resume-from {directory}", file=sys.stderr)
+        raise SystemExit(INTERRUPTED) from None
+    return run
+
+
+def save_results(run: FineTuneRun) -> list[str]:
+    """The adapter (`bank`) or the merged model (`fold`), `run.png`, and the numbers into `summary.json`.
+
+    Returns:
+        What was written, a line each.
+    """
+    lines = [", ".join(f"{name} {_short(value)}" for name, value in run.metrics.items())]
+    if run.history or run.config.steps:
+        lines.append(_save_model(run))
+    try:
+        run.plot(run.directory / "run.png")
+        lines.append(f"picture: {run.directory / 'run.png'}")
+    except ConfigError as error:  # matplotlib is optional
+        lines.append(str(error))
+    path = run.directory / "summary.json"
+    summary = json.loads(path.read_text(encoding="utf-8")) | {"metrics": run.metrics}
+    write_atomically(path, json.dumps(summary, indent=1).encode())
+    return lines
+
+
+def _save_model(run: FineTuneRun) -> str:
+    if run.config.space == "fold":
+        run.save_merged(run.directory / "merged")
+        return f"merged model: {run.directory / 'merged'}"
+    report = run.save(run.directory / "adapter")
+    return "\n".join([f"adapter of rank {report.rank}: {report.directory}", *report.warnings])
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else str(value)

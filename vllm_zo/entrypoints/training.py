@@ -1,0 +1,207 @@
+"""`llm.finetune(...)` and `llm.evaluate(...)`: methods that `LLM` gains with `zo_training`."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import uuid
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from vllm_zo.checkpoint.hf_checkpoint import base_fingerprint
+from vllm_zo.checkpoint.seed_log import read_seed_log
+from vllm_zo.config import JobConfig, ZOTrainingConfig
+from vllm_zo.data import encode_examples, load_examples
+from vllm_zo.engine.job_dir import check_same_data, read_description, write_job
+from vllm_zo.entrypoints.engine_client import EngineClient
+from vllm_zo.entrypoints.run import Callback, FineTuneRun
+from vllm_zo.errors import ConfigError
+from vllm_zo.methods.spaces import describe_space, resolve_bases
+from vllm_zo.objectives.base import EncodedExample, Objective
+
+logger = logging.getLogger("vllm.zo")
+
+
+class TrainingMixin:
+    """What `LLM` can do with `zo_training` on."""
+
+    llm_engine: Any
+
+    def finetune(
+        self,
+        train: Any,
+        validation: Any = None,
+        *,
+        objective: Objective,
+        resume_from: str | Path | None = None,
+        wait: bool = True,
+        callbacks: Iterable[Callback] = (),
+        progress: bool = True,
+        **options: Any,
+    ) -> FineTuneRun:
+        """Fine-tune the model inside the engine with a zeroth-order method.
+
+        Args:
+            train: a JSONL or CSV file, a Hugging Face dataset or its name, or an iterable of dictionaries.
+            validation: the same; evaluated before, at `eval_interval` and after. None: no evaluation.
+            objective: what the loss is, e.g. `Classification(template=..., options=[...])`.
+            resume_from: directory of an earlier run with the same configuration and data; continues its trajectory.
+            wait: block until the job has ended. False needs the engine in a child process (vLLM's default), where
+                training goes on by itself and `generate` works meanwhile.
+            callbacks: called as callback(run, record) for every step and evaluation.
+            progress: show a live progress bar.
+            options: fields of `JobConfig`: method, learning_rate, lr_schedule, batch_size, steps, seed, update_space,
+            ...
+
+        Raises:
+            ConfigError: before any work starts, naming the field, the value and the fix.
+            JobError: the job failed; its log and last good state are kept.
+        """
+        zo = _training_config(self)
+        config = JobConfig.from_options({"objective": objective, **options})
+        client = EngineClient(self.llm_engine)
+        if not wait and client.in_process:
+            raise ConfigError(
+                "wait=False needs the engine in a child process, where training goes on by itself: unset "
+                "VLLM_ENABLE_V1_MULTIPROCESSING=0, or call finetune with wait=True."
+            )
+        bases = resolve_bases(config.method, config.space, config.steps, zo.slot_rank, config.bases)
+        directory = _job_directory(self, zo, config, resume_from)
+        train_examples = _encode(self, train, config.objective, "train")
+        if config.batch_size > len(train_examples):
+            raise ConfigError(
+                f"batch_size={config.batch_size}: the training data has {len(train_examples)} rows; lower batch_size."
+            )
+        validation_examples = [] if validation is None else _encode(self, validation, config.objective, "validation")
+        validation_examples = validation_examples[: config.eval_examples]
+        if resume_from is not None:
+            check_same_data(directory, train_examples)
+        model = self.llm_engine.model_config.model
+        write_job(directory, config, train_examples, validation_examples, model)
+        if progress:
+            from vllm_zo.entrypoints.progress import ProgressBar
+
+            callbacks = [*callbacks, ProgressBar(config.steps)]
+        run = FineTuneRun(client, directory, config, model, callbacks)
+        client.call("zo_start", str(directory))
+        logger.info("job %s: %s, %d steps, in %s", run.job_id, config.method, config.steps, directory)
+        logger.info("%s", describe_space(config.method, config.space, config.steps, bases))
+        return run.wait() if wait else run
+
+    def evaluate(
+        self, data: Any, objective: Objective | None = None, *, run: FineTuneRun | None = None
+    ) -> dict[str, float]:
+        """Loss and accuracy on `data`, scored inside the engine.
+
+        Args:
+            objective: what to score; taken from `run` when that is given.
+            run: score the state this run gives back; None: the base model.
+
+        Returns:
+            {"loss": mean nats per example, "accuracy": share of examples whose best candidate is the right one}
+        """
+        zo = _training_config(self)
+        objective = objective or (run.config.objective if run else None)
+        if objective is None:
+            raise ConfigError("objective=None: evaluate needs an objective, or a run to take it from.")
+        examples = _encode(self, data, objective, "data")
+        client = EngineClient(self.llm_engine)
+        directory = _state_dir(zo) / f"evaluate-{uuid.uuid4().hex[:8]}"
+        if run is None or run.config.space == "fold":
+            config, initial = JobConfig(objective=objective, steps=0), None
+        else:
+            config, initial = run.config, run.version_file
+        write_job(
+            directory, config, [], examples, self.llm_engine.model_config.model, evaluate_only=True, initial=initial
+        )
+        evaluation = FineTuneRun(client, directory, config, "")
+        client.call("zo_start", str(directory))
+        evaluation.wait()
+        record = evaluation.evaluations[-1]
+        return {"loss": record["eval_loss"], "accuracy": record["eval_accuracy"]}
+
+    def restore_base(self, run: FineTuneRun) -> None:
+        """Bring the base weights back to what they were before a `fold` run."""
+        client = EngineClient(self.llm_engine)
+        client.call("zo_restore_base", run.job_id)
+        client.advance()
+
+
+def _training_config(llm: Any) -> ZOTrainingConfig:
+    additional = llm.llm_engine.vllm_config.additional_config
+    if not isinstance(additional, dict) or "zo_training" not in additional:
+        raise ConfigError("this engine was started without training: use LLM(..., zo_training=True).")
+    config = ZOTrainingConfig.from_user(additional["zo_training"])
+    assert config is not None
+    return config
+
+
+def _encode(llm: Any, source: Any, objective: Objective, name: str) -> list[EncodedExample]:
+    examples = load_examples(source, name)
+    tokenizer = llm.get_tokenizer()
+    label = str(source) if isinstance(source, str | Path) else name
+    return encode_examples(examples, objective, tokenizer, llm.llm_engine.model_config.max_model_len, label)
+
+
+def _state_dir(zo: ZOTrainingConfig) -> Path:
+    if zo.state_dir is not None:
+        return Path(zo.state_dir).resolve()
+    global _temporary_state_dir
+    if _temporary_state_dir is None:
+        _temporary_state_dir = Path(tempfile.mkdtemp(prefix="vllm-zo-"))
+        logger.info("no state_dir given: jobs keep their logs in %s", _temporary_state_dir)
+    return _temporary_state_dir
+
+
+_temporary_state_dir: Path | None = None
+
+
+def _job_directory(llm: Any, zo: ZOTrainingConfig, config: JobConfig, resume_from: str | Path | None) -> Path:
+    """Absolute: the engine may be another process, and its name is the job's id."""
+    if resume_from is not None:
+        directory = Path(resume_from).resolve()
+        _check_resumes(llm, zo, config, directory)
+        return directory
+    if config.output_dir is None:
+        return _state_dir(zo) / f"zo-{uuid.uuid4().hex[:8]}"
+    directory = Path(config.output_dir).resolve()
+    if (directory / "seeds.log").exists():
+        raise ConfigError(
+            f"output_dir={config.output_dir!r} holds another run; pass resume_from= to continue it, or choose another."
+        )
+    return directory
+
+
+def _check_resumes(llm: Any, zo: ZOTrainingConfig, config: JobConfig, directory: Path) -> None:
+    """Refuse to continue a run with another configuration, model or engine, before anything in it is touched.
+
+    Raises:
+        ConfigError: there is no run, or it was made otherwise; names what differs, with both values.
+        CorruptLogError: the head of its seed log is damaged, so that no step can be used.
+    """
+    if not (directory / "job.json").exists():
+        raise ConfigError(f"resume_from={str(directory)!r}: no job.json there; give the directory of an earlier run.")
+    config.check_resumes(JobConfig.from_json(read_description(directory)["config"]))
+    if not (directory / "seeds.log").exists():  # it ended before its first step
+        return
+    header = read_seed_log(directory / "seeds.log").header
+    model_config = llm.llm_engine.model_config
+    dtype = str(model_config.dtype).removeprefix("torch.")
+    bases = resolve_bases(config.method, config.space, config.steps, zo.slot_rank, config.bases)
+    if base_fingerprint(model_config.model) != header.base_fingerprint:
+        raise ConfigError(
+            f"model={model_config.model!r}: the run in {directory} trained another one, {header.base_model!r}. Start "
+            f"the "
+            "engine with that model, or start a new job."
+        )
+    if dtype != header.dtype:
+        raise ConfigError(
+            f"dtype={dtype!r}: the run in {directory} was made in {header.dtype!r}; start the engine with that dtype."
+        )
+    if bases != header.num_bases:
+        raise ConfigError(
+            f"zo_training.slot_rank={zo.slot_rank}: gives {bases} bases, the run in {directory} has "
+            f"{header.num_bases}; "
+            "start the engine with the slot_rank it had then."
+        )

@@ -1,0 +1,34 @@
+"""Learning-rate schedules: pure functions of the step, in Python's float64."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, get_args
+
+LRSchedule = Literal["constant", "linear", "cosine"]
+LR_SCHEDULES: tuple[str, ...] = get_args(LRSchedule)
+
+
+def learning_rate_at(schedule: LRSchedule, base: float, step: int, total_steps: int, warmup: int = 0) -> float:
+    """Learning rate of `step` (counted from 0).
+
+        warm-up   base * (step + 1) / warmup             for step < warmup: the first step already moves
+        constant  base
+        linear    base * (1 - p)                         p = (step - warmup) / (total_steps - warmup)
+        cosine    base * (1 + cos(pi p)) / 2
+
+    `linear` and `cosine` start at `base` and would reach 0 at `total_steps`, one step after the last. In `transformers`
+    warm-up begins with a step of learning rate 0; here it does not, because no step should be wasted.
+
+    Example:
+        >>> [learning_rate_at("linear", 1.0, step, 4) for step in range(4)]
+        [1.0, 0.75, 0.5, 0.25]
+    """
+    if step < warmup:
+        return base * (step + 1) / warmup
+    if schedule == "constant":
+        return base
+    progress = min((step - warmup) / max(total_steps - warmup, 1), 1.0)
+    if schedule == "linear":
+        return base * (1.0 - progress)
+    return base * 0.5 * (1.0 + math.cos(math.pi * progress))

@@ -1,0 +1,74 @@
+"""What a loss is: examples become rows to score, and scored rows become one loss per example. Pure.
+
+An example is encoded into one or more *rows* (token sequences). Each row names positions and, for every position, the
+token ids whose score is wanted there. Scoring a row yields one float32 *cell* per (position, token id), in order:
+
+    kind "labels"    one position; cells are the raw logits of `label_ids` at that position. Valid only because softmax
+                     over the candidates of one position does not see the vocabulary's normaliser.
+    kind "logprobs"  cell i is log p(label_ids[i] | tokens up to positions[i]), normalised over the whole vocabulary.
+
+The cells of all rows of a mini-batch lie one after another in a table; `Objective.loss` reads it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, runtime_checkable
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ScoringRow:
+    """One sequence to run through the model.
+
+    Attributes:
+        token_ids: the sequence, including a leading BOS where the tokenizer wants one.
+        positions: indices into `token_ids` of the tokens whose *next-token* scores are read.
+        label_ids: token ids scored there: all at the single position (kind "labels"), or one per position ("logprobs").
+    """
+
+    token_ids: tuple[int, ...]
+    positions: tuple[int, ...]
+    label_ids: tuple[int, ...]
+    kind: Literal["labels", "logprobs"]
+
+    def __post_init__(self) -> None:
+        assert self.positions and self.label_ids, "a row without anything to score"
+        assert self.kind == "labels" or len(self.positions) == len(self.label_ids)
+        assert self.kind == "logprobs" or len(self.positions) == 1
+
+
+@dataclass(frozen=True)
+class EncodedExample:
+    """An example ready to score: its rows, and which candidate is right (`gold` is 0 where there is only one)."""
+
+    rows: tuple[ScoringRow, ...]
+    gold: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(row.token_ids) for row in self.rows)
+
+
+@runtime_checkable
+class Objective(Protocol):
+    """Implementations are frozen dataclasses, picklable, JSON-describable through `dataclasses.asdict`."""
+
+    name: str
+
+    def encode(self, example: dict[str, Any], tokenizer: Any, where: str) -> EncodedExample:
+        """Tokenise one record. `where` ("train.jsonl, row 17") goes into the ConfigError for a bad record."""
+        ...
+
+    def loss(self, cells_PC: Tensor, examples: Sequence[EncodedExample]) -> tuple[Tensor, Tensor]:
+        """Losses and predictions of a mini-batch.
+
+        Args:
+            cells_PC: (probes, cells) float32 on the scoring device: rows of `examples` in order, cells of a row too.
+
+        Returns:
+            (probes, examples) float32 nats; and (probes, examples) int64 predicted candidate (0 where only one).
+        """
+        ...

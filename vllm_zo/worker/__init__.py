@@ -1,0 +1,1 @@
+"""Inside the worker process: slots, adapter state, scoring and update."""

@@ -1,0 +1,90 @@
+"""The one seam through which base weights are read and written: `read`, `write`, `restore`, per platform.
+
+On CPU the weight vLLM multiplies with may be a prepacked copy, and writing `layer.weight` then changes nothing at all
+(the attribute is an empty tensor). Which packer a layer got is decided at load by
+`vllm.model_executor.layers.utils.dispatch_cpu_unquantized_gemm`; each is read back exactly and packed again here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+from vllm.platforms import current_platform
+
+from vllm_zo.errors import ConfigError
+
+
+def check_writable(layer: Any, name: str) -> None:
+    """Raise ConfigError for a layer whose weights cannot be folded into."""
+    if not isinstance(layer.quant_method, UnquantizedLinearMethod):
+        raise ConfigError(
+            f"update_space='fold' writes the base weights, and {name} is quantised "
+            f"({type(layer.quant_method).__name__}): train with update_space='bank'."
+        )
+
+
+class BaseWeights:
+    """Reads and writes the base weights of linear layers; keeps the originals of what it wrote, on the host.
+
+    A layer here is vLLM's (possibly packed) `LinearBase`; its weight is (all slices' outputs, inputs) of this rank.
+    """
+
+    def __init__(self) -> None:
+        self._originals: dict[int, tuple[Any, Tensor]] = {}
+
+    def read(self, layer: Any) -> Tensor:
+        """(O, I) copy of the weight that the layer multiplies with, in the model's dtype."""
+        if layer.weight.numel():
+            return layer.weight.detach().clone()
+        return _unpack(layer)
+
+    def write(self, layer: Any, weight_OI: Tensor) -> None:
+        """Replace the weight. The original is kept on the first write, for `restore`."""
+        if id(layer) not in self._originals:
+            self._originals[id(layer)] = (layer, self.read(layer).cpu())
+        _store(layer, weight_OI)
+
+    def restore(self) -> int:
+        """Bring every original back; returns how many layers were written."""
+        for layer, original in self._originals.values():
+            _store(layer, original)
+        count = len(self._originals)
+        self._originals.clear()
+        return count
+
+
+def _store(layer: Any, weight_OI: Tensor) -> None:
+    if layer.weight.numel():
+        layer.weight.data.copy_(weight_OI)
+        if not current_platform.is_cpu() or not _is_packed(layer):
+            return
+    _pack(layer, weight_OI)
+
+
+def _is_packed(layer: Any) -> bool:
+    """Whether `cpu_linear` multiplies with a copy (oneDNN, AMX) rather than with `layer.weight`."""
+    return bool(_closure(layer).keys() & {"handler", "packed_weight", "zen_weight"})
+
+
+def _closure(layer: Any) -> dict[str, Any]:
+    function = layer.cpu_linear
+    cells = getattr(function, "__closure__", None) or ()
+    return dict(zip(function.__code__.co_freevars, (c.cell_contents for c in cells), strict=True))
+
+
+def _unpack(layer: Any) -> Tensor:
+    """Multiply by the identity: exact, because every product has a single non-zero term."""
+    width = layer.input_size_per_partition
+    dtype = layer.weight.dtype
+    eye = torch.eye(width, dtype=dtype)
+    return layer.cpu_linear(eye, None, None).T.contiguous()
+
+
+def _pack(layer: Any, weight_OI: Tensor) -> None:
+    """Let vLLM choose the packer again, as at load. The AMX packer moved the bias to float32; that is kept."""
+    layer.weight = torch.nn.Parameter(weight_OI.to(layer.weight.dtype), requires_grad=False)
+    dispatch_cpu_unquantized_gemm(layer, remove_weight=True)

@@ -1,0 +1,1 @@
+"""Kernels with a plain torch twin each."""

@@ -1,0 +1,79 @@
+"""`noise` on a GPU: all pieces in one launch, the same numbers up to float rounding."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vllm_zo.noise import ElementRanges
+
+BLOCK = 256
+"""Counters per program: 1,024 elements."""
+U1_STEP = tl.constexpr(2.0**-31)
+ANGLE_STEP = tl.constexpr(math.pi * 2.0**-31)
+
+
+def fill(key: int, ranges: ElementRanges, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """(total,) standard normals for float32, the bits of `noise.uniform_int32` for int32."""
+    out = torch.empty(ranges.total, dtype=dtype, device=device)
+    if ranges.total:
+        if device not in ranges.device_tables:
+            ranges.device_tables[device] = launch_table(ranges).to(device)
+        table = ranges.device_tables[device]
+        signed = key - (1 << 64) if key >> 63 else key  # always a signed argument: fewer compiled variants
+        with torch.cuda.device_of(out):
+            _fill[(len(table),)](out, table, signed, BLOCK=BLOCK, GAUSSIAN=dtype == torch.float32)
+    return out
+
+
+def launch_table(ranges: ElementRanges) -> Tensor:
+    """(programs, 5) int64: first counter, module id, start and stop of the piece, `out` index minus element index.
+
+    A piece of 3,000 elements from element 6, placed at 100, takes three programs (counters 1-256, 257-512, 513-768):
+    (1, id, 6, 3006, 94), (257, id, 6, 3006, 94), (513, id, 6, 3006, 94).
+    """
+    bounds = np.array([(start, stop) for _, start, stop in ranges.ranges], np.int64).reshape(-1, 2)
+    counts = bounds[:, 1] - bounds[:, 0]
+    shift = counts.cumsum() - counts - bounds[:, 0]
+    programs = -(-ranges.blocks.count // BLOCK)
+    within = np.arange(programs.sum()) - np.repeat(programs.cumsum() - programs, programs)
+    first, high = ranges.blocks.first.view(np.int64), ranges.blocks.high.view(np.int64)
+    table = np.stack((first, high, bounds[:, 0], bounds[:, 1], shift), axis=1).repeat(programs, axis=0)
+    table[:, 0] += within * BLOCK
+    return torch.from_numpy(table)
+
+
+@triton.jit(do_not_specialize=["key"])
+def _fill(out, table, key, BLOCK: tl.constexpr, GAUSSIAN: tl.constexpr):  # type: ignore[no-untyped-def]
+    row = table + 5 * tl.program_id(0)
+    first, module, start, stop, shift = (
+        tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3), tl.load(row + 4),
+    )  # fmt: skip
+    counter = first + tl.arange(0, BLOCK)
+    high = tl.zeros_like(counter) + module
+    low0, low1 = (counter & 0xFFFFFFFF).to(tl.uint32), (counter >> 32 & 0xFFFFFFFF).to(tl.uint32)
+    high0, high1 = (high & 0xFFFFFFFF).to(tl.uint32), (high >> 32 & 0xFFFFFFFF).to(tl.uint32)
+    v0, v1, v2, v3 = tl.philox(key, low0, low1, high0, high1)
+    if GAUSSIAN:
+        v0, v1 = _box_muller(v0, v1)
+        v2, v3 = _box_muller(v2, v3)
+    else:
+        v0, v1 = v0.to(tl.int32, bitcast=True), v1.to(tl.int32, bitcast=True)
+        v2, v3 = v2.to(tl.int32, bitcast=True), v3.to(tl.int32, bitcast=True)
+    values = tl.interleave(tl.interleave(v0, v2), tl.interleave(v1, v3))  # back to the order of elements
+    element = 4 * first + tl.arange(0, 4 * BLOCK)
+    tl.store(out + (element + shift), values, mask=(element >= start) & (element < stop))
+
+
+@triton.jit
+def _box_muller(first, second):  # type: ignore[no-untyped-def]
+    """The formula is in the docstring of `vllm_zo.noise`."""
+    u1 = tl.maximum(tl.abs(first.to(tl.int32, bitcast=True).to(tl.float32)), 0.25) * U1_STEP
+    radius = tl.sqrt(-2.0 * tl.log(u1))
+    angle = second.to(tl.int32, bitcast=True).to(tl.float32) * ANGLE_STEP
+    return radius * tl.cos(angle), radius * tl.sin(angle)

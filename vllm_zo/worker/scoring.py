@@ -1,0 +1,157 @@
+"""Scores on the device: from hidden rows at target positions to float32 cells of a loss table.
+
+Only the rows of the LM head that are needed are read: a handful for candidate labels, the whole head in chunks (with a
+running log-sum-exp) for log-probabilities. A cell belongs to one (probe, row, target): a member that runs again after a
+preemption overwrites its own cells and adds nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vllm_zo.commands import ScoreMember
+from vllm_zo.objectives.base import EncodedExample, ScoringRow
+from vllm_zo.objectives.cells import flatten_rows, row_offsets
+
+VOCAB_CHUNK = 8192
+"""LM-head rows upcast to float32 at a time: bounds the extra memory to chunk x hidden x 4 bytes."""
+TOKEN_CHUNK = 1024
+"""Target positions scored at a time against a vocabulary chunk."""
+
+
+class Head:
+    """Reads logits of chosen tokens from a vLLM LM head in float32, whatever the model's dtype.
+
+    Args:
+        lm_head: `ParallelLMHead`, or anything with `weight` (vocabulary rows of this rank) and optional `bias`.
+        logits_processor: vLLM's, for soft cap and scale.
+        vocab_start, vocab_stop: token ids whose rows this rank holds.
+        all_reduce: sums a tensor over tensor-parallel ranks, in the same order on every rank.
+    """
+
+    def __init__(self, lm_head: Any, logits_processor: Any, tp: Any = None) -> None:
+        self.lm_head = lm_head
+        self.soft_cap = getattr(logits_processor, "soft_cap", None)
+        self.scale = getattr(logits_processor, "scale", 1.0)
+        self.tp = tp if tp is not None and tp.world_size > 1 else None
+        size = int(logits_processor.org_vocab_size)
+        self.start = lm_head.shard_indices.org_vocab_start_index if self.tp else 0
+        self.stop = lm_head.shard_indices.org_vocab_end_index if self.tp else size
+
+    def _finish(self, logits: Tensor) -> Tensor:
+        if self.soft_cap is not None:
+            logits = torch.tanh(logits / self.soft_cap) * self.soft_cap
+        return logits * self.scale if self.scale != 1.0 else logits
+
+    def _rows(self, ids: Tensor) -> tuple[Tensor, Tensor | None]:
+        bias = getattr(self.lm_head, "bias", None)
+        return self.lm_head.weight[ids].float(), None if bias is None else bias[ids].float()
+
+    def label_logits(self, hidden_TD: Tensor, label_ids: Tensor) -> Tensor:
+        """(T, D) hidden rows, (L,) token ids -> (T, L) float32 logits."""
+        mine = (label_ids >= self.start) & (label_ids < self.stop)
+        weight_LD, bias_L = self._rows((label_ids - self.start).clamp(0, self.stop - self.start - 1))
+        logits = hidden_TD.float() @ weight_LD.T
+        if bias_L is not None:
+            logits = logits + bias_L
+        if self.tp is not None:
+            logits = self.tp.all_reduce(logits * mine)
+        return self._finish(logits)
+
+    def log_probs(self, hidden_TD: Tensor, label_T: Tensor) -> Tensor:
+        """(T, D) hidden rows, (T,) token ids -> (T,) float32 log p(token), normalised over the vocabulary."""
+        parts = [
+            self._log_probs(h, y) for h, y in zip(hidden_TD.split(TOKEN_CHUNK), label_T.split(TOKEN_CHUNK), strict=True)
+        ]
+        return torch.cat(parts)
+
+    def _log_probs(self, hidden_TD: Tensor, label_T: Tensor) -> Tensor:
+        hidden = hidden_TD.float()
+        total = torch.full((hidden.shape[0],), -torch.inf, device=hidden.device)
+        target = torch.zeros(hidden.shape[0], device=hidden.device)
+        for first in range(self.start, self.stop, VOCAB_CHUNK):
+            ids = torch.arange(first, min(first + VOCAB_CHUNK, self.stop), device=hidden.device)
+            weight, bias = self._rows(ids - self.start)
+            logits = hidden @ weight.T
+            logits = self._finish(logits if bias is None else logits + bias)
+            total = torch.logaddexp(total, logits.logsumexp(-1))
+            inside = (label_T >= first) & (label_T < first + len(ids))
+            picked = logits.gather(1, (label_T - first).clamp(0, len(ids) - 1).unsqueeze(1)).squeeze(1)
+            target = torch.where(inside, picked, target)
+        if self.tp is not None:
+            target = self.tp.all_reduce(target)
+            total = self.tp.all_gather(total.unsqueeze(0), dim=0).logsumexp(0)
+        return target - total
+
+
+@dataclass
+class LossTable:
+    """(probes, cells) float32, NaN until scored: a cell that was never written makes the group non-finite, not zero."""
+
+    examples: tuple[EncodedExample, ...]
+    rows: list[ScoringRow]
+    offsets: list[int]
+    cells_PC: Tensor
+
+    @classmethod
+    def empty(cls, examples: tuple[EncodedExample, ...], probes: int, device: torch.device) -> LossTable:
+        *offsets, total = row_offsets(examples)
+        cells = torch.full((probes, total), torch.nan, dtype=torch.float32, device=device)
+        return cls(examples, flatten_rows(examples), offsets, cells)
+
+
+def score_members(head: Head, hidden: Tensor, members: Sequence[tuple[ScoreMember, LossTable, int, int]]) -> None:
+    """Write the cells of all members that have target positions in this engine step.
+
+    Args:
+        hidden: (tokens of the step, D).
+        members: (member, its table, index in `hidden` of its first token of this step, tokens of it in this step).
+    """
+    for kind in ("labels", "logprobs"):
+        index: list[int] = []
+        labels: list[int] = []
+        cells: list[tuple[LossTable, int, int]] = []
+        for member, table, first, count in members:
+            row = table.rows[member.row]
+            if row.kind != kind:
+                continue
+            seen = range(member.num_computed_tokens, member.num_computed_tokens + count)
+            for i, position in enumerate(row.positions):
+                if position not in seen:
+                    continue
+                wanted = row.label_ids if kind == "labels" else row.label_ids[i : i + 1]
+                for j, label in enumerate(wanted):
+                    index.append(first + position - member.num_computed_tokens)
+                    labels.append(label)
+                    cells.append((table, member.probe, table.offsets[member.row] + i + j))
+        if index:
+            _write(_scores(head, hidden, kind, index, labels), cells)
+
+
+def _scores(head: Head, hidden: Tensor, kind: str, index: list[int], labels: list[int]) -> Tensor:
+    rows = torch.tensor(index, device=hidden.device)
+    ids = torch.tensor(labels, device=hidden.device)
+    if kind == "logprobs":
+        return head.log_probs(hidden[rows], ids)
+    unique_rows, row_of = rows.unique(return_inverse=True)
+    unique_ids, id_of = ids.unique(return_inverse=True)
+    return head.label_logits(hidden[unique_rows], unique_ids)[row_of, id_of]
+
+
+def _write(values: Tensor, cells: list[tuple[LossTable, int, int]]) -> None:
+    by_table: dict[int, tuple[LossTable, list[int], list[int], list[int]]] = {}
+    for i, (table, probe, cell) in enumerate(cells):
+        _, source, probes, columns = by_table.setdefault(id(table), (table, [], [], []))
+        source.append(i)
+        probes.append(probe)
+        columns.append(cell)
+    for table, source, probes, columns in by_table.values():
+        device = values.device
+        table.cells_PC[torch.tensor(probes, device=device), torch.tensor(columns, device=device)] = values[
+            torch.tensor(source, device=device)
+        ]

@@ -1,0 +1,337 @@
+"""Executes the scheduler's training commands on one rank. One engine step reads top to bottom in `Trainer`:
+
+before(commands)    make jobs, fold, open groups, materialise slots        -- then vLLM's own forward runs
+score(...)          hidden rows -> cells of the loss tables
+after(commands)     close groups: losses -> coefficients -> update; publish, snapshot
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
+
+from vllm_zo import noise
+from vllm_zo.checkpoint.replay import replay_into
+from vllm_zo.checkpoint.seed_log import read_seed_log
+from vllm_zo.checkpoint.snapshot import SnapshotInfo, load_snapshot, save_snapshot
+from vllm_zo.commands import (
+    CloseGroup,
+    Command,
+    CommandFailed,
+    DropGroup,
+    Fold,
+    GroupResult,
+    Materialise,
+    OpenGroup,
+    Publish,
+    ScoreMember,
+    Snapshot,
+    StartJob,
+    StopJob,
+    Unpublish,
+    ZOResults,
+)
+from vllm_zo.errors import SlotError
+from vllm_zo.methods.fold import fold_into
+from vllm_zo.methods.spaces import basis_of
+from vllm_zo.methods.state import AdapterState, FactorLayout
+from vllm_zo.worker.base_weights import BaseWeights, check_writable
+from vllm_zo.worker.modules import Target, find_targets
+from vllm_zo.worker.scoring import Head, LossTable, score_members
+from vllm_zo.worker.slots import SlotPool
+
+if TYPE_CHECKING:
+    from vllm.lora.lora_model import LoRAModel
+    from vllm.lora.request import LoRARequest
+
+logger = logging.getLogger("vllm.zo.worker")
+
+ADAPTER_SCHEME = "zo://"
+
+
+@dataclass
+class JobState:
+    """What a rank holds for a job: its fp32 state and the modules it lives in."""
+
+    start: StartJob
+    state: AdapterState
+    targets: tuple[Target, ...]
+
+
+@dataclass
+class OpenedGroup:
+    command: OpenGroup
+    table: LossTable
+
+
+@dataclass
+class PendingGroup:
+    """A closed group whose numbers are still on the device."""
+
+    group_id: str
+    losses: Tensor
+    predictions: Tensor
+    coefficients: Tensor
+    finite: Tensor
+
+    def resolve(self) -> GroupResult:
+        """Copy to the host; the only wait for the device, and not in the step."""
+        return GroupResult(
+            self.group_id,
+            self.losses.tolist(),
+            self.predictions.tolist(),
+            self.coefficients.tolist(),
+            bool(self.finite.item()),
+        )
+
+
+class Trainer:
+    """Training state of one worker: jobs, open groups, slots, published versions, base weights."""
+
+    def __init__(self, lora_manager: Any, num_slots: int, head: Head, device: torch.device) -> None:
+        self.manager = lora_manager._adapter_manager
+        self.pool = SlotPool(lora_manager, num_slots)
+        self.head = head
+        self.device = device
+        self.base = BaseWeights()
+        self.jobs: dict[str, JobState] = {}
+        self.groups: dict[str, OpenedGroup] = {}
+        self.published: dict[tuple[str, int], LoRAModel] = {}
+        self._failed: set[str] = set()
+        """Jobs of which a command failed. The scheduler hears of it a step later: groups that close meanwhile are
+        dropped, or the state would hold an update that no log has."""
+        self._pending: list[PendingGroup] = []
+        self._results = ZOResults()
+        self._serve_published(lora_manager)
+        self._warm_up()
+
+    @staticmethod
+    def _warm_up() -> None:
+        """The first noise in a process compiles its kernel (over a second on CPU): not in somebody's request."""
+        ranges = noise.ElementRanges.of([("warm-up", 0, 4)])
+        noise.normal(0, ranges, "cpu")
+        noise.uniform_int32(0, ranges, "cpu")
+
+    # --- commands ---------------------------------------------------------------------------------------------------
+
+    def run(self, commands: Sequence[Command]) -> None:
+        """Execute commands in order. One that raises fails its job and is reported; serving goes on."""
+        for command in commands:
+            job_id = getattr(command, "job_id", None) or self._job_of(command)
+            try:
+                self.execute(command)
+            except Exception as error:  # the boundary between a training bug and everybody's server
+                logger.exception("training command failed: %s", type(command).__name__)
+                self._failed.add(job_id)
+                self._results.failures.append(CommandFailed(job_id, f"{type(error).__name__}: {error}"))
+
+    def _job_of(self, command: Any) -> str:
+        group = self.groups.get(command.group_id)
+        return group.command.job_id if group else ""
+
+    @functools.singledispatchmethod
+    def execute(self, command: Command) -> None:
+        raise TypeError(f"unknown command {command!r}")
+
+    @execute.register
+    def _start(self, command: StartJob) -> None:
+        self._failed.discard(command.job_id)
+        targets = find_targets(self.manager, command.target_modules)
+        if command.update_space == "fold":
+            for target in targets:
+                check_writable(target.module.base_layer, target.shape.name)
+        layout = FactorLayout(tuple(t.shape for t in targets), command.method.rank)
+        state = AdapterState(command.method, layout, command.seed, command.num_bases, self.device)
+        self.jobs[command.job_id] = JobState(command, state, targets)
+        if command.seed_log is not None:
+            self._resume(self.jobs[command.job_id])
+        elif command.snapshot is not None:
+            self._mark_touched(self.jobs[command.job_id], load_snapshot(command.snapshot, state).step)
+        self._results.modules[command.job_id] = list(layout.modules)
+
+    def _resume(self, job: JobState) -> None:
+        """Rebuild the state from the log; in `fold` space the base is folded again on the way."""
+        assert job.start.seed_log is not None
+        log, state, start = read_seed_log(job.start.seed_log), job.state, job.start
+
+        def fold(key: int, basis: int) -> None:
+            self._fold_factors(job, basis, state.acc_BN[0], key)
+
+        replay_into(state, log, snapshot=start.snapshot, on_fold=fold if start.update_space == "fold" else None)
+        self._mark_touched(job, log.num_steps)
+
+    def _mark_touched(self, job: JobState, num_steps: int) -> None:
+        """After loading accumulators: which bases the first `num_steps` steps have touched."""
+        epochs = range(job.start.method.epoch(num_steps - 1) + 1) if num_steps else range(0)
+        last = epochs[-job.start.num_bases :]
+        job.state.mark_touched(last if job.start.update_space == "fold" else {e % job.start.num_bases for e in last})
+
+    @execute.register
+    def _stop(self, command: StopJob) -> None:
+        self.jobs.pop(command.job_id, None)
+        self.pool.evict_owner(command.job_id)
+        for group_id in [g for g, opened in self.groups.items() if opened.command.job_id == command.job_id]:
+            del self.groups[group_id]
+        if command.restore_base:
+            logger.info("restored the base weights of %d layers", self.base.restore())
+
+    @execute.register
+    def _open(self, command: OpenGroup) -> None:
+        table = LossTable.empty(command.examples, len(command.plan.probes), self.device)
+        self.groups[command.group_id] = OpenedGroup(command, table)
+
+    @execute.register
+    def _drop(self, command: DropGroup) -> None:
+        self.groups.pop(command.group_id, None)
+
+    @execute.register
+    def _materialise(self, command: Materialise) -> None:
+        opened = self.groups[command.group_id].command
+        job = self.jobs[opened.job_id]
+        self.pool.materialise(command.slot, opened.job_id, job.state, job.targets, opened.plan, command.probe)
+
+    @execute.register
+    def _close(self, command: CloseGroup) -> None:
+        opened = self.groups.pop(command.group_id)
+        if opened.command.job_id in self._failed:
+            return
+        plan, job = opened.command.plan, self.jobs[opened.command.job_id]
+        losses, predictions = job.start.objective.loss(opened.table.cells_PC, opened.command.examples)
+        finite = torch.isfinite(losses).all()
+        coefficients = torch.zeros(0, device=self.device)
+        if command.learning_rate is not None:
+            coefficients = job.start.method.coefficients(plan, losses)
+            finite = finite & torch.isfinite(coefficients).all()
+            coefficients = torch.where(finite, coefficients, torch.zeros_like(coefficients))
+            job.state.apply(plan, coefficients, command.learning_rate)
+        self._pending.append(PendingGroup(command.group_id, losses, predictions, coefficients, finite))
+
+    @execute.register
+    def _fold(self, command: Fold) -> None:
+        job = self.jobs[command.job_id]
+        if (taken := job.state.take()) is not None:
+            self._fold_factors(job, *taken, command.key)
+
+    def _fold_factors(self, job: JobState, basis: int, acc: Tensor, key: int) -> None:
+        """`W += U_acc V^T`, module by module in unfused coordinates, then packed layers are written back once."""
+        state = job.state
+        u_parts = state.layout.split_u(acc)
+        v_parts = state.layout.split_v(state.v_flat(basis))
+        layers: dict[int, tuple[Any, Tensor]] = {}
+        for target, u_OR, v_IR in zip(job.targets, u_parts, v_parts, strict=True):
+            layer = target.module.base_layer
+            _, weight = layers.setdefault(id(layer), (layer, self.base.read(layer)))
+            rows = _slice_rows(target, weight)
+            weight[rows] = fold_into(
+                weight[rows], u_OR[target.out_slice], v_IR[target.in_slice], key, target.shape.name
+            )
+        for layer, weight in layers.values():
+            self.base.write(layer, weight)
+
+    @execute.register
+    def _publish(self, command: Publish) -> None:
+        job = self.jobs[command.job_id]
+        self.published[command.job_id, command.version] = self._adapter_model(job)
+        self._save(job, command.path, command.version)
+
+    @execute.register
+    def _unpublish(self, command: Unpublish) -> None:
+        self.published.pop((command.job_id, command.version), None)
+
+    @execute.register
+    def _snapshot(self, command: Snapshot) -> None:
+        self._save(self.jobs[command.job_id], command.path, command.step)
+
+    def _save(self, job: JobState, path: str, step: int) -> None:
+        if get_tensor_model_parallel_rank() == 0:  # every rank holds the whole fp32 state; one of them writes it
+            basis = basis_of(job.start.method, max(step - 1, 0), job.start.update_space, job.start.num_bases)
+            save_snapshot(path, job.state, SnapshotInfo(step, basis))
+
+    # --- scoring ----------------------------------------------------------------------------------------------------
+
+    def score(
+        self,
+        members: Sequence[ScoreMember],
+        hidden: Tensor,
+        first_row: Mapping[str, int],
+        num_tokens: Mapping[str, int],
+    ) -> None:
+        """Fill the cells of the members that ran in this step.
+
+        Args:
+            hidden: (tokens of the step, D) final hidden states.
+            first_row, num_tokens: per request id, where its rows start in `hidden` and how many there are.
+        """
+        present = [
+            (m, self.groups[m.group_id].table, first_row[m.req_id], num_tokens[m.req_id])
+            for m in members
+            if m.group_id in self.groups
+        ]
+        if not present:
+            return
+        try:
+            score_members(self.head, hidden, present)
+        except Exception as error:  # as in `run`
+            logger.exception("scoring failed")
+            jobs = {self.groups[m.group_id].command.job_id for m, *_ in present}
+            self._failed |= jobs
+            self._results.failures += [CommandFailed(j, f"{type(error).__name__}: {error}") for j in jobs]
+
+    def take_results(self) -> tuple[list[PendingGroup], ZOResults]:
+        """What this step answers; the pending part is resolved when the output is read."""
+        taken = self._pending, self._results
+        self._pending, self._results = [], ZOResults()
+        return taken
+
+    # --- serving published versions
+    # ------------------------------------------------------------------------------------
+
+    def _serve_published(self, lora_manager: Any) -> None:
+        """Adapters whose path is `zo://<job>/<version>` come from memory; anything else goes vLLM's own way."""
+        load = lora_manager._load_adapter
+
+        def _load_adapter(request: LoRARequest) -> LoRAModel:
+            if not request.lora_path.startswith("zo"):
+                return load(request)
+            if not request.lora_path.startswith(ADAPTER_SCHEME):
+                raise SlotError(f"{request.lora_path}: ZO slots are materialised by the engine and cannot be loaded")
+            job_id, _, version = request.lora_path.removeprefix(ADAPTER_SCHEME).rpartition("/")
+            model = self.published.get((job_id, int(version)))
+            if model is None:
+                have = sorted(f"{ADAPTER_SCHEME}{j}/{v}" for j, v in self.published)
+                raise SlotError(f"{request.lora_path} is not published on this engine; published: {have or 'nothing'}")
+            return model.clone(request.lora_int_id)
+
+        lora_manager._load_adapter = _load_adapter
+
+    def _adapter_model(self, job: JobState) -> LoRAModel:
+        """The accumulator as a vLLM adapter: A = concat V_b^T, B = concat U_b, one rank block a touched basis."""
+        from vllm.lora.lora_model import LoRAModel
+        from vllm.lora.lora_weights import LoRALayerWeights
+
+        state, exponent = job.state, self.pool.exponent
+        bases = state.touched_bases() or [(0, 0)]
+        v_flat = torch.stack([state.v_flat(basis) for _, basis in bases]) * 2.0**-exponent
+        u_flat = torch.stack([state.acc_BN[row] for row, _ in bases]) * 2.0**exponent
+        rank = len(bases) * state.layout.rank
+        loras = {}
+        v_parts, u_parts = state.layout.split_v(v_flat), state.layout.split_u(u_flat)
+        for module, v_BIR, u_BOR in zip(state.layout.modules, v_parts, u_parts, strict=True):
+            a = v_BIR.permute(0, 2, 1).reshape(rank, -1).to(self.pool.dtype).cpu()
+            b = u_BOR.permute(1, 0, 2).reshape(-1, rank).to(self.pool.dtype).cpu()
+            loras[module.name] = LoRALayerWeights(module.name, rank, rank, a, b)
+        return LoRAModel(1, rank, loras)
+
+
+def _slice_rows(target: Target, weight: Tensor) -> slice:
+    """Rows of a packed layer's weight that belong to one Hugging Face module."""
+    sizes = target.module.output_slices
+    start = sum(sizes[: target.slice_index])
+    return slice(start, start + sizes[target.slice_index])

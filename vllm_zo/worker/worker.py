@@ -1,0 +1,171 @@
+"""vLLM's worker with training commands around its own forward; works with both model runners.
+
+`execute_model` runs the commands that came with the step and then vLLM's forward; `sample_tokens` first reads the
+hidden
+states that the runner kept, scores the members and closes groups, and then lets vLLM sample for everybody.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from copy import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.config import VllmConfig
+from vllm.distributed.parallel_state import get_tp_group
+from vllm.logger import init_logger
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
+from vllm.v1.worker.cpu_worker import CPUWorker
+from vllm.v1.worker.gpu_worker import Worker
+
+from vllm_zo import compat
+from vllm_zo.commands import COMMANDS_ATTR, RESULTS_ATTR, ZOCommands, ZOResults
+from vllm_zo.config import ZOTrainingConfig
+from vllm_zo.worker.scoring import Head
+from vllm_zo.worker.trainer import PendingGroup, Trainer
+
+logger = init_logger("vllm.zo.worker")
+
+_Base: Any = object
+"""Stands for the platform's worker: the mixin goes in front of it."""
+
+
+class WithResults(AsyncModelRunnerOutput):
+    """An asynchronous output that carries training results: an attribute set on it directly would be lost."""
+
+    def __init__(self, inner: AsyncModelRunnerOutput, pending: list[PendingGroup], results: ZOResults) -> None:
+        self.inner, self.pending, self.results = inner, pending, results
+
+    def get_output(self) -> ModelRunnerOutput:
+        return attach(self.inner.get_output(), self.pending, self.results)
+
+
+def attach(output: ModelRunnerOutput, pending: list[PendingGroup], results: ZOResults) -> ModelRunnerOutput:
+    """A copy of the output with the results on it (vLLM shares one empty output object between steps)."""
+    results.groups += [group.resolve() for group in pending]
+    output = copy(output)
+    setattr(output, RESULTS_ATTR, results)
+    return output
+
+
+class ZOWorkerMixin(_Base):
+    """Adds a Trainer to whichever worker the platform uses."""
+
+    def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
+        compat.install()
+        super().__init__(vllm_config, *args, **kwargs)
+        self.zo_config = ZOTrainingConfig.of_engine(vllm_config.additional_config)
+        self._zo_trainer: Trainer | None = None
+        self._zo_commands: ZOCommands | None = None
+
+    @property
+    def zo(self) -> Trainer:
+        """Made on first use, after vLLM's own warm-up has loaded and removed its dummy adapters."""
+        if self._zo_trainer is None:
+            model = self.model_runner.get_model()
+            head = Head(model.lm_head, model.logits_processor, get_tp_group())
+            lora_manager = self.model_runner.lora_manager
+            self._zo_trainer = Trainer(lora_manager, self.zo_config.slots, head, self.device)
+            for wrapper in lora_manager._adapter_manager.punica_wrapper_mapping.values():
+                wrapper.pool = self._zo_trainer.pool
+            self._skip_member_logits(model)
+        return self._zo_trainer
+
+    def compile_or_warm_up_model(self, *args: Any, **kwargs: Any) -> Any:
+        times = super().compile_or_warm_up_model(*args, **kwargs)
+        assert self.zo is not None
+        return times
+
+    # --- one engine step --------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
+        commands: ZOCommands | None = getattr(scheduler_output, COMMANDS_ATTR, None)
+        self._zo_commands = commands
+        if commands is None:
+            return super().execute_model(scheduler_output)
+        self._zo_num_tokens = scheduler_output.num_scheduled_tokens
+        self.zo.run(commands.before)
+        output = super().execute_model(scheduler_output)
+        if output is None:
+            return None
+        # Nothing was scheduled: vLLM answers at once and does not call sample_tokens.
+        self._zo_commands = None
+        self.zo.run(commands.after)
+        return self._with_results(output)
+
+    @torch.inference_mode()
+    def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
+        commands, self._zo_commands = self._zo_commands, None
+        if commands is None:
+            return super().sample_tokens(*args, **kwargs)
+        if commands.members:
+            first_row, hidden = self._rows_of_requests()
+            self.zo.score(commands.members, hidden, first_row, self._zo_num_tokens)
+        self.zo.run(commands.after)
+        return self._with_results(super().sample_tokens(*args, **kwargs))
+
+    def _rows_of_requests(self) -> tuple[dict[str, int], Tensor]:
+        """Where each request's tokens start among the hidden states of the step that just ran."""
+        state = self.model_runner.execute_model_state
+        batch = getattr(state, "input_batch", None) or self.model_runner.input_batch
+        first_row, row = {}, 0
+        for req_id in batch.req_ids:
+            first_row[req_id] = row
+            row += self._zo_num_tokens.get(req_id, 0)
+        return first_row, state.hidden_states
+
+    def _with_results(self, output: Any) -> Any:
+        pending, results = self.zo.take_results()
+        if not pending and not results.failures and not results.modules:
+            return output
+        if isinstance(output, AsyncModelRunnerOutput):
+            return WithResults(output, pending, results)
+        return attach(output, pending, results)
+
+    # --- members need no logits ---------------------------------------------------------------------------------------
+
+    def _skip_member_logits(self, model: Any) -> None:
+        """vLLM computes full-vocabulary logits for the last token of every request; members only need their label rows.
+
+        Members sample one greedy token that nobody reads, so their rows may hold anything: zeros.
+        """
+        compute_logits: Callable[..., Tensor | None] = model.compute_logits
+
+        def compute_serving_logits(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
+            serving = self._serving_rows(hidden_states.shape[0])
+            if serving is None:
+                return compute_logits(hidden_states, *args, **kwargs)
+            vocab = self.model_config.get_vocab_size()
+            if not serving:
+                return hidden_states.new_zeros((hidden_states.shape[0], vocab))
+            logits = compute_logits(hidden_states[serving], *args, **kwargs)
+            if logits is None:
+                return None
+            out = logits.new_zeros((hidden_states.shape[0], logits.shape[-1]))
+            out[serving] = logits
+            return out
+
+        model.compute_logits = compute_serving_logits
+
+    def _serving_rows(self, rows: int) -> list[int] | None:
+        """Rows of the sampling batch that are not members; None when there are no members or rows are not requests."""
+        if self._zo_commands is None or not self._zo_commands.members:
+            return None
+        batch = getattr(self.model_runner, "input_batch", None)
+        req_ids = list(batch.req_ids) if batch is not None else []
+        if len(req_ids) != rows:
+            return None
+        members = {m.req_id for m in self._zo_commands.members}
+        return [i for i, req_id in enumerate(req_ids) if req_id not in members]
+
+
+class ZOCPUWorker(ZOWorkerMixin, CPUWorker):
+    """On CPU."""
+
+
+class ZOGPUWorker(ZOWorkerMixin, Worker):
+    """On CUDA."""
