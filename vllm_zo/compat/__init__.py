@@ -16,8 +16,9 @@ def install() -> None:
 
     engine_core.install()
     if current_platform.is_cpu():
-        from vllm_zo.compat import cpu_lora, kernel_overrides
+        from vllm_zo.compat import cpu_linear, cpu_lora, kernel_overrides
 
+        cpu_linear.install()
         cpu_lora.install()
         kernel_overrides.install()
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
-from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+from vllm.model_executor.layers import utils
 from vllm.platforms import current_platform
 
 from vllm_zo.errors import ConfigError
@@ -87,4 +87,4 @@ def _unpack(layer: Any) -> Tensor:
 def _pack(layer: Any, weight_OI: Tensor) -> None:
     """Let vLLM choose the packer again, as at load. The AMX packer moved the bias to float32; that is kept."""
     layer.weight = torch.nn.Parameter(weight_OI.to(layer.weight.dtype), requires_grad=False)
-    dispatch_cpu_unquantized_gemm(layer, remove_weight=True)
+    utils.dispatch_cpu_unquantized_gemm(layer, remove_weight=True)

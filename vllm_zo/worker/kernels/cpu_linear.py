@@ -1,0 +1,51 @@
+"""16-bit linear layers on a CPU without 16-bit matrix instructions: the product in float32, the weight kept in 16 bits.
+
+Such a CPU emulates a bfloat16 product one multiplication at a time, 3 to 8 times slower than float32. Widening a weight
+costs one pass over it, which a batch of some tokens pays back many times; no second copy of the weights is kept.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+MIN_TOKENS = 16
+"""Below this, reading the weight once in 16 bits is cheaper than widening it (measured at 768 to 3,072 features)."""
+BLOCK_ELEMENTS = 1 << 21
+"""Weight elements widened at a time: 8 MiB, which stays in a shared cache."""
+
+_NATIVE = {torch.bfloat16: ("avx512_bf16", "amx_bf16", "bf16"), torch.float16: ("avx512_fp16", "amx_fp16", "fp16")}
+"""What torch.cpu.get_capabilities() calls the instructions, on x86 (the first two) and ARM."""
+
+_scratch: list[Tensor] = []
+
+
+def is_emulated(dtype: torch.dtype) -> bool:
+    """Whether this CPU has no instructions to multiply matrices of `dtype`."""
+    capabilities = torch.cpu.get_capabilities()
+    return dtype in _NATIVE and not any(capabilities.get(name, False) for name in _NATIVE[dtype])
+
+
+def widened_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`x W^T + bias` in float32, rounded once to x's dtype. x: (..., I), weight: (O, I), bias: (O,) -> (..., O)."""
+    tokens = x.numel() // x.shape[-1]
+    if tokens < MIN_TOKENS or torch.compiler.is_compiling():
+        return F.linear(x, weight, bias)
+    outputs, inputs = weight.shape
+    wide = x.reshape(tokens, inputs).float()
+    y = x.new_empty(tokens, outputs)
+    rows = max(1, BLOCK_ELEMENTS // inputs)
+    for start in range(0, outputs, rows):
+        block = weight[start : start + rows]
+        widened = _buffer(block.numel()).view_as(block).copy_(block)
+        part = None if bias is None else bias[start : start + rows].float()
+        y[:, start : start + rows] = F.linear(wide, widened, part)
+    return y.view(*x.shape[:-1], outputs)
+
+
+def _buffer(elements: int) -> Tensor:
+    """Scratch kept between calls: fresh memory would cost a page fault for every 4 KiB. One thread runs the model."""
+    if not _scratch or _scratch[0].numel() < elements:
+        _scratch[:] = [torch.empty(max(elements, BLOCK_ELEMENTS), dtype=torch.float32)]
+    return _scratch[0][:elements]
