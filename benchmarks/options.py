@@ -9,7 +9,7 @@ from pathlib import Path
 from benchmarks.baselines import CONTENDERS
 from benchmarks.shapes import SHAPES
 
-SLOW = ("official", "official-addmm")
+SLOW = ("official", "official-addmm", "strong")
 """Contenders that take only the first steps of a window."""
 
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers import utils
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.platforms import current_platform
 
 from vllm_zo.errors import ConfigError

@@ -6,6 +6,8 @@ costs one pass over it, which a batch of some tokens pays back many times; no se
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -21,6 +23,7 @@ _NATIVE = {torch.bfloat16: ("avx512_bf16", "amx_bf16", "bf16"), torch.float16: (
 _scratch: list[Tensor] = []
 
 
+@functools.cache
 def is_emulated(dtype: torch.dtype) -> bool:
     """Whether this CPU has no instructions to multiply matrices of `dtype`."""
     capabilities = torch.cpu.get_capabilities()

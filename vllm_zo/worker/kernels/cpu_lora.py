@@ -1,8 +1,7 @@
 """LoRA on CPU as grouped GEMMs: one shrink a run of tokens that share A, one expand a run that shares the adapter.
 
 Stock vLLM gathers A and B per token (`lora_b_weights[lora_indices_tensor]`): for a few hundred tokens that moves far
-more
-memory than the base weights. Tokens of one request are contiguous, so a batch is a short list of runs.
+more memory than the base weights. Tokens of one request are contiguous, so a batch is a short list of runs.
 """
 
 from __future__ import annotations
@@ -13,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+
+from vllm_zo.worker.kernels.cpu_linear import is_emulated
 
 
 @dataclass(frozen=True)
@@ -95,12 +96,13 @@ class GroupedPunicaWrapper(PunicaWrapperCPU):
         x = x.view(-1, x.shape[-1])
         if not add_inputs:
             y.zero_()
+        wide = Tensor.float if is_emulated(x.dtype) else lambda tensor: tensor
         for span in self.spans:
-            rows = x[span.start : span.stop]
+            rows = wide(x[span.start : span.stop])
             offset = 0
             for a, b, size in zip(lora_a_stacked, lora_b_stacked, output_slices, strict=True):
                 rank = a.shape[2] if span.rank < 0 else span.rank
-                shrunk = rows @ a[span.runs[0].slot, 0, :rank].T
+                shrunk = (rows @ wide(a[span.runs[0].slot, 0, :rank]).T).to(x.dtype)
                 if scale != 1.0:
                     shrunk *= scale
                 for run in span.runs:
