@@ -56,6 +56,7 @@ def environment(name: str, cores: list[int]) -> dict[str, str]:
     }
     if name == "ours":  # vLLM binds its own threads; by default it would leave one core to the front end
         return common | {
+            "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; the default is nearly all memory, and the baselines need some
             "VLLM_CPU_OMP_THREADS_BIND": listed,
             "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",

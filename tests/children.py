@@ -18,6 +18,10 @@ from typing import Any
 
 LONG_JOB: dict[str, Any] = {"steps": 120, "checkpoint_interval": 40}
 """Changes to tests.trajectories.JOB: long enough to be interrupted in the middle."""
+ENDLESS: dict[str, Any] = {"steps": 10_000, "divergence_factor": None}
+"""Changes to JOB for a job that something else will end."""
+ONE_PROCESS = {"distributed_executor_backend": "uni"}
+"""Engine option: the worker inside the engine's own process, where it would be another one. Saves its imports (7 s)."""
 DEADLINE_S = 240
 """Of a child, from its start. Three engine starts on a busy machine."""
 
@@ -97,6 +101,28 @@ def train(report: Any, model: str, directory: str) -> None:
         time.sleep(0.02)
 
     run_job(engine(model, zo_training=True), **LONG_JOB, output_dir=directory, callbacks=[slowly])
+
+
+def train_apart(report: Any, model: str, directory: str) -> None:
+    """The same with a job that only a signal ends; for an engine in another process, which no callback slows down."""
+    from tests.trajectories import train as run_job
+
+    run_job(engine(model, zo_training=True, **ONE_PROCESS), **ENDLESS, output_dir=directory)
+
+
+def answer_in_stock_vllm(report: Any, *pairs: str) -> None:
+    """What a vLLM without this package answers with adapters; `pairs` are "model:adapter"."""
+    from vllm import LLM
+    from vllm.lora.request import LoRARequest
+
+    from tests import scores
+
+    for pair in pairs:
+        model, adapter = pair.split(":")
+        llm = LLM(model, max_model_len=128, dtype="float32", block_size=32, enable_lora=True, max_lora_rank=16)
+        report(answers=scores.of_vllm(llm, model, lora_request=LoRARequest("adapter", 1, adapter)))
+        llm.llm_engine.engine_core.shutdown()  # vLLM keeps what its workers share in globals: one engine at a time
+    assert not any(name.partition(".")[0] == "vllm_zo" for name in sys.modules), "not a stock vLLM"
 
 
 def main(name: str, *arguments: str) -> None:

@@ -6,7 +6,8 @@
     run = llm.finetune(train="train.jsonl", validation="dev.jsonl",
                        objective=Classification("{sentence} It was", [" terrible", " great"]), method=LoZO())
 
-Importing this package does not import vLLM; once vLLM's `LLM` is imported, it accepts `zo_training`.
+Importing this package does not import vLLM; once vLLM's `LLM` is imported, it accepts `zo_training`, and so does
+`AsyncEngineArgs`, of which an `AsyncLLM` is made.
 """
 
 from __future__ import annotations
@@ -45,7 +46,21 @@ def _patch_llm() -> None:
     llm.install()
 
 
+def _patch_async_engine_args() -> None:
+    from vllm_zo.compat import async_llm
+
+    async_llm.install_args()
+
+
+def _patch_async_llm() -> None:
+    from vllm_zo.compat import async_llm
+
+    async_llm.install()
+
+
 when_imported("vllm.entrypoints.llm", _patch_llm)
+when_imported("vllm.engine.arg_utils", _patch_async_engine_args)
+when_imported("vllm.v1.engine.async_llm", _patch_async_llm)
 
 
 def __getattr__(name: str) -> Any:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
+import threading
 from typing import Any
 
 from vllm_zo.compat.registry import Patch
+from vllm_zo.errors import ConfigError
 
 UTILITIES = Patch(
     target="vllm.v1.engine.core:EngineCore.zo_*",
@@ -14,9 +19,10 @@ UTILITIES = Patch(
     remove_when="EngineCore has training utility calls",
 )
 EXCLUSIVE = Patch(
-    target="vllm.v1.engine.core:EngineCore.preprocess_add_request",
-    why="while a `fold` job changes the base, a request must be refused with a reason instead of answered wrongly",
-    how="asks the scheduler first; an error here is reported to that client (in the scheduler it would end the engine)",
+    target="vllm.v1.engine.core:EngineCore.add_request",
+    why="while a `fold` job changes the base the scheduler refuses other requests, and an error of its ends the engine",
+    how="answers that client instead: finish_reason 'error', with the words in stop_reason. Not while the request is "
+    "prepared: that is another thread's, and may come before a job whose start is in the queue ahead of it",
     upstream="none",
     remove_when="the scheduler interface has a way to reject a request with a message",
 )
@@ -30,14 +36,24 @@ EXCLUSIVE_IN_PROCESS = Patch(
 )
 DRAINING = Patch(
     target="vllm.v1.engine.core:EngineCoreProc._handle_shutdown",
-    why="a draining engine exits when it has no work; a training job would keep it alive for ever",
-    how="tells the scheduler that shutdown has begun, before vLLM looks for remaining work",
+    why="a draining engine exits when it has no work; a training job would keep it alive for ever. And vLLM stops the "
+    "workers (2 s) before the scheduler, with 5 s for everything before it kills",
+    how="tells the scheduler that shutdown has begun, before vLLM looks for remaining work, and closes the jobs' logs "
+    "before anything is torn down",
     upstream="none",
     remove_when="the scheduler interface is told about shutdown",
+)
+ORPHANED = Patch(
+    target="vllm.v1.engine.core:EngineCoreProc.run_busy_loop",
+    why="the engine process outlives a front end that was killed (SIGTERM, kill -9), and would train on for nobody",
+    how="a thread waits for the end of the parent process, then asks for the same shutdown that the parent would have",
+    upstream="none",
+    remove_when="an engine process ends with the process that started it",
 )
 
 
 def install() -> None:
+    from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
     from vllm.v1.engine.core import EngineCore, EngineCoreProc
     from vllm.v1.engine.llm_engine import LLMEngine
 
@@ -56,14 +72,19 @@ def install() -> None:
     for method in (zo_start, zo_status, zo_stop, zo_restore_base):
         UTILITIES.apply(EngineCore, method.__name__, method, adds=True)
 
-    original_preprocess = EngineCore.preprocess_add_request
+    original_core_add_request = EngineCore.add_request
 
-    def preprocess_add_request(self: Any, request: Any) -> Any:
-        if (check := getattr(self.scheduler, "check_not_exclusive", None)) is not None:
-            check()
-        return original_preprocess(self, request)
+    def core_add_request(self: Any, request: Any, *args: Any, **kwargs: Any) -> None:
+        try:
+            original_core_add_request(self, request, *args, **kwargs)
+        except ConfigError as error:
+            if not isinstance(self, EngineCoreProc):
+                raise
+            refusal = EngineCoreOutput(request.request_id, [], finish_reason=FinishReason.ERROR, stop_reason=str(error))
+            outputs = EngineCoreOutputs(outputs=[refusal], finished_requests={request.request_id})
+            self.output_queue.put_nowait((request.client_index, outputs))
 
-    EXCLUSIVE.apply(EngineCore, "preprocess_add_request", preprocess_add_request)
+    EXCLUSIVE.apply(EngineCore, "add_request", core_add_request)
 
     original_add_request = LLMEngine.add_request
 
@@ -78,8 +99,28 @@ def install() -> None:
     original_handle_shutdown = EngineCoreProc._handle_shutdown
 
     def _handle_shutdown(self: Any) -> bool:
-        if not self.is_running() and hasattr(self.scheduler, "zo_draining"):
+        trains = hasattr(self.scheduler, "zo_draining")
+        if trains and not self.is_running():
             self.scheduler.zo_draining = True
-        return original_handle_shutdown(self)
+        goes_on: bool = original_handle_shutdown(self)
+        if trains and not goes_on:
+            self.scheduler.zo.close()
+        return goes_on
 
     DRAINING.apply(EngineCoreProc, "_handle_shutdown", _handle_shutdown)
+
+    original_run_busy_loop = EngineCoreProc.run_busy_loop
+
+    def run_busy_loop(self: Any) -> None:
+        if hasattr(self.scheduler, "zo"):
+            threading.Thread(target=_end_with_parent, name="zo-parent", daemon=True).start()
+        original_run_busy_loop(self)
+
+    ORPHANED.apply(EngineCoreProc, "run_busy_loop", run_busy_loop)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "an engine process is started by vLLM's front end"
+    parent.join()
+    os.kill(os.getpid(), signal.SIGTERM)  # vLLM's handler: in-flight steps end, logs are closed

@@ -248,15 +248,15 @@ class Controller:
         if job.ending is not None:
             self._end(job, *job.ending)
         elif recorder.error is not None:
-            self._end(job, FAILED, f"the seed log cannot be written: {recorder.error}")
+            self._end(job, FAILED, str(recorder.error))
         elif (why := job.divergence()) is not None:
             self._end(job, FAILED, f"{why}; lower the learning rate. The state up to the best evaluation is kept.")
 
     def _keep_best(self, job: Job) -> None:
-        """Keep the best and the newest published version; forget the rest."""
-        keep = {max(job.published, default=0), (job.best() or {}).get("step")}
-        if not job.config.keep_best:
-            keep.discard((job.best() or {}).get("step"))
+        """Keep the newest published version, and the best where it is to be given back; forget the rest."""
+        keep = {max(job.published, default=0)}
+        if job.config.keep_best:
+            keep.add((job.best() or {}).get("step", 0))
         for version in sorted(job.published - keep):
             self._commands.before.append(Unpublish(job.job_id, version))
             job.published.discard(version)
@@ -275,14 +275,19 @@ class Controller:
 
     def _finish(self, job: Job, status: str, error: str | None = None) -> None:
         self._drop_group_of(job)
+        recorder = self.recorders[job.job_id]
+        recorder.close()
+        if status == SUCCEEDED and recorder.error is not None:  # its last steps are in no log
+            status, error = FAILED, str(recorder.error)
         job.status, job.error = status, error
         if job.space == "bank" and not job.validation and job.recorded > 0:
             self._publish_last(job)
-        elif job.space == "fold" and job.unfolded and not self.recorders[job.job_id].waiting:
+        elif job.space == "fold" and job.unfolded and not recorder.waiting:
             self._fold(job, job.recorded)
         self._commands.before.append(StopJob(job.job_id))
         self.queue.remove(job.job_id)
-        self.recorders[job.job_id].close(job.summary())
+        recorder.summarise(job.summary())
+        job.forget_examples()
         log = logger.error if status == FAILED else logger.info
         log("job %s %s at step %d%s", job.job_id, status, job.recorded, f": {error}" if error else "")
 
@@ -295,7 +300,8 @@ class Controller:
     def close(self) -> None:
         """The engine is going down: leave every unfinished job's log complete on disk, so that it can be resumed."""
         for job_id in self.queue:
-            self.recorders[job_id].close(self.jobs[job_id].summary())
+            self.recorders[job_id].close()
+            self.recorders[job_id].summarise(self.jobs[job_id].summary())
 
     def status(self, job_id: str, since: int = 0) -> dict[str, Any]:
         """Summary and metric records from `since` on; what the front end polls."""

@@ -233,6 +233,10 @@ class Job:
             return f"the training loss rose from {first:.3f} to {last:.3f} nats (mean of {DIVERGENCE_WINDOW} steps)"
         return None
 
+    def forget_examples(self) -> None:
+        """At its end: an engine knows its jobs for as long as it lives, and their examples are on disk."""
+        self.train = self.validation = ()
+
     def best(self) -> dict[str, Any] | None:
         """The evaluation with the lowest loss (ties: the earliest), or None without validation data."""
         return min(self.evaluations, key=lambda e: e["eval_loss"], default=None)

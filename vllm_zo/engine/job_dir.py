@@ -98,8 +98,8 @@ def load_job(
     """Everything the controller needs to run the job in `directory`; continues it when its seed log has steps.
 
     Raises:
-        ConfigError: the method cannot run in the update space, does not fit the slots, or the base is quantised and the
-            space is `fold`.
+        ConfigError: the method cannot run in the update space, does not fit the slots, the base is quantised and the
+            space is `fold`, or the state to evaluate is not on disk.
     """
     description = read_description(directory)
     config, model = JobConfig.from_json(description["config"]), description["model"]
@@ -139,7 +139,9 @@ def load_job(
         )
 
     recorder = JobRecorder(directory, None if evaluate_only else make_header, resume=log_path is not None)
-    snapshot = description["initial"] or str(directory / "snapshot.safetensors")
+    if (initial := description["initial"]) is not None and not Path(initial).exists():
+        raise ConfigError(f"{initial}: the state to evaluate is not there (was the disk full?); save and load the run.")
+    snapshot = initial or str(directory / "snapshot.safetensors")
     start = StartJob(
         job_id=job_id,
         seed=config.seed,

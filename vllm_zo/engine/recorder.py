@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
@@ -10,7 +12,10 @@ from typing import Any, TextIO
 from vllm_zo.checkpoint.files import write_atomically
 from vllm_zo.checkpoint.header import SeedLogHeader
 from vllm_zo.checkpoint.seed_log import SeedLogWriter
+from vllm_zo.errors import JobError
 from vllm_zo.methods.base import ModuleShape
+
+logger = logging.getLogger("vllm.zo")
 
 
 class JobRecorder:
@@ -33,20 +38,31 @@ class JobRecorder:
         self._resume = resume
         self._log: SeedLogWriter | None = None
         self._metrics: TextIO | None = None
+        self._metrics_error: JobError | None = None
 
     def open(self, modules: Sequence[ModuleShape]) -> None:
+        """Start or continue the files.
+
+        Raises:
+            ConfigError: the seed log is another job's, or in use.
+            JobError: the disk refuses.
+        """
         path = self.directory / "metrics.jsonl"
         if self._make_header is not None:
             self._log = SeedLogWriter(self.directory / "seeds.log", self._make_header(modules), resume=self._resume)
             if self._resume and path.exists():
                 write_atomically(path, _records_until(path, self._log.next_step))
         # Line by line: a process that is killed leaves whole lines, and whoever follows the file sees each at once.
-        self._metrics = path.open("a", encoding="utf-8", buffering=1)
+        try:
+            self._metrics = path.open("a", encoding="utf-8", buffering=1)
+        except OSError as error:
+            raise _cannot_write(path, error) from error
         self.waiting = False
 
     @property
-    def error(self) -> Exception | None:
-        return self._log.error if self._log is not None else None
+    def error(self) -> JobError | None:
+        """Why the disk does not hold everything; the steps until then can be resumed from the log."""
+        return (self._log.error if self._log is not None else None) or self._metrics_error
 
     def step(self, step: int, learning_rate: float, coefficients: list[float], finite: bool) -> None:
         assert self._log is not None
@@ -55,14 +71,29 @@ class JobRecorder:
     def metrics(self, record: dict[str, Any]) -> None:
         self.records.append(record)
         assert self._metrics is not None
-        self._metrics.write(json.dumps(record) + "\n")
+        try:
+            self._metrics.write(json.dumps(record) + "\n")
+        except OSError as error:  # the engine serves others: a full disk must not reach its step loop
+            self._metrics_error = _cannot_write(self.directory / "metrics.jsonl", error)
 
-    def close(self, summary: dict[str, Any]) -> None:
+    def close(self) -> None:
+        """Write what is left and stop. Never raises: afterwards `error` says whether everything is on disk."""
         if self._log is not None:
             self._log.close()
         if self._metrics is not None:
-            self._metrics.close()
-        (self.directory / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
+            with contextlib.suppress(OSError):  # the line that did not fit was reported when it was written
+                self._metrics.close()
+
+    def summarise(self, summary: dict[str, Any]) -> None:
+        """Write `summary.json`; where that fails the run itself is none the worse."""
+        try:
+            write_atomically(self.directory / "summary.json", json.dumps(summary, indent=1).encode())
+        except JobError as error:
+            logger.error("%s", error)
+
+
+def _cannot_write(path: Path, error: OSError) -> JobError:
+    return JobError(f"cannot write {path}: {error.strerror}; free space, then resume.")
 
 
 def _records_until(path: Path, num_steps: int) -> bytes:

@@ -57,7 +57,7 @@ Model = Annotated[str | None, typer.Option(help="Where the base model is now, if
 @app.command()
 def export(
     job: Annotated[Path, typer.Argument(help="Directory of a job (--output of train).", metavar="JOB_DIR")],
-    out: Annotated[Path, typer.Argument(help="Directory to write.")],
+    out: Annotated[Path, typer.Argument(help="Directory to write.", metavar="OUT")],
     merged: Annotated[bool, typer.Option("--merged", help="A whole model instead of an adapter.")] = False,
     rank: Annotated[int | None, typer.Option(help="Compress the adapter to this rank; says what is lost.")] = None,
     upto: Upto = None,

@@ -101,7 +101,7 @@ def train(
     ] = None,
     keep_best: Annotated[
         bool | None,
-        _option(RESULTS, "Give back the best evaluation, or the last step.", flag="--keep-best/--keep-last"),
+        _option(RESULTS, "Give back the best evaluation (default), or the last step.", flag="--keep-best/--keep-last"),
     ] = None,
     output: Annotated[
         Path | None, _option(RESULTS, "Directory of the job and its results. Unset: runs/<time>.", metavar="DIR")

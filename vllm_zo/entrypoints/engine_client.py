@@ -3,9 +3,14 @@ runs."""
 
 from __future__ import annotations
 
+import asyncio
+import signal
+import threading
 import time
 import uuid
+from collections.abc import Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from typing import Any
 
 from vllm_zo.errors import ConfigError
@@ -35,13 +40,8 @@ class EngineClient:
         """
         if self.in_process:
             return getattr(self._core.engine_core, method)(*args)
-        try:
+        with _refusals_of(method):
             return self._call_child(method, args)
-        except Exception as error:  # vLLM carries a refusal over as a plain Exception with this text
-            refused = f"Call to {method} method failed: "
-            if str(error).startswith(refused):
-                raise ConfigError(str(error).removeprefix(refused)) from error
-            raise
 
     def _call_child(self, method: str, args: tuple[Any, ...]) -> Any:
         """`SyncMPClient.call_utility`, which would wait for ever for an engine that dies before it answers."""
@@ -64,5 +64,55 @@ class EngineClient:
             return True
         if not self._core.engine_core.scheduler.has_requests():
             return False
-        self.llm_engine.step()
+        with _whole_under_ctrl_c():
+            self.llm_engine.step()
         return True
+
+
+class AsyncEngineClient:
+    """The same for an `AsyncLLM`, whose engine always is a child process; for its event loop only."""
+
+    def __init__(self, engine: Any) -> None:
+        self._core = engine.engine_core
+
+    async def call(self, method: str, *args: Any) -> Any:
+        """`EngineClient.call`, with its errors."""
+        answer = asyncio.ensure_future(self._core.call_utility_async(method, *args))
+        try:
+            with _refusals_of(method):
+                while not answer.done():
+                    await asyncio.wait([answer], timeout=LIVENESS_INTERVAL_S)
+                    self._core.ensure_alive()
+                return answer.result()
+        finally:
+            answer.cancel()
+
+
+@contextmanager
+def _refusals_of(method: str) -> Iterator[None]:
+    """vLLM carries a refusal over as a plain Exception with this text."""
+    try:
+        yield
+    except Exception as error:
+        refused = f"Call to {method} method failed: "
+        if str(error).startswith(refused):
+            raise ConfigError(str(error).removeprefix(refused)) from error
+        raise
+
+
+@contextmanager
+def _whole_under_ctrl_c() -> Iterator[None]:
+    """Let Ctrl-C wait for the end of the block: a step cut off in the middle leaves groups whose results never come,
+    and the job could then not be cancelled. Only the main thread hears of Ctrl-C, and only it may set a handler."""
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield
+        return
+    pressed: list[tuple[int, Any]] = []
+    signal.signal(signal.SIGINT, lambda number, frame: pressed.append((number, frame)))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if pressed:
+        before(*pressed[0])

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from vllm_zo.config import ZOTrainingConfig
@@ -85,6 +86,8 @@ def _check_supports_lora(model: str, options: Mapping[str, Any]) -> None:
     from vllm.engine.arg_utils import EngineArgs
     from vllm.model_executor.models import supports_lora
 
+    if model.startswith(("/", "./", "../", "~")) and not Path(model).is_dir():  # else the hub is asked for that name
+        raise ConfigError(f"model={model!r}: no such directory; give a checkpoint's directory or a Hugging Face name.")
     given = {name: options[name] for name in _MODEL_OPTIONS if name in options}
     model_config = EngineArgs(model=model, **given).create_model_config()
     model_class, _ = model_config.registry.resolve_model_cls(model_config.architectures, model_config)

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 if TYPE_CHECKING:
-    from vllm_zo.entrypoints.run import FineTuneRun
+    from vllm_zo.entrypoints.run import JobResult
 
 WINDOW = 20
 """Steps averaged for the loss and accuracy shown: single batches jump too much to read."""
@@ -35,7 +35,7 @@ class ProgressBar:
         self._started: tuple[float, int] | None = None
         """Time and step at which the first record came: the rate counts from there."""
 
-    def __call__(self, run: FineTuneRun, record: dict[str, Any]) -> None:
+    def __call__(self, run: JobResult, record: dict[str, Any]) -> None:
         if self._bar is not None:
             self._bar.start()
         if "eval_loss" in record:
@@ -44,7 +44,7 @@ class ProgressBar:
         else:
             self._on_step(run, record["step"])
 
-    def _on_step(self, run: FineTuneRun, step: int) -> None:
+    def _on_step(self, run: JobResult, step: int) -> None:
         now = time.monotonic()
         if self._started is None:
             self._started = (now, step)

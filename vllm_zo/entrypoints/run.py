@@ -19,15 +19,15 @@ from vllm_zo.errors import ConfigError, JobError
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
 
-Callback = Callable[["FineTuneRun", dict[str, Any]], None]
+Callback = Callable[["JobResult", dict[str, Any]], None]
 """Called as callback(run, record) for every step and evaluation, in order. One with a method `close` has it called when
 following the run ends, however it ends; after a pause of the engine records may come again."""
 
 _lora_ids = itertools.count(1 << 20)
 
 
-class FineTuneRun:
-    """A fine-tuning job of this engine.
+class JobResult:
+    """What is known of a job, and what it gives back.
 
     Attributes:
         history: one record a training step: step, loss, accuracy, loss_plus, loss_minus, projected_grad, learning_rate,
@@ -36,34 +36,34 @@ class FineTuneRun:
         directory: seed log, metrics.jsonl and snapshots.
     """
 
-    def __init__(
-        self, client: EngineClient, directory: Path, config: JobConfig, model: str, callbacks: Iterable[Callback] = ()
-    ) -> None:
+    def __init__(self, directory: Path, config: JobConfig, model: str, callbacks: Iterable[Callback] = ()) -> None:
         self.job_id = directory.name
         self.directory = directory
         self.config = config
         self.model = model
         self.history: list[dict[str, Any]] = []
         self.evaluations: list[dict[str, Any]] = []
-        self._client = client
         self._callbacks = list(callbacks)
         self._summary: dict[str, Any] = {"status": "queued"}
         self._lora_requests: dict[int, LoRARequest] = {}
 
-    # --- following ----------------------------------------------------------------------------------------------------
+    # --- what the engine answers --------------------------------------------------------------------------------------
 
     @property
     def status(self) -> str:
         """queued, running, succeeded, failed or cancelled."""
         return str(self._summary["status"])
 
-    def poll(self) -> None:
-        """Fetch what is new from the engine and hand it to the callbacks."""
-        seen = len(self.history) + len(self.evaluations)
-        answer = self._client.call("zo_status", self.job_id, seen)
+    @property
+    def _seen(self) -> int:
+        return len(self.history) + len(self.evaluations)
+
+    def _receive(self, answer: dict[str, Any]) -> None:
+        """Take in what `zo_status` answered, and hand what is new to the callbacks."""
         records = answer.pop("records")
+        first = answer.pop("next") - len(records)
         self._summary = answer
-        for record in records:
+        for record in records[self._seen - first :]:  # somebody else may have polled while this answer was under way
             (self.evaluations if "eval_loss" in record else self.history).append(record)
             for callback in self._callbacks:
                 callback(self, record)
@@ -77,44 +77,10 @@ class FineTuneRun:
         if self.status in FINAL_STATES:
             self._callbacks.clear()  # a job that can go on (the engine was paused) still has records to come
 
-    def wait(self) -> FineTuneRun:
-        """Block until the job has ended.
-
-        Raises:
-            JobError: it failed; the message says why and where its last good state is.
-        """
-        try:
-            while self.status not in FINAL_STATES:
-                moving = self._client.advance()
-                self.poll()
-                if not moving and self.status not in FINAL_STATES:
-                    raise JobError(
-                        f"job {self.job_id} cannot go on: the engine is paused or shutting down. "
-                        "Resume it and call wait() again."
-                    )
-        except KeyboardInterrupt:
-            self.cancel()
-            raise
-        finally:
-            self._close_callbacks()
-        # The commands that free the job's slots ride on one more engine step.
-        self._client.advance()
+    def _check_succeeded(self) -> None:
         if self.status != SUCCEEDED:
-            error = self._summary.get("error")
+            error = str(self._summary.get("error")).rstrip(".")
             raise JobError(f"job {self.job_id} {self.status}: {error}; its log is in {self.directory}.")
-        return self
-
-    def cancel(self) -> None:
-        """Stop at once; what is logged stays usable (`resume_from`, `save`)."""
-        self._client.call("zo_stop", self.job_id, True)
-        self.poll()
-        while self.status not in FINAL_STATES and self._client.advance():  # groups in flight are recorded first
-            self.poll()
-        self._client.advance()
-
-    def stop(self) -> None:
-        """Stop at the next step boundary, evaluate and publish as at a normal end."""
-        self._client.call("zo_stop", self.job_id, False)
 
     # --- results ------------------------------------------------------------------------------------------------------
 
@@ -136,6 +102,11 @@ class FineTuneRun:
         if self.config.keep_best and self.config.space == "bank":
             return min(self.evaluations, key=lambda e: float(e["eval_loss"]))
         return self.evaluations[-1]
+
+    def last_evaluation(self) -> dict[str, float]:
+        """What `evaluate` answers."""
+        record = self.evaluations[-1]
+        return {"loss": record["eval_loss"], "accuracy": record["eval_accuracy"]}
 
     @property
     def version(self) -> int:
@@ -196,3 +167,54 @@ class FineTuneRun:
         from vllm_zo.entrypoints.plot import plot_run
 
         plot_run(self.history, self.evaluations, path, title=f"{self.model}: {self.config.method.name}")
+
+
+class FineTuneRun(JobResult):
+    """A fine-tuning job of this engine."""
+
+    def __init__(
+        self, client: EngineClient, directory: Path, config: JobConfig, model: str, callbacks: Iterable[Callback] = ()
+    ) -> None:
+        super().__init__(directory, config, model, callbacks)
+        self._client = client
+
+    def poll(self) -> None:
+        """Fetch what is new from the engine and hand it to the callbacks."""
+        self._receive(self._client.call("zo_status", self.job_id, self._seen))
+
+    def wait(self) -> FineTuneRun:
+        """Block until the job has ended.
+
+        Raises:
+            JobError: it failed; the message says why and where its last good state is.
+        """
+        try:
+            while self.status not in FINAL_STATES:
+                moving = self._client.advance()
+                self.poll()
+                if not moving and self.status not in FINAL_STATES:
+                    raise JobError(
+                        f"job {self.job_id} cannot go on: the engine is paused or shutting down. "
+                        "Resume it and call wait() again."
+                    )
+        except KeyboardInterrupt:
+            self.cancel()
+            raise
+        finally:
+            self._close_callbacks()
+        # The commands that free the job's slots ride on one more engine step.
+        self._client.advance()
+        self._check_succeeded()
+        return self
+
+    def cancel(self) -> None:
+        """Stop at once; what is logged stays usable (`resume_from`, `save`)."""
+        self._client.call("zo_stop", self.job_id, True)
+        self.poll()
+        while self.status not in FINAL_STATES and self._client.advance():  # groups in flight are recorded first
+            self.poll()
+        self._client.advance()
+
+    def stop(self) -> None:
+        """Stop at the next step boundary, evaluate and publish as at a normal end."""
+        self._client.call("zo_stop", self.job_id, False)

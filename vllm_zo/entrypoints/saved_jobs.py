@@ -40,17 +40,18 @@ def export_job(
     """
     log = _log_of(job, model)
     steps = _given_back(job, log) if upto is None else upto
+    notes = [log.note] if log.note else []  # a damaged log may not reach the state that the job gave back
     base = log.header.base_model
     if merged:
         if rank is not None:
             raise ConfigError(f"--rank {rank} with --merged: a merged model has no rank; drop one of the two.")
         export_merged(base, log, out, upto=steps)
-        return f"merged model of {steps} steps: {out}"
+        return "\n".join([f"merged model of {steps} steps: {out}", *notes])
     if log.header.update_space == "fold":
         raise ConfigError(f"{job}: update_space='fold' writes the base weights, so there is no adapter; use --merged.")
     report = export_peft(rebuild_state(log, steps, snapshot=version_path(job, steps)), base, out, rank=rank)
     lost = f", {report.discarded_energy:.2%} of the update's energy discarded" if rank is not None else ""
-    return "\n".join([f"adapter of rank {report.rank}, {steps} steps{lost}: {out}", *report.warnings])
+    return "\n".join([f"adapter of rank {report.rank}, {steps} steps{lost}: {out}", *report.warnings, *notes])
 
 
 def _log_of(path: Path, model: str | None) -> SeedLog:

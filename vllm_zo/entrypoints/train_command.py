@@ -14,6 +14,7 @@ from typing import Any
 from vllm_zo.checkpoint.files import write_atomically
 from vllm_zo.config import JobConfig, ZOTrainingConfig
 from vllm_zo.data import load_examples
+from vllm_zo.data.batches import BatchOrder
 from vllm_zo.engine.job_dir import read_description
 from vllm_zo.entrypoints.cpu_defaults import apply_cpu_defaults, has_native_bfloat16, is_cpu_build
 from vllm_zo.entrypoints.logs import quiet_vllm, show_ours
@@ -57,13 +58,21 @@ def run_training(params: Params) -> None:
     for flag, value in (("--model", model), ("--train", params["train"])):
         if value is None:
             raise ConfigError(f"{flag} is missing: see vllm-zo train --help.")
-    for name in ("train", "validation"):
-        if params[name] is not None:
-            load_examples(params[name], name)
+    BatchOrder(len(load_examples(params["train"], "train")), config.batch_size, config.seed)
+    if params["validation"] is not None:
+        load_examples(params["validation"], "validation")
     callbacks = _callbacks(params)
     llm = start_engine(str(model), zo, params)
-    run = _finetune(llm, config, params, callbacks)
-    for line in save_results(run):
+    directory = Path(resume_from or str(config.output_dir))
+    try:
+        lines = save_results(_finetune(llm, config, params, callbacks))
+    except JobError as error:
+        left = f" To use what it learnt: vllm-zo export {directory} OUT"
+        raise JobError(f"{error}{left if (directory / 'seeds.log').exists() else ''}") from error
+    except KeyboardInterrupt:
+        print(f"vllm-zo: stopped. To go on: the same command with --resume-from {directory}", file=sys.stderr)
+        raise SystemExit(INTERRUPTED) from None
+    for line in lines:
         print(line)
 
 
@@ -108,11 +117,15 @@ def _part(before: Mapping[str, Any] | None, name: str | None, settings: dict[str
 
 
 def _output_dir(params: Params, before: Mapping[str, Any]) -> str | None:
-    if not before:
-        return str(params["output"] or Path("runs") / time.strftime("%Y%m%d-%H%M%S"))
-    if params["output"] is not None:
-        raise ConfigError(f"--output {params['output']}: a resumed run stays in its directory; drop --output.")
-    return before["output_dir"]
+    output: Path | None = params["output"]
+    if before:
+        if output is not None and output.resolve() != params["resume_from"].resolve():
+            raise ConfigError(f"--output {output}: a resumed run stays in its directory; drop --output.")
+        return before["output_dir"]
+    output = output or Path("runs") / time.strftime("%Y%m%d-%H%M%S")
+    if (output / "seeds.log").exists():
+        raise ConfigError(f"--output {output}: holds another run; --resume-from continues it, or choose another.")
+    return str(output)
 
 
 # --- the engine -------------------------------------------------------------------------------------------------------
@@ -124,8 +137,9 @@ def start_engine(model: str, zo: ZOTrainingConfig, params: Params) -> Any:
     Raises:
         ConfigError: an option or the model is refused.
     """
+    if model.startswith(("/", ".")) and not Path(model).is_dir():
+        raise ConfigError(f"--model {model}: no such directory.")
     options = {
-        "use_tqdm_on_load": False,
         **_given(params, ("dtype", "max_model_len")),
         **_engine_options(params["engine_option"] or ()),
     }
@@ -133,17 +147,30 @@ def start_engine(model: str, zo: ZOTrainingConfig, params: Params) -> Any:
     chosen = apply_cpu_defaults(int(options.get("tensor_parallel_size", 1)))
     from vllm_zo import LLM
 
-    show_ours(logging.WARNING if params["quiet"] else logging.INFO)
+    level = logging.WARNING if params["quiet"] else logging.INFO
+    show_ours(level)
     if chosen:
         logger.info("on CPU, chosen: %s", ", ".join(f"{name}={value}" for name, value in chosen.items()))
     if is_cpu_build() and not has_native_bfloat16() and options.get("dtype", "auto") != "float32":
         logger.info("this CPU has no bfloat16 instructions: --dtype float32 is faster")
     try:
-        return LLM(model, zo_training=asdict(zo), **options)
+        llm = LLM(model, zo_training=asdict(zo), use_tqdm_on_load=False, **options)
     except ConfigError:
         raise
-    except (OSError, ValueError, TypeError) as error:  # what vLLM raises for a model or an option it does not take
-        raise ConfigError(f"the engine does not start with model={model!r}, {options}: {error}") from error
+    except (OSError, ValueError, TypeError, RuntimeError) as error:  # vLLM's for a model or an option it does not take
+        given = "".join(f", {name}={value!r}" for name, value in options.items())
+        raise ConfigError(f"the engine does not start with model={model!r}{given}: {_reason(error)}") from error
+    show_ours(level)  # making the engine has reset it
+    return llm
+
+
+def _reason(error: Exception) -> str:
+    """The message on one line; of pydantic's report what its checks said, without links and the whole input."""
+    from pydantic import ValidationError  # comes with vLLM, which has just been imported
+
+    failed = error.errors() if isinstance(error, ValidationError) else []
+    said = "; ".join(": ".join([*map(str, check["loc"]), check["msg"]]) for check in failed) or str(error)
+    return " ".join(said.split())
 
 
 def _engine_options(pairs: Iterable[str]) -> dict[str, Any]:
@@ -172,22 +199,15 @@ def _callbacks(params: Params) -> list[Callback]:
 
 
 def _finetune(llm: Any, config: JobConfig, params: Params, callbacks: list[Callback]) -> FineTuneRun:
-    directory = params["resume_from"] or config.output_dir
     options = {f.name: getattr(config, f.name) for f in fields(config)}
-    try:
-        run: FineTuneRun = llm.finetune(
-            params["train"],
-            params["validation"],
-            resume_from=params["resume_from"],
-            callbacks=callbacks,
-            progress=not params["quiet"],
-            **options,
-        )
-    except JobError as error:
-        raise JobError(f"{error} To use what it learnt: vllm-zo export {directory} OUT") from error
-    except KeyboardInterrupt:
-        print(f"vllm-zo: stopped. To go on: the same command with --resume-from {directory}", file=sys.stderr)
-        raise SystemExit(INTERRUPTED) from None
+    run: FineTuneRun = llm.finetune(
+        params["train"],
+        params["validation"],
+        resume_from=params["resume_from"],
+        callbacks=callbacks,
+        progress=not params["quiet"],
+        **options,
+    )
     return run
 
 
@@ -203,11 +223,11 @@ def save_results(run: FineTuneRun) -> list[str]:
     try:
         run.plot(run.directory / "run.png")
         lines.append(f"picture: {run.directory / 'run.png'}")
-    except ConfigError as error:  # matplotlib is optional
-        lines.append(str(error))
+    except (ConfigError, OSError) as error:  # matplotlib is optional, and a full disk costs the picture only
+        lines.append(f"no picture: {error}")
     path = run.directory / "summary.json"
-    summary = json.loads(path.read_text(encoding="utf-8")) | {"metrics": run.metrics}
-    write_atomically(path, json.dumps(summary, indent=1).encode())
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    write_atomically(path, json.dumps(before | {"metrics": run.metrics}, indent=1).encode())
     return lines
 
 

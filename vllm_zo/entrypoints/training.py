@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import tempfile
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from vllm_zo.config import JobConfig, ZOTrainingConfig
 from vllm_zo.data import encode_examples, load_examples
 from vllm_zo.engine.job_dir import check_same_data, read_description, write_job
 from vllm_zo.entrypoints.engine_client import EngineClient
-from vllm_zo.entrypoints.run import Callback, FineTuneRun
+from vllm_zo.entrypoints.run import Callback, FineTuneRun, JobResult
 from vllm_zo.errors import ConfigError
 from vllm_zo.methods.spaces import describe_space, resolve_bases
 from vllm_zo.objectives.base import EncodedExample, Objective
@@ -58,35 +59,17 @@ class TrainingMixin:
             ConfigError: before any work starts, naming the field, the value and the fix.
             JobError: the job failed; its log and last good state are kept.
         """
-        zo = _training_config(self)
-        config = JobConfig.from_options({"objective": objective, **options})
         client = EngineClient(self.llm_engine)
         if not wait and client.in_process:
             raise ConfigError(
                 "wait=False needs the engine in a child process, where training goes on by itself: unset "
                 "VLLM_ENABLE_V1_MULTIPROCESSING=0, or call finetune with wait=True."
             )
-        bases = resolve_bases(config.method, config.space, config.steps, zo.slot_rank, config.bases)
-        directory = _job_directory(self, zo, config, resume_from)
-        train_examples = _encode(self, train, config.objective, "train")
-        if config.batch_size > len(train_examples):
-            raise ConfigError(
-                f"batch_size={config.batch_size}: the training data has {len(train_examples)} rows; lower batch_size."
-            )
-        validation_examples = [] if validation is None else _encode(self, validation, config.objective, "validation")
-        validation_examples = validation_examples[: config.eval_examples]
-        if resume_from is not None:
-            check_same_data(directory, train_examples)
-        model = self.llm_engine.model_config.model
-        write_job(directory, config, train_examples, validation_examples, model)
-        if progress:
-            from vllm_zo.entrypoints.progress import ProgressBar
-
-            callbacks = [*callbacks, ProgressBar(config.steps)]
-        run = FineTuneRun(client, directory, config, model, callbacks)
-        client.call("zo_start", str(directory))
-        logger.info("job %s: %s, %d steps, in %s", run.job_id, config.method, config.steps, directory)
-        logger.info("%s", describe_space(config.method, config.space, config.steps, bases))
+        job = prepare_job(self.llm_engine, train, validation, resume_from, {"objective": objective, **options})
+        callbacks = with_progress(callbacks, job.config) if progress else callbacks
+        run = FineTuneRun(client, job.directory, job.config, job.model, callbacks)
+        client.call("zo_start", str(job.directory))
+        job.log_start()
         return run.wait() if wait else run
 
     def evaluate(
@@ -101,25 +84,11 @@ class TrainingMixin:
         Returns:
             {"loss": mean nats per example, "accuracy": share of examples whose best candidate is the right one}
         """
-        zo = _training_config(self)
-        objective = objective or (run.config.objective if run else None)
-        if objective is None:
-            raise ConfigError("objective=None: evaluate needs an objective, or a run to take it from.")
-        examples = _encode(self, data, objective, "data")
         client = EngineClient(self.llm_engine)
-        directory = _state_dir(zo) / f"evaluate-{uuid.uuid4().hex[:8]}"
-        if run is None or run.config.space == "fold":
-            config, initial = JobConfig(objective=objective, steps=0), None
-        else:
-            config, initial = run.config, run.version_file
-        write_job(
-            directory, config, [], examples, self.llm_engine.model_config.model, evaluate_only=True, initial=initial
-        )
-        evaluation = FineTuneRun(client, directory, config, "")
-        client.call("zo_start", str(directory))
-        evaluation.wait()
-        record = evaluation.evaluations[-1]
-        return {"loss": record["eval_loss"], "accuracy": record["eval_accuracy"]}
+        job = prepare_evaluation(self.llm_engine, data, objective, run)
+        evaluation = FineTuneRun(client, job.directory, job.config, job.model)
+        client.call("zo_start", str(job.directory))
+        return evaluation.wait().last_evaluation()
 
     def restore_base(self, run: FineTuneRun) -> None:
         """Bring the base weights back to what they were before a `fold` run."""
@@ -128,8 +97,73 @@ class TrainingMixin:
         client.advance()
 
 
-def _training_config(llm: Any) -> ZOTrainingConfig:
-    additional = llm.llm_engine.vllm_config.additional_config
+@dataclass(frozen=True)
+class PreparedJob:
+    """A job that is checked and written for the engine to start."""
+
+    directory: Path
+    config: JobConfig
+    model: str
+    num_bases: int
+
+    def log_start(self) -> None:
+        config = self.config
+        logger.info("job %s: %s, %d steps, in %s", self.directory.name, config.method, config.steps, self.directory)
+        logger.info("%s", describe_space(config.method, config.space, config.steps, self.num_bases))
+
+
+def prepare_job(
+    engine: Any, train: Any, validation: Any, resume_from: str | Path | None, options: Mapping[str, Any]
+) -> PreparedJob:
+    """Check everything that can be checked before work starts, tokenise, and write the job's directory.
+
+    Args:
+        engine: vLLM's `LLMEngine` or `AsyncLLM`.
+    """
+    zo = _training_config(engine)
+    config = JobConfig.from_options(options)
+    bases = resolve_bases(config.method, config.space, config.steps, zo.slot_rank, config.bases)
+    directory = _job_directory(engine, zo, config, resume_from)
+    train_examples = _encode(engine, train, config.objective, "train")
+    if config.batch_size > len(train_examples):
+        raise ConfigError(
+            f"batch_size={config.batch_size}: the training data has {len(train_examples)} rows; lower batch_size."
+        )
+    validation_examples = [] if validation is None else _encode(engine, validation, config.objective, "validation")
+    validation_examples = validation_examples[: config.eval_examples]
+    if resume_from is not None:
+        check_same_data(directory, train_examples)
+    model = engine.model_config.model
+    write_job(directory, config, train_examples, validation_examples, model)
+    return PreparedJob(directory, config, model, bases)
+
+
+def prepare_evaluation(engine: Any, data: Any, objective: Objective | None, run: JobResult | None) -> PreparedJob:
+    """`prepare_job` for a job that scores `data` once, in the state of `run` or of the base."""
+    zo = _training_config(engine)
+    objective = objective or (run.config.objective if run else None)
+    if objective is None:
+        raise ConfigError("objective=None: evaluate needs an objective, or a run to take it from.")
+    examples = _encode(engine, data, objective, "data")
+    directory = _state_dir(zo) / f"evaluate-{uuid.uuid4().hex[:8]}"
+    if run is None or run.config.space == "fold":
+        config, initial = JobConfig(objective=objective, steps=0), None
+    else:
+        config, initial = run.config, run.version_file
+    model = engine.model_config.model
+    write_job(directory, config, [], examples, model, evaluate_only=True, initial=initial)
+    return PreparedJob(directory, config, model, num_bases=1)
+
+
+def with_progress(callbacks: Iterable[Callback], config: JobConfig) -> list[Callback]:
+    """The callbacks and a progress bar."""
+    from vllm_zo.entrypoints.progress import ProgressBar
+
+    return [*callbacks, ProgressBar(config.steps)]
+
+
+def _training_config(engine: Any) -> ZOTrainingConfig:
+    additional = engine.vllm_config.additional_config
     if not isinstance(additional, dict) or "zo_training" not in additional:
         raise ConfigError("this engine was started without training: use LLM(..., zo_training=True).")
     config = ZOTrainingConfig.from_user(additional["zo_training"])
@@ -137,11 +171,11 @@ def _training_config(llm: Any) -> ZOTrainingConfig:
     return config
 
 
-def _encode(llm: Any, source: Any, objective: Objective, name: str) -> list[EncodedExample]:
+def _encode(engine: Any, source: Any, objective: Objective, name: str) -> list[EncodedExample]:
     examples = load_examples(source, name)
-    tokenizer = llm.get_tokenizer()
+    tokenizer = engine.get_tokenizer()
     label = str(source) if isinstance(source, str | Path) else name
-    return encode_examples(examples, objective, tokenizer, llm.llm_engine.model_config.max_model_len, label)
+    return encode_examples(examples, objective, tokenizer, engine.model_config.max_model_len, label)
 
 
 def _state_dir(zo: ZOTrainingConfig) -> Path:
@@ -157,11 +191,11 @@ def _state_dir(zo: ZOTrainingConfig) -> Path:
 _temporary_state_dir: Path | None = None
 
 
-def _job_directory(llm: Any, zo: ZOTrainingConfig, config: JobConfig, resume_from: str | Path | None) -> Path:
+def _job_directory(engine: Any, zo: ZOTrainingConfig, config: JobConfig, resume_from: str | Path | None) -> Path:
     """Absolute: the engine may be another process, and its name is the job's id."""
     if resume_from is not None:
         directory = Path(resume_from).resolve()
-        _check_resumes(llm, zo, config, directory)
+        _check_resumes(engine, zo, config, directory)
         return directory
     if config.output_dir is None:
         return _state_dir(zo) / f"zo-{uuid.uuid4().hex[:8]}"
@@ -173,7 +207,7 @@ def _job_directory(llm: Any, zo: ZOTrainingConfig, config: JobConfig, resume_fro
     return directory
 
 
-def _check_resumes(llm: Any, zo: ZOTrainingConfig, config: JobConfig, directory: Path) -> None:
+def _check_resumes(engine: Any, zo: ZOTrainingConfig, config: JobConfig, directory: Path) -> None:
     """Refuse to continue a run with another configuration, model or engine, before anything in it is touched.
 
     Raises:
@@ -186,7 +220,7 @@ def _check_resumes(llm: Any, zo: ZOTrainingConfig, config: JobConfig, directory:
     if not (directory / "seeds.log").exists():  # it ended before its first step
         return
     header = read_seed_log(directory / "seeds.log").header
-    model_config = llm.llm_engine.model_config
+    model_config = engine.model_config
     dtype = str(model_config.dtype).removeprefix("torch.")
     bases = resolve_bases(config.method, config.space, config.steps, zo.slot_rank, config.bases)
     if base_fingerprint(model_config.model) != header.base_fingerprint:

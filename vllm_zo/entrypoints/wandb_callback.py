@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import uuid
 from typing import TYPE_CHECKING, Any
 
 from vllm_zo.errors import ConfigError
 
 if TYPE_CHECKING:
-    from vllm_zo.entrypoints.run import FineTuneRun
+    from vllm_zo.entrypoints.run import JobResult
 
 DEFAULT_PROJECT = "vllm-zo"
 
@@ -27,9 +28,9 @@ class WandbCallback:
             raise ConfigError("wandb is not installed: pip install 'vllm-zo[wandb]', or train without it.") from error
         self._wandb: Any = wandb
         self._run: Any = None
-        self._id = wandb.util.generate_id()
+        self._id = uuid.uuid4().hex[:8]
 
-    def __call__(self, run: FineTuneRun, record: dict[str, Any]) -> None:
+    def __call__(self, run: JobResult, record: dict[str, Any]) -> None:
         if self._run is None:
             self._run = self._wandb.init(
                 project=os.environ.get("WANDB_PROJECT", DEFAULT_PROJECT),

@@ -38,7 +38,7 @@ from vllm_zo.commands import (
     Unpublish,
     ZOResults,
 )
-from vllm_zo.errors import SlotError
+from vllm_zo.errors import SlotError, ZOError
 from vllm_zo.methods.fold import fold_into
 from vllm_zo.methods.spaces import basis_of
 from vllm_zo.methods.state import AdapterState, FactorLayout
@@ -127,10 +127,16 @@ class Trainer:
             job_id = getattr(command, "job_id", None) or self._job_of(command)
             try:
                 self.execute(command)
+            except ZOError as error:  # a full disk, a quantised layer: the message says all there is to say
+                logger.error("%s", error)
+                self._fail(job_id, str(error))
             except Exception as error:  # the boundary between a training bug and everybody's server
                 logger.exception("training command failed: %s", type(command).__name__)
-                self._failed.add(job_id)
-                self._results.failures.append(CommandFailed(job_id, f"{type(error).__name__}: {error}"))
+                self._fail(job_id, f"{type(error).__name__}: {error}")
+
+    def _fail(self, job_id: str, message: str) -> None:
+        self._failed.add(job_id)
+        self._results.failures.append(CommandFailed(job_id, message))
 
     def _job_of(self, command: Any) -> str:
         group = self.groups.get(command.group_id)

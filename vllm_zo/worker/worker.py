@@ -105,6 +105,7 @@ class ZOWorkerMixin(_Base):
         if commands.members:
             first_row, hidden = self._rows_of_requests()
             self.zo.score(commands.members, hidden, first_row, self._zo_num_tokens)
+            self._clean_kv_cache(hidden)
         self.zo.run(commands.after)
         return self._with_results(super().sample_tokens(*args, **kwargs))
 
@@ -117,6 +118,13 @@ class ZOWorkerMixin(_Base):
             first_row[req_id] = row
             row += self._zo_num_tokens.get(req_id, 0)
         return first_row, state.hidden_states
+
+    def _clean_kv_cache(self, hidden: Tensor) -> None:
+        """After a member that diverged: its KV blocks go to the next request, and CPU attention multiplies what a block
+        holds beyond that request's tokens with weights 0. That is no harm unless it is not finite."""
+        if self.device.type == "cpu" and not torch.isfinite(hidden).all():
+            for cache in self.model_runner.kv_caches:
+                cache.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
 
     def _with_results(self, output: Any) -> Any:
         pending, results = self.zo.take_results()

@@ -1,0 +1,253 @@
+"""Accuracy and loss against steps on SST-2: LoZO inside vLLM, and the same LoZO in plain Hugging Face code.
+
+    python benchmarks/convergence.py --steps 2000                        # bank and fold, ours and plain
+    python benchmarks/convergence.py --space fold --steps 500 --plot fold.png
+    python benchmarks/convergence.py --trainers ours,plain,plain-float64 # and what rounding alone does
+
+The MeZO and LoZO papers' protocol: 1,000 training and 500 validation rows drawn from SST-2's training set by a data
+seed, all 872 rows of its validation set for the final figure. Both trainers take the same batches and the same
+directions in float32. Every curve is a file in --output: one that is there with the same settings is not run again, so
+a call that was cut off goes on where it stopped, and spaces and trainers may be run one a call.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks import convergence_report, facts
+from benchmarks.children import environment
+
+ROOT = Path(__file__).parents[1]
+TEMPLATE, OPTIONS = "{sentence} It was", [" terrible", " great"]
+TRAINERS = ("ours", "plain", "plain-float64")
+SPACES = ("bank", "fold")
+Evaluation = dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What decides a pair of curves; stored beside each of them."""
+
+    model: str
+    data: str
+    data_seed: int
+    train_rows: int
+    validation_rows: int
+    test_rows: int | None
+    """Rows of SST-2's own validation set; None: all."""
+    steps: int
+    eval_interval: int
+    learning_rate: float
+    eps: float
+    rank: int
+    interval: int
+    bases: int | None
+    """Of `bank`; None: the package's default."""
+    batch: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Rows:
+    train: list[dict[str, Any]]
+    validation: list[dict[str, Any]]
+    test: list[dict[str, Any]]
+
+    @classmethod
+    def of(cls, settings: Settings) -> Rows:
+        from vllm_zo.data import load_examples
+        from vllm_zo.data.batches import sample_split
+
+        directory = Path(settings.data)
+        sizes = (settings.train_rows, settings.validation_rows)
+        train, validation = sample_split(load_examples(directory / "train.jsonl", "train"), sizes, settings.data_seed)
+        test = load_examples(directory / "validation.jsonl", "test")[: settings.test_rows]
+        return cls(train, validation, test)
+
+
+def train_ours(llm: Any, settings: Settings, space: str, rows: Rows) -> dict[str, Any]:
+    """A job inside a running engine. In `fold` space the base is restored afterwards."""
+    from vllm_zo import Classification, LoZO
+
+    objective = Classification(TEMPLATE, OPTIONS)
+    zero_shot = llm.evaluate(rows.test, objective)
+    start = time.perf_counter()
+    run = llm.finetune(
+        rows.train,
+        rows.validation,
+        objective=objective,
+        method=LoZO(rank=settings.rank, interval=settings.interval, eps=settings.eps),
+        learning_rate=settings.learning_rate,
+        batch_size=settings.batch,
+        steps=settings.steps,
+        seed=settings.seed,
+        update_space=space,
+        bases=settings.bases if space == "bank" else None,
+        eval_interval=settings.eval_interval,
+        keep_best=False,  # `fold` has no earlier state to give back: the last one, in both
+    )
+    seconds = time.perf_counter() - start
+    test = llm.evaluate(rows.test, run=run)
+    if space == "fold":
+        llm.restore_base(run)
+    return {
+        "train": [[r["loss"], r["accuracy"]] for r in run.history],
+        "evaluations": [
+            {"step": e["step"], "loss": e["eval_loss"], "accuracy": e["eval_accuracy"]} for e in run.evaluations
+        ],
+        "zero_shot": zero_shot,
+        "test": test,
+        "seconds": seconds,
+    }
+
+
+def train_plain(settings: Settings, space: str, rows: Rows, dtype: str = "float32") -> dict[str, Any]:
+    """The same run without vLLM."""
+    import torch
+
+    from benchmarks.plain_trainer import PlainTrainer
+    from vllm_zo import LoZO
+    from vllm_zo.config import ZOTrainingConfig
+    from vllm_zo.data.batches import BatchOrder
+    from vllm_zo.methods.spaces import resolve_bases
+
+    method = LoZO(rank=settings.rank, interval=settings.interval, eps=settings.eps)
+    bases = settings.bases if space == "bank" else None
+    bases = resolve_bases(method, space, settings.steps, ZOTrainingConfig().slot_rank, bases)
+    trainer = PlainTrainer(
+        settings.model, TEMPLATE, OPTIONS, method, settings.learning_rate, settings.seed,
+        num_bases=bases if space == "bank" else None, dtype=getattr(torch, dtype),
+    )  # fmt: skip
+    order = BatchOrder(len(rows.train), settings.batch, settings.seed)
+    zero_shot = trainer.evaluate(rows.test)
+    start = time.perf_counter()
+    train, evaluations = [], [{"step": 0, **trainer.evaluate(rows.validation)}]
+    for step in range(settings.steps):
+        train.append(list(trainer.step(step, [rows.train[i] for i in order.batch(step)])))
+        if (step + 1) % settings.eval_interval == 0 or step + 1 == settings.steps:
+            evaluations.append({"step": step + 1, **trainer.evaluate(rows.validation)})
+            print(f"plain {dtype} {space} {evaluations[-1]}", file=sys.stderr)
+    seconds = time.perf_counter() - start
+    test = trainer.evaluate(rows.test)
+    return {
+        "train": train, "evaluations": evaluations, "zero_shot": zero_shot, "test": test, "seconds": seconds,
+    }  # fmt: skip
+
+
+def _child(trainer: str, space: str, settings: Settings, path: Path, cores: list[int]) -> None:
+    """Make one curve, in a process of its own: vLLM wants its environment and its threads for itself."""
+    rows = Rows.of(settings)
+    if trainer == "ours":
+        from vllm_zo import LLM
+
+        llm = LLM(settings.model, max_model_len=256, dtype="float32", zo_training=True)
+        curve = train_ours(llm, settings, space, rows)
+    else:
+        import torch
+
+        torch.set_num_threads(len(cores))
+        curve = train_plain(settings, space, rows, "float64" if trainer.endswith("float64") else "float32")
+    head = {"trainer": trainer, "space": space, "settings": asdict(settings), "machine": facts.machine(cores)}
+    write_json(path, head | curve)
+
+
+def write_json(path: Path, document: dict[str, Any]) -> None:
+    """Whole or not at all: a file that is there is a finished curve."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(document) + "\n")
+    partial.replace(path)
+
+
+def curves_of(args: argparse.Namespace, settings: Settings) -> dict[str, dict[str, Any]]:
+    """space-trainer -> curve, from the files that are there and from running what is missing."""
+    args.output.mkdir(parents=True, exist_ok=True)
+    for space in args.space:
+        for trainer in args.trainers:
+            path = args.output / f"{space}-{trainer}.json"
+            if _load(path, settings) is None:
+                print(f"running {trainer} in {space}", file=sys.stderr)
+                _in_child(trainer, _child, trainer, space, settings, path, args.cores)
+    names = [f"{space}-{trainer}" for space in SPACES for trainer in TRAINERS]
+    found = {name: _load(args.output / f"{name}.json", settings) for name in names}
+    return {name: curve for name, curve in found.items() if curve is not None}
+
+
+def _load(path: Path, settings: Settings) -> dict[str, Any] | None:
+    if not path.exists():
+        return None
+    curve: dict[str, Any] = json.loads(path.read_text())
+    return curve if curve["settings"] == asdict(settings) else None
+
+
+def _in_child(name: str, target: Callable[..., None], *arguments: Any) -> None:
+    saved = dict(os.environ)
+    cores = sorted(os.sched_getaffinity(0))
+    os.environ.update({"VLLM_CPU_KVCACHE_SPACE": "1"} | environment(name, cores))
+    try:
+        process = multiprocessing.get_context("spawn").Process(target=target, args=arguments)
+        process.start()
+    finally:
+        os.environ.clear()
+        os.environ.update(saved)
+    process.join()
+    if process.exitcode:
+        raise SystemExit(f"{name} failed; see above")
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=ROOT / "examples/demo/model", help="Hugging Face checkpoint")
+    parser.add_argument("--data", type=Path, default=ROOT / "../shared/data/sst2", help="train/validation.jsonl")
+    parser.add_argument("--data-seed", type=int, default=0, help="chooses the training and validation rows")
+    parser.add_argument("--train-rows", type=int, default=1000)
+    parser.add_argument("--validation-rows", type=int, default=500)
+    parser.add_argument("--test-rows", type=int, help="of SST-2's validation set, from the front (default: all 872)")
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--eval-interval", type=int, default=100)
+    parser.add_argument("--learning-rate", type=float, default=3e-4)
+    parser.add_argument("--eps", type=float, default=1e-3)
+    parser.add_argument("--rank", type=int, default=2)
+    parser.add_argument("--interval", type=int, default=50, help="steps between refreshes of V")
+    parser.add_argument("--bases", type=int, help="of bank (default: as many as the slot rank holds, 7)")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--seed", type=int, default=0, help="of batches and directions")
+    parser.add_argument("--space", default="bank,fold", help="update spaces to run")
+    parser.add_argument("--trainers", default="ours,plain", help=f"of: {', '.join(TRAINERS)}")
+    parser.add_argument("--cores", help='cores to use, e.g. "0,1" (default: the first two)')
+    parser.add_argument("--output", type=Path, default=ROOT / "runs/convergence", help="where the curves are kept")
+    parser.add_argument("--plot", type=Path, help="draw the curves into this file (default: in --output)")
+    args = parser.parse_args(argv)
+    args.space, args.trainers = args.space.split(","), args.trainers.split(",")
+    for name, given, known in (("space", args.space, SPACES), ("trainers", args.trainers, TRAINERS)):
+        if unknown := set(given) - set(known):
+            parser.error(f"--{name} {unknown.pop()}: must be of {', '.join(known)}")
+    args.cores = [int(c) for c in args.cores.split(",")] if args.cores else sorted(os.sched_getaffinity(0))[:2]
+    for what, file in (("--data", args.data / "train.jsonl"), ("--model", args.model / "config.json")):
+        if not file.exists():
+            raise SystemExit(f"SKIPPED, nothing was run: there is no {file}; give {what} a directory that has it.")
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    os.sched_setaffinity(0, args.cores)
+    names = Settings.__dataclass_fields__.keys() - {"model", "data"}
+    settings = Settings(model=str(args.model), data=str(args.data), **{name: getattr(args, name) for name in names})
+    curves = curves_of(args, settings)
+    print(convergence_report.markdown(curves))
+    convergence_report.plot(curves, args.plot or args.output / "convergence.png")
+
+
+if __name__ == "__main__":
+    main()

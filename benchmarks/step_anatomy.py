@@ -1,0 +1,168 @@
+"""Where the time of one of our steps goes, and how it grows with directions and with the batch.
+
+    python benchmarks/step_anatomy.py --dtype float32 --json anatomy.json
+
+Three tables from one engine (its core in this process, its worker timed at the borders of its phases):
+
+    phases       materialise, forward, score, update, host: median ms per step and share of the step
+    directions   ms per step and per direction with K directions in one group
+    batch        ms per step and per example, batch 16 to 128
+
+The configurations of the last two take turns, round by round; figures are medians over the steps of all rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks import facts
+from benchmarks.children import environment
+from benchmarks.core_step import make_checkpoint
+from benchmarks.shapes import OPTION_TEXTS, SHAPES, Prompts
+
+PHASES = ("materialise", "forward", "score", "update", "sample", "host")
+DIRECTIONS = (1, 2, 4, 8)
+BATCHES = (16, 32, 64, 128)
+
+
+class PhaseClock:
+    """Adds up the seconds of each phase since the last `take`."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.start = time.perf_counter()
+
+    def wrap(self, owner: Any, name: str, phase: Callable[..., str]) -> None:
+        inner = getattr(owner, name)
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return inner(*args, **kwargs)
+            finally:
+                self.seconds[phase(*args)] += time.perf_counter() - start
+
+        setattr(owner, name, timed)
+
+    def take(self) -> dict[str, float]:
+        """Milliseconds by phase; `host` is whatever no phase of the worker accounts for."""
+        now = time.perf_counter()
+        taken = {phase: 1e3 * self.seconds[phase] for phase in PHASES[:-1]}
+        taken["step"] = 1e3 * (now - self.start)
+        taken["host"] = taken["step"] - sum(taken[phase] for phase in PHASES[:-1])
+        self.seconds.clear()
+        self.start = now
+        return taken
+
+
+def attach_clock(llm: Any) -> PhaseClock:
+    worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+    clock = PhaseClock()
+    clock.wrap(worker.model_runner, "execute_model", lambda *_: "forward")
+    clock.wrap(worker.model_runner, "sample_tokens", lambda *_: "sample")
+    clock.wrap(worker.zo, "score", lambda *_: "score")
+    updates = ("CloseGroup", "Fold")
+    clock.wrap(worker.zo, "execute", lambda cmd: "update" if type(cmd).__name__ in updates else "materialise")
+    return clock
+
+
+def take_steps(llm: Any, clock: PhaseClock, args: argparse.Namespace, batch: int, queries: int) -> list[dict[str, Any]]:
+    """Phases of each step of a job, without its first steps (new slots, first batch of this size)."""
+    from vllm_zo import Classification, LoZO
+
+    taken: list[dict[str, Any]] = []
+    llm.finetune(
+        train=Prompts(SHAPES[args.shape].vocab, batch, seed=0).records(),
+        objective=Classification(template="{sentence}", options=list(OPTION_TEXTS)),
+        method=LoZO(rank=args.rank, interval=args.interval, eps=1e-3, queries=queries),
+        learning_rate=1e-7,
+        batch_size=batch,
+        steps=args.warmup + args.steps,
+        update_space=args.space,
+        callbacks=[lambda run, record: taken.append(clock.take())],
+        progress=False,
+    )
+    return taken[args.warmup :]
+
+
+def measure(args: argparse.Namespace, model: str) -> dict[str, Any]:
+    from vllm_zo import LLM
+
+    # Every configuration in one pass: else a group of 256 sequences would be taken in waves.
+    slots = 2 * max(DIRECTIONS)
+    zo = {"slots": slots}
+    llm = LLM(model, dtype=args.dtype, max_num_seqs=512, max_num_batched_tokens=16384, zo_training=zo)
+    clock = attach_clock(llm)
+    configurations = [(b, 1) for b in BATCHES] + [(16, k) for k in DIRECTIONS if k > 1]
+    steps: dict[tuple[int, int], list[dict[str, Any]]] = {c: [] for c in configurations}
+    for number in range(args.rounds):
+        for batch, queries in configurations:
+            steps[batch, queries] += take_steps(llm, clock, args, batch, queries)
+            middle = median(s["step"] for s in steps[batch, queries])
+            print(f"round {number + 1}: batch {batch}, K {queries}: {middle:.1f} ms", file=sys.stderr)
+    ms = {c: median(s["step"] for s in taken) for c, taken in steps.items()}
+    return {
+        "phases": {p: median(s[p] for s in steps[16, 1]) for p in (*PHASES, "step")},
+        "directions": {k: ms[16, k] for k in DIRECTIONS},
+        "batch": {b: ms[b, 1] for b in BATCHES},
+    }
+
+
+def show(result: dict[str, Any], interval: int) -> None:
+    phases, step = result["phases"], result["phases"]["step"]
+    print(f"\n| phase | ms | share |\n|---|---|---|\n| step | {step:.1f} | |")
+    for phase in PHASES:
+        print(f"| {phase} | {phases[phase]:.2f} | {phases[phase] / step:.1%} |")
+    one = result["directions"][1]
+    print("\n| directions in a group | ms per step | ms per direction | of K = 1 |\n|---|---|---|---|")
+    for k, ms in result["directions"].items():
+        print(f"| {k} | {ms:.1f} | {ms / k:.1f} | {ms / k / one:.2f} |")
+    small = result["batch"][16]
+    print("\n| batch | ms per step | ms per example | of batch 16 |\n|---|---|---|---|")
+    for b, ms in result["batch"].items():
+        print(f"| {b} | {ms:.1f} | {ms / b:.2f} | {(ms / b) / (small / 16):.2f} |")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="125m")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32", "float16"), default="bfloat16")
+    parser.add_argument("--space", choices=("bank", "fold"), default="bank")
+    parser.add_argument("--rank", type=int, default=2)
+    parser.add_argument("--interval", type=int, default=50)
+    parser.add_argument("--warmup", type=int, default=2, help="first steps of a job that do not count")
+    parser.add_argument("--steps", type=int, default=6, help="counted steps of a job")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--cores", default=None, help='cores to use, e.g. "0,1" (default: the first two)')
+    parser.add_argument("--model-dir", help="use this checkpoint of the shape instead of making one")
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    args = parser.parse_args(argv)
+    cores = [int(c) for c in args.cores.split(",")] if args.cores else sorted(os.sched_getaffinity(0))[:2]
+    os.sched_setaffinity(0, cores)
+    os.environ.update(environment("ours", cores))
+    machine = facts.machine(cores)
+    scratch = Path(tempfile.mkdtemp(prefix="step_anatomy_"))
+    try:
+        result = measure(args, args.model_dir or str(make_checkpoint(args, scratch)))
+    finally:
+        shutil.rmtree(scratch)
+    show(result, args.interval)
+    if args.json:
+        args.json.write_text(json.dumps({"machine": machine, **result}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

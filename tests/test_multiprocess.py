@@ -1,0 +1,235 @@
+"""The engine in a process of its own, as vLLM starts it by default: jobs, traffic, failures and ends cross the border.
+
+The engine is made once for this file; `Child` programs are for what ends the front end itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from vllm import SamplingParams, envs
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.v1.engine import EngineCoreRequestType
+from vllm.v1.engine.async_llm import AsyncLLM
+
+from tests.children import ENDLESS, ONE_PROCESS, Child, engine
+from tests.engines import SENTIMENT, Engines, reviews
+from tests.test_durability import interrupted
+from tests.test_seams import PROMPTS
+from tests.test_serving import GREEDY, answers, assert_agree, margin
+from tests.trajectories import JOB, SPACES, Trajectory, steps_of, train
+from vllm_zo import ConfigError, JobError
+from vllm_zo.checkpoint.seed_log import read_seed_log
+from vllm_zo.entrypoints.engine_client import EngineClient
+
+PROMPTLY_S = 20.0
+"""From the signal to the last process gone. vLLM takes 4 to 5 s on a quiet machine, for an engine without work too."""
+
+
+@pytest.fixture(scope="module")
+def llm(engines: Engines) -> Iterator[Any]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+        envs.disable_envs_cache()  # an engine in this process has frozen vLLM's settings
+        llm = engine(str(engines.model("opt")), zo_training=True)
+    yield llm
+    llm.llm_engine.engine_core.shutdown()
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.01)
+
+
+def wait_for_steps(run: Any, count: int) -> None:
+    def taken() -> bool:
+        run.poll()
+        return len(run.history) >= count
+
+    wait_until(taken)
+
+
+def ended(process: psutil.Process) -> bool:
+    try:
+        return bool(process.status() == psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return True
+
+
+def assert_complete_and_resumable(llm: Any, directory: Path) -> None:
+    """Every step that was made is in the log, and an engine takes the steps after it that an unbroken run takes."""
+    log = read_seed_log(directory / "seeds.log")
+    recorded = [json.loads(line)["step"] for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    summary = json.loads((directory / "summary.json").read_text())
+    assert log.intact and 0 < log.num_steps == summary["step"] < ENDLESS["steps"], "closed in good order"
+    assert recorded == list(range(1, log.num_steps + 1)), "metrics are written at once, the log on the way out"
+    made = []
+    for where in ({"resume_from": directory}, {}):
+        run = interrupted(llm, log.num_steps + 5, **ENDLESS, **where)
+        run.cancel()
+        made.append(steps_of(run.directory))
+    resumed, unbroken = made
+    both = min(len(resumed), len(unbroken))
+    assert both >= log.num_steps + 5 and resumed[:both] == unbroken[:both]
+
+
+# --- jobs and traffic -------------------------------------------------------------------------------------------------
+
+
+def test_a_job_takes_the_steps_that_it_takes_in_process(engines: Engines, llm: Any) -> None:
+    followed: list[int] = []
+    run = train(llm, callbacks=[lambda run, record: followed.append(record["step"])])
+    inside = engines.get()
+    assert Trajectory.of(llm, run) == Trajectory.of(inside, train(inside))
+    assert followed == list(range(1, JOB["steps"] + 1)) == [record["step"] for record in run.history]
+
+
+def test_generating_during_a_job_gives_the_answers_of_the_base(llm: Any) -> None:
+    alone = answers(llm)
+    run = train(llm, **ENDLESS, wait=False)
+    wait_for_steps(run, 5)
+    for _ in range(5):
+        assert_agree(answers(llm), alone)
+    seen = len(run.history)
+    wait_for_steps(run, seen + 5)
+    assert run.status == "running"
+    with pytest.raises(ConfigError, match=f"job_id='{run.job_id}' is taken and running"):
+        train(llm, **ENDLESS, resume_from=run.directory)
+    run.stop()
+    run.wait()
+    assert run.status == "succeeded" and len(run.history) < ENDLESS["steps"]
+    assert [tokens for tokens, _ in answers(llm, lora_request=run.lora_request)] != [tokens for tokens, _ in alone]
+    assert_agree(answers(llm), alone)
+
+
+def test_a_job_that_fails_raises_here_and_the_engine_goes_on(llm: Any) -> None:
+    alone = answers(llm)
+    with pytest.raises(JobError, match="failed: the training loss .*; its log is in"):
+        train(llm, steps=200, learning_rate=1e37)
+    assert_agree(answers(llm), alone)
+    assert train(llm).status == "succeeded"
+
+
+def test_a_request_behind_the_start_of_a_fold_job_is_refused_and_the_engine_lives(
+    llm: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM prepares a request while the engine still reads the job: only the loop itself knows who came first."""
+    call = EngineClient.call
+
+    def send_start(client: EngineClient, method: str, *args: Any) -> Any:
+        if method != "zo_start":
+            return call(client, method, *args)
+        core = llm.llm_engine.engine_core
+        core.utility_results[1] = Future()
+        return core._send_input(EngineCoreRequestType.UTILITY, (0, 1, method, args))
+
+    monkeypatch.setattr(EngineClient, "call", send_start)
+    run = llm.finetune(reviews(4000), **{**JOB, **SPACES["fold"], "steps": 10_000}, wait=False)
+    refused = llm.generate([PROMPTS[0]], SamplingParams(max_tokens=2), use_tqdm=False)[0].outputs[0]
+    assert (refused.finish_reason, refused.text) == ("error", "")
+    assert refused.stop_reason.startswith(f"update_space='fold' in job {run.job_id}: the base weights change")
+    run.cancel()
+    llm.restore_base(run)
+    assert llm.generate([PROMPTS[0]], SamplingParams(max_tokens=2), use_tqdm=False)[0].outputs[0].text
+
+
+# --- the async engine -------------------------------------------------------------------------------------------------
+
+
+async def async_answers(engine: AsyncLLM) -> list[tuple[list[int], list[float]]]:
+    """`answers` of an AsyncLLM: all prompts at once."""
+
+    async def ask(prompt: str) -> tuple[list[int], list[float]]:
+        async for output in engine.generate(prompt, GREEDY, request_id=uuid.uuid4().hex):
+            completion = output.outputs[0]
+        margins = [margin([p.logprob for p in step.values()]) for step in completion.logprobs]
+        return list(completion.token_ids), margins
+
+    return await asyncio.gather(*[ask(prompt) for prompt in PROMPTS])
+
+
+async def serve_and_train(engine: AsyncLLM) -> Any:
+    """Everything at once on one event loop; returns a finished run."""
+    rows, options = reviews(24, seed=1), {**JOB, **SPACES["bank"]}
+    alone = await async_answers(engine)
+    endless = await engine.finetune(rows, **options | ENDLESS, wait=False)
+    for _ in range(3):
+        assert_agree(await async_answers(engine), alone)
+        seen = len(endless.history)
+        while len(endless.history) <= seen:
+            await endless.poll()
+    assert endless.status == "running"
+    await endless.stop()
+    assert len((await endless.wait()).history) < ENDLESS["steps"]
+
+    runs: list[Any] = []
+    task = asyncio.create_task(engine.finetune(rows, **options | ENDLESS, callbacks=[lambda run, _: runs.append(run)]))
+    while not runs:
+        await asyncio.sleep(0.01)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert runs[0].status == "cancelled"
+    with pytest.raises(JobError, match="failed: the training loss"):
+        await engine.finetune(rows, **options | {"steps": 200, "learning_rate": 1e37})
+
+    run = await engine.finetune(rows, **options)
+    loss = (await engine.evaluate(rows, run=run))["loss"], (await engine.evaluate(rows, SENTIMENT))["loss"]
+    assert abs(loss[0] - loss[1]) > 1e-3
+    assert_agree(await async_answers(engine), alone)
+    return run
+
+
+def test_an_async_engine_serves_while_it_trains_and_takes_the_same_steps(engines: Engines) -> None:
+    async def scenario() -> Any:
+        options = {"max_model_len": 128, "dtype": "float32", "block_size": 32, "zo_training": True, **ONE_PROCESS}
+        engine = AsyncLLM.from_engine_args(AsyncEngineArgs(model=str(engines.model("opt")), **options))
+        try:
+            return await serve_and_train(engine)
+        finally:
+            engine.shutdown()
+
+    inside = engines.get()
+    assert Trajectory.of(inside, asyncio.run(scenario())) == Trajectory.of(inside, train(inside))
+
+
+# --- ends -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_front_end_ended_by_sigterm_takes_its_engine_along(engines: Engines, tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    child = Child("train_apart", str(engines.model("opt")), str(directory), VLLM_ENABLE_V1_MULTIPROCESSING="1")
+    child.wait_for_steps(directory, 1)
+    processes = psutil.Process(child.process.pid).children(recursive=True)
+    assert any("EngineCore" in " ".join(process.cmdline()) for process in processes), "no engine process"
+    child.process.send_signal(signal.SIGTERM)
+    try:
+        wait_until(lambda: all(ended(process) for process in processes), PROMPTLY_S)
+    finally:
+        for process in processes:
+            if not ended(process):
+                process.kill()
+    assert child.process.wait(PROMPTLY_S) == -signal.SIGTERM
+    assert_complete_and_resumable(engines.get(), directory)
+
+
+def test_an_engine_shut_down_during_a_job_ends_in_good_order(engines: Engines, llm: Any, tmp_path: Path) -> None:
+    """The last test of this file: it takes the engine away."""
+    run = train(llm, **ENDLESS, wait=False, output_dir=str(tmp_path / "run"))
+    wait_for_steps(run, 20)
+    process = psutil.Process(llm.llm_engine.engine_core.resources.engine_manager.processes[0].pid)
+    llm.llm_engine.engine_core.shutdown()
+    wait_until(lambda: ended(process), PROMPTLY_S)
+    assert_complete_and_resumable(engines.get(), run.directory)
