@@ -89,10 +89,14 @@ def test_peak_memory_counts_what_was_freed_again_until_it_is_reset() -> None:
     assert memory.peak_rss() - before < 50 * memory.MIB
 
 
+def peaks(start: float, work: float) -> dict[str, float]:
+    return {"start": start, "ready": start, "work": work}
+
+
 def test_ratios_of_peaks_are_taken_within_a_round() -> None:
     rounds = [
-        {"serving": {"start": 100.0, "work": 80.0}, "bank": {"start": 90.0, "work": 110.0}},
-        {"serving": {"start": 100.0, "work": 200.0}, "bank": {"start": 90.0, "work": 210.0}},
+        {"serving": peaks(100.0, 80.0), "bank": peaks(90.0, 110.0)},
+        {"serving": peaks(100.0, 200.0), "bank": peaks(90.0, 210.0)},
     ]
     summary = memory.summarise(rounds)
     assert summary["bank"]["peak"] == 160.0

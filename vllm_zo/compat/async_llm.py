@@ -12,14 +12,14 @@ ZO_TRAINING_ARGS = Patch(
     target="vllm.engine.arg_utils:AsyncEngineArgs.__init__",
     why="an AsyncLLM is made from these arguments, which do not know zo_training",
     how="turns zo_training into the engine options it stands for",
-    upstream="none yet: patches/0001 proposes the option",
+    upstream="none yet",
     remove_when="EngineArgs has zo_training",
 )
 ASYNC_TRAINING = Patch(
     target="vllm.v1.engine.async_llm:AsyncLLM.*",
     why="a front end that serves on an event loop must be able to train as well",
     how="gives the class finetune(), evaluate() and restore_base(), to be awaited",
-    upstream="none yet: patches/0001 proposes them",
+    upstream="none yet",
     remove_when="AsyncLLM has training calls",
 )
 

@@ -8,7 +8,7 @@ GROUPED_LORA = Patch(
     target="vllm.platforms.cpu:CpuPlatform.get_punica_wrapper",
     why="stock CPU LoRA gathers A and B per token (lora_ops.py), which dominates a step of a few hundred tokens",
     how="names our wrapper, a subclass of PunicaWrapperCPU with one GEMM per run of tokens that share an adapter",
-    upstream="none yet: patches/0005 proposes it for every CPU user",
+    upstream="none yet",
     remove_when="vLLM's CPU backend groups tokens by adapter",
 )
 

@@ -15,7 +15,7 @@ UTILITIES = Patch(
     target="vllm.v1.engine.core:EngineCore.zo_*",
     why="a front end must be able to start, follow and stop a job in the engine process",
     how="adds utility methods that delegate to the scheduler; EngineCore utility calls reach any method by name",
-    upstream="none yet: patches/0006 proposes them",
+    upstream="none yet",
     remove_when="EngineCore has training utility calls",
 )
 EXCLUSIVE = Patch(

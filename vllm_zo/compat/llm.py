@@ -11,7 +11,7 @@ ZO_TRAINING = Patch(
     target="vllm.entrypoints.llm:LLM.__init__",
     why="LLM passes unknown keyword arguments to EngineArgs, which rejects zo_training",
     how="turns zo_training into the engine options it stands for, and gives the class finetune() and evaluate()",
-    upstream="none yet: patches/0001 proposes the option",
+    upstream="none yet",
     remove_when="EngineArgs has zo_training",
 )
 

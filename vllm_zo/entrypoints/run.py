@@ -166,7 +166,8 @@ class JobResult:
         """Draw loss and accuracy over steps into an image file."""
         from vllm_zo.entrypoints.plot import plot_run
 
-        plot_run(self.history, self.evaluations, path, title=f"{self.model}: {self.config.method.name}")
+        name = Path(self.model).name if Path(self.model).is_dir() else self.model  # pictures get shown around
+        plot_run(self.history, self.evaluations, path, title=f"{name}: {self.config.method.name}")
 
 
 class FineTuneRun(JobResult):

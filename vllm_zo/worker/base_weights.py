@@ -30,6 +30,9 @@ def check_writable(layer: Any, name: str) -> None:
 class BaseWeights:
     """Reads and writes the base weights of linear layers; keeps the originals of what it wrote, on the host.
 
+    From its first write until `restore`, a layer that vLLM packs keeps its plain weight beside the packed one: to read
+    one back by multiplication takes longer than a training step. So a fold job on CPU holds three copies of a weight.
+
     A layer here is vLLM's (possibly packed) `LinearBase`; its weight is (all slices' outputs, inputs) of this rank.
     """
 
@@ -46,23 +49,22 @@ class BaseWeights:
         """Replace the weight. The original is kept on the first write, for `restore`."""
         if id(layer) not in self._originals:
             self._originals[id(layer)] = (layer, self.read(layer).cpu())
-        _store(layer, weight_OI)
+        _store(layer, weight_OI, keep_plain=True)
 
     def restore(self) -> int:
         """Bring every original back; returns how many layers were written."""
         for layer, original in self._originals.values():
-            _store(layer, original)
+            _store(layer, original, keep_plain=False)
         count = len(self._originals)
         self._originals.clear()
         return count
 
 
-def _store(layer: Any, weight_OI: Tensor) -> None:
-    if layer.weight.numel():
+def _store(layer: Any, weight_OI: Tensor, keep_plain: bool) -> None:
+    if not current_platform.is_cpu() or not _is_packed(layer):
         layer.weight.data.copy_(weight_OI)
-        if not current_platform.is_cpu() or not _is_packed(layer):
-            return
-    _pack(layer, weight_OI)
+    else:
+        _pack(layer, weight_OI, keep_plain)
 
 
 def _is_packed(layer: Any) -> bool:
@@ -84,7 +86,7 @@ def _unpack(layer: Any) -> Tensor:
     return layer.cpu_linear(eye, None, None).T.contiguous()
 
 
-def _pack(layer: Any, weight_OI: Tensor) -> None:
+def _pack(layer: Any, weight_OI: Tensor, keep_plain: bool) -> None:
     """Let vLLM choose the packer again, as at load. The AMX packer moved the bias to float32; that is kept."""
     layer.weight = torch.nn.Parameter(weight_OI.to(layer.weight.dtype), requires_grad=False)
-    utils.dispatch_cpu_unquantized_gemm(layer, remove_weight=True)
+    utils.dispatch_cpu_unquantized_gemm(layer, remove_weight=not keep_plain)

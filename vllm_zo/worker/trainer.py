@@ -43,6 +43,7 @@ from vllm_zo.methods.fold import fold_into
 from vllm_zo.methods.spaces import basis_of
 from vllm_zo.methods.state import AdapterState, FactorLayout
 from vllm_zo.worker.base_weights import BaseWeights, check_writable
+from vllm_zo.worker.host_memory import TRIM_INTERVAL, give_back_freed_memory
 from vllm_zo.worker.modules import Target, find_targets
 from vllm_zo.worker.scoring import Head, LossTable, score_members
 from vllm_zo.worker.slots import SlotPool
@@ -217,6 +218,8 @@ class Trainer:
             finite = finite & torch.isfinite(coefficients).all()
             coefficients = torch.where(finite, coefficients, torch.zeros_like(coefficients))
             job.state.apply(plan, coefficients, command.learning_rate)
+            if self.device.type == "cpu" and plan.step % TRIM_INTERVAL == 0:
+                give_back_freed_memory()
         self._pending.append(PendingGroup(command.group_id, losses, predictions, coefficients, finite))
 
     @execute.register
@@ -233,7 +236,9 @@ class Trainer:
         layers: dict[int, tuple[Any, Tensor]] = {}
         for target, u_OR, v_IR in zip(job.targets, u_parts, v_parts, strict=True):
             layer = target.module.base_layer
-            _, weight = layers.setdefault(id(layer), (layer, self.base.read(layer)))
+            if id(layer) not in layers:
+                layers[id(layer)] = layer, self.base.read(layer)
+            weight = layers[id(layer)][1]
             rows = _slice_rows(target, weight)
             weight[rows] = fold_into(
                 weight[rows], u_OR[target.out_slice], v_IR[target.in_slice], key, target.shape.name
