@@ -193,7 +193,7 @@ def _load(path: Path, settings: Settings) -> dict[str, Any] | None:
 def _in_child(name: str, target: Callable[..., None], *arguments: Any) -> None:
     saved = dict(os.environ)
     cores = sorted(os.sched_getaffinity(0))
-    os.environ.update({"VLLM_CPU_KVCACHE_SPACE": "1"} | environment(name, cores))
+    os.environ.update(environment(name, cores))
     try:
         process = multiprocessing.get_context("spawn").Process(target=target, args=arguments)
         process.start()
@@ -232,7 +232,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for name, given, known in (("space", args.space, SPACES), ("trainers", args.trainers, TRAINERS)):
         if unknown := set(given) - set(known):
             parser.error(f"--{name} {unknown.pop()}: must be of {', '.join(known)}")
-    args.cores = [int(c) for c in args.cores.split(",")] if args.cores else sorted(os.sched_getaffinity(0))[:2]
+    args.cores = facts.chosen_cores(args.cores)
     for what, file in (("--data", args.data / "train.jsonl"), ("--model", args.model / "config.json")):
         if not file.exists():
             raise SystemExit(f"SKIPPED, nothing was run: there is no {file}; give {what} a directory that has it.")

@@ -22,6 +22,11 @@ def versions() -> dict[str, str]:
     return found
 
 
+def chosen_cores(listed: str | None) -> list[int]:
+    """The cores of `--cores 0,1`, or the first two that this process may use."""
+    return [int(core) for core in listed.split(",")] if listed else sorted(os.sched_getaffinity(0))[:2]
+
+
 def machine(cores: list[int]) -> dict[str, Any]:
     """CPU, instruction sets, the cores used, versions and load when the benchmark starts."""
     info = Path("/proc/cpuinfo").read_text()

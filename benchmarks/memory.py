@@ -227,7 +227,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"--variants {unknown.pop()}: must be of {', '.join(VARIANTS)}")
     if min(args.bank_steps, args.fold_steps) <= args.interval:
         parser.error(f"--bank-steps and --fold-steps: must exceed --interval {args.interval}, to hold a refresh")
-    args.cores = [int(c) for c in args.cores.split(",")] if args.cores else sorted(os.sched_getaffinity(0))[:2]
+    args.cores = facts.chosen_cores(args.cores)
     return args
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 
 from benchmarks.baselines import CONTENDERS
+from benchmarks.facts import chosen_cores
 from benchmarks.shapes import SHAPES
 
 SLOW = ("official", "official-addmm", "strong")
@@ -29,8 +29,7 @@ def parse(argv: list[str] | None, description: str | None) -> argparse.Namespace
     if args.slow_steps < 2:
         parser.error(f"--slow-steps {args.slow_steps}: must be at least 2, a refresh step and a plain one")
     args.slow_steps = min(args.slow_steps, args.window)
-    allowed = sorted(os.sched_getaffinity(0))
-    args.cores = [int(core) for core in args.cores.split(",")] if args.cores else allowed[:2]
+    args.cores = chosen_cores(args.cores)
     names = [name for name in args.against.split(",") if name]
     if unknown := [name for name in names if name not in CONTENDERS]:
         parser.error(f"--against {unknown[0]}: must be one of {', '.join(CONTENDERS)}")

@@ -121,7 +121,7 @@ def measure(args: argparse.Namespace, model: str) -> dict[str, Any]:
     }
 
 
-def show(result: dict[str, Any], interval: int) -> None:
+def show(result: dict[str, Any]) -> None:
     phases, step = result["phases"], result["phases"]["step"]
     print(f"\n| phase | ms | share |\n|---|---|---|\n| step | {step:.1f} | |")
     for phase in PHASES:
@@ -150,7 +150,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--model-dir", help="use this checkpoint of the shape instead of making one")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     args = parser.parse_args(argv)
-    cores = [int(c) for c in args.cores.split(",")] if args.cores else sorted(os.sched_getaffinity(0))[:2]
+    cores = facts.chosen_cores(args.cores)
     os.sched_setaffinity(0, cores)
     os.environ.update(environment("ours", cores))
     machine = facts.machine(cores)
@@ -159,7 +159,7 @@ def main(argv: list[str] | None = None) -> None:
         result = measure(args, args.model_dir or str(make_checkpoint(args, scratch)))
     finally:
         shutil.rmtree(scratch)
-    show(result, args.interval)
+    show(result)
     if args.json:
         args.json.write_text(json.dumps({"machine": machine, **result}, indent=1) + "\n")
 

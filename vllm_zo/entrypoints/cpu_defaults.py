@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from vllm_zo.worker.kernels.cpu_linear import is_emulated
+
 GIB = 1 << 30
 KV_CACHE_SHARE = 0.25
 """Of the free memory. vLLM's own default is 92 % of *all* memory, and refuses to start where less than that is free."""
@@ -17,8 +19,6 @@ MAX_KV_CACHE_GIB = 8
 """A group of 32 sequences of a few hundred tokens needs well under this, up to models of some billion parameters."""
 FEW_CORES = 4
 """Up to here a core that vLLM keeps for its scheduler (which only waits while the model runs) is missed too much."""
-BFLOAT16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
-"""x86 (the first two) and ARM; without one of them a bfloat16 product is emulated, slower than float32."""
 
 
 def is_cpu_build() -> bool:
@@ -75,4 +75,5 @@ def cpu_flags() -> frozenset[str]:
 
 
 def has_native_bfloat16() -> bool:
-    return bool(BFLOAT16_FLAGS & cpu_flags())
+    """Without it a bfloat16 product is emulated, slower than float32."""
+    return not is_emulated(torch.bfloat16)

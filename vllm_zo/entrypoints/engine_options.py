@@ -48,6 +48,7 @@ def engine_options(
         raise ConfigError(
             f"zo_training: platform {current_platform.device_type!r} has no training worker; use CPU or CUDA."
         )
+    check_local_model(model, f"model={model!r}")
     _check_supports_lora(model, options)
     max_loras = options.get("max_loras") or 1
     return {
@@ -60,6 +61,16 @@ def engine_options(
         "worker_cls": WORKERS[device],
         "additional_config": {**(options.get("additional_config") or {}), "zo_training": asdict(zo)},
     }
+
+
+def check_local_model(model: str, named: str) -> None:
+    """Refuse a path that leads nowhere; vLLM would ask the hub for a model of that name.
+
+    Args:
+        named: the option and its value as the user wrote them.
+    """
+    if model.startswith(("/", ".", "~")) and not model.endswith(".gguf") and not Path(model).is_dir():
+        raise ConfigError(f"{named}: no such directory; give a checkpoint's directory or a Hugging Face name.")
 
 
 def _refuse(options: Mapping[str, Any]) -> None:
@@ -86,8 +97,6 @@ def _check_supports_lora(model: str, options: Mapping[str, Any]) -> None:
     from vllm.engine.arg_utils import EngineArgs
     from vllm.model_executor.models import supports_lora
 
-    if model.startswith(("/", "./", "../", "~")) and not Path(model).is_dir():  # else the hub is asked for that name
-        raise ConfigError(f"model={model!r}: no such directory; give a checkpoint's directory or a Hugging Face name.")
     given = {name: options[name] for name in _MODEL_OPTIONS if name in options}
     model_config = EngineArgs(model=model, **given).create_model_config()
     model_class, _ = model_config.registry.resolve_model_cls(model_config.architectures, model_config)

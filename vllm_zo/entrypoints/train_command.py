@@ -17,6 +17,7 @@ from vllm_zo.data import load_examples
 from vllm_zo.data.batches import BatchOrder
 from vllm_zo.engine.job_dir import read_description
 from vllm_zo.entrypoints.cpu_defaults import apply_cpu_defaults, has_native_bfloat16, is_cpu_build
+from vllm_zo.entrypoints.engine_options import check_local_model
 from vllm_zo.entrypoints.logs import quiet_vllm, show_ours
 from vllm_zo.entrypoints.run import Callback, FineTuneRun
 from vllm_zo.errors import ConfigError, JobError
@@ -137,8 +138,7 @@ def start_engine(model: str, zo: ZOTrainingConfig, params: Params) -> Any:
     Raises:
         ConfigError: an option or the model is refused.
     """
-    if model.startswith(("/", ".")) and not Path(model).is_dir():
-        raise ConfigError(f"--model {model}: no such directory.")
+    check_local_model(model, f"--model {model}")
     options = {
         **_given(params, ("dtype", "max_model_len")),
         **_engine_options(params["engine_option"] or ()),
