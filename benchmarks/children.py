@@ -11,6 +11,8 @@ import os
 import time
 import traceback
 from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any
@@ -62,6 +64,18 @@ def environment(name: str, cores: list[int]) -> dict[str, str]:
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         }
     return common | {"GOMP_CPU_AFFINITY": listed.replace(",", " ")}
+
+
+@contextmanager
+def variables_of(name: str, cores: list[int]) -> Iterator[None]:
+    """`environment` for the processes that are started in the block; ours is afterwards what it was."""
+    saved = dict(os.environ)
+    os.environ.update(environment(name, cores))
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(saved)
 
 
 def child_main(name: str, conn: Connection, args: Namespace) -> None:

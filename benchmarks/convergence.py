@@ -26,7 +26,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import convergence_report, facts
-from benchmarks.children import environment
+from benchmarks.children import variables_of
 
 ROOT = Path(__file__).parents[1]
 TEMPLATE, OPTIONS = "{sentence} It was", [" terrible", " great"]
@@ -191,15 +191,9 @@ def _load(path: Path, settings: Settings) -> dict[str, Any] | None:
 
 
 def _in_child(name: str, target: Callable[..., None], *arguments: Any) -> None:
-    saved = dict(os.environ)
-    cores = sorted(os.sched_getaffinity(0))
-    os.environ.update(environment(name, cores))
-    try:
+    with variables_of(name, sorted(os.sched_getaffinity(0))):
         process = multiprocessing.get_context("spawn").Process(target=target, args=arguments)
         process.start()
-    finally:
-        os.environ.clear()
-        os.environ.update(saved)
     process.join()
     if process.exitcode:
         raise SystemExit(f"{name} failed; see above")

@@ -25,7 +25,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import facts, report
-from benchmarks.children import Failed, Ready, Timing, Window, child_main, environment
+from benchmarks.children import Failed, Ready, Timing, Window, child_main, variables_of
 from benchmarks.options import SLOW, parse
 from benchmarks.shapes import SHAPES
 
@@ -40,14 +40,9 @@ class Contender:
         self.name = name
         context = multiprocessing.get_context("spawn")
         self.conn, theirs = context.Pipe()
-        saved = dict(os.environ)
-        os.environ.update(environment(name, args.cores))
-        try:
+        with variables_of(name, args.cores):
             self.process: SpawnProcess = context.Process(target=child_main, args=(name, theirs, args))
             self.process.start()
-        finally:
-            os.environ.clear()
-            os.environ.update(saved)
         theirs.close()
         self.cores = args.cores
         self.details = _answer(self.conn, self.name, Ready).details

@@ -34,7 +34,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import facts
-from benchmarks.children import environment
+from benchmarks.children import variables_of
 from benchmarks.core_step import make_checkpoint
 from benchmarks.shapes import OPTION_TEXTS, SHAPES, Prompts
 
@@ -148,15 +148,10 @@ def _child(variant: str, conn: Connection, args: argparse.Namespace) -> None:
 def run(variant: str, args: argparse.Namespace) -> dict[str, float]:
     context = multiprocessing.get_context("spawn")
     conn, theirs = context.Pipe()
-    saved = dict(os.environ)
-    os.environ.update(environment("ours", args.cores))
-    os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would overrule --kv-mib
-    try:
+    with variables_of("ours", args.cores):
+        os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would overrule --kv-mib
         process = context.Process(target=_child, args=(variant, theirs, args))
         process.start()
-    finally:
-        os.environ.clear()
-        os.environ.update(saved)
     theirs.close()
     try:
         answer = conn.recv()
