@@ -129,4 +129,5 @@ class ReferenceTrainer:
         labels = torch.tensor(row.label_ids)
         if row.kind == "labels":
             return logits_TV[row.positions[0], labels]
-        return logits_TV[torch.tensor(row.positions)].log_softmax(-1)[torch.arange(len(labels)), labels]
+        log_probs_TV = logits_TV[torch.tensor(row.positions)].log_softmax(-1)
+        return torch.cat([log_probs_TV[torch.arange(len(labels)), labels], log_probs_TV.amax(-1)])

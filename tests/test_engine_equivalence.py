@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.engines import SENTIMENT, Engines, reviews, scheduler_of
 from tests.reference import ReferenceTrainer
-from vllm_zo import FactorizedMeZO, LanguageModeling, LoZO
+from vllm_zo import FactorizedMeZO, LanguageModeling, LoZO, MultipleChoice
 from vllm_zo.checkpoint.seed_log import read_seed_log
 from vllm_zo.checkpoint.snapshot import load_snapshot
 from vllm_zo.data import BatchOrder, encode_examples
@@ -28,6 +28,7 @@ LOSS_TOLERANCE = 2e-5
 GRAD_TOLERANCE = LOSS_TOLERANCE / EPS
 STEPS, BATCH, SEED, RATE = 8, 4, 3, 1e-3
 LOZO = LoZO(rank=2, interval=3, eps=EPS)
+CHOICES = ["so terrible", "great", "neither good nor bad"]
 
 CASES: dict[str, dict[str, Any]] = {
     "bank with one basis": {"method": LOZO, "bases": 1},
@@ -45,6 +46,11 @@ CASES: dict[str, dict[str, Any]] = {
     "language modelling": {
         "method": LOZO,
         "objective": LanguageModeling(prompt_field="sentence", completion_field="sentence"),
+    },
+    "two or three choices of the example's own": {
+        "method": LOZO,
+        "objective": MultipleChoice("{sentence} It was", loss_kind="likelihood"),
+        "record": lambda row: row | {"choices": CHOICES[: 2 + len(row["sentence"]) % 2]},
     },
     "members prefilled in chunks": {
         "method": LOZO,
@@ -79,7 +85,7 @@ def test_the_engine_follows_the_reference(engines: Engines, name: str) -> None:
     case = CASES[name]
     slots = case.get("slots", 2)
     llm = engines.get(case.get("family", "opt"), zo_training={"slots": slots}, **case.get("engine", {}))
-    rows = reviews(24, seed=1)
+    rows = [case.get("record", dict)(row) for row in reviews(24, seed=1)]
     objective = case.get("objective", SENTIMENT)
     options = {k: case[k] for k in ("method", "update_space", "bases", "target_modules") if k in case}
     run = llm.finetune(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import pickle
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from vllm_zo.objectives import (
     Classification,
     EncodedExample,
     LanguageModeling,
+    MultipleChoice,
     Objective,
     ScoringRow,
     build_objective,
@@ -81,7 +84,7 @@ def naive_scores(cells: list[float], examples: Sequence[EncodedExample]) -> list
     for example in examples:
         of_example = []
         for row in example.rows:
-            taken, cells = cells[: len(row.label_ids)], cells[len(row.label_ids) :]
+            taken, cells = cells[: len(row.label_ids)], cells[row.num_cells :]
             of_example += taken if row.kind == "labels" else [sum(taken) / len(taken)]
         scores.append(of_example)
     assert not cells
@@ -107,16 +110,17 @@ def score_rows(model: Any, examples: Sequence[EncodedExample], dtype: torch.dtyp
             cells += logits[0, list(row.label_ids)]
         else:
             cells += [line.log_softmax(-1)[t] for line, t in zip(logits, row.label_ids, strict=True)]
+            cells += [line.log_softmax(-1).max() for line in logits]
     return torch.stack(cells)[None]
 
 
 # --- the cell table and the losses ------------------------------------------------------------------------------------
 
 
-def test_rows_are_numbered_example_by_example_and_own_one_cell_per_label_id() -> None:
+def test_rows_are_numbered_example_by_example_and_own_their_cells() -> None:
     examples = [EncodedExample((logprobs_row(3), logprobs_row(2))), EncodedExample((labels_row(2),))]
     assert flatten_rows(examples) == [logprobs_row(3), logprobs_row(2), labels_row(2)]
-    assert row_offsets(examples) == [0, 3, 5, 7]
+    assert row_offsets(examples) == [0, 6, 10, 12]
 
 
 @pytest.mark.parametrize("candidates", [2, 3, 6])
@@ -141,7 +145,59 @@ def test_language_modeling_loss_is_the_mean_nats_per_completion_token() -> None:
     losses_PE, predictions_PE = LanguageModeling().loss(cells_PC, examples)
     expected = [[-scores[0] for scores in naive_scores(cells, examples)] for cells in cells_PC.double().tolist()]
     torch.testing.assert_close(losses_PE, torch.tensor(expected, dtype=torch.float32), **ROUNDING)
-    assert predictions_PE.tolist() == [[0] * 4] * 3
+    naive = []
+    for cells in cells_PC.tolist():
+        naive.append([])
+        for example in examples:
+            n = len(example.rows[0].label_ids)
+            own, cells = cells[: 2 * n], cells[2 * n :]
+            naive[-1].append(sum(not a >= b for a, b in zip(own[:n], own[n:], strict=True)))
+    assert predictions_PE.tolist() == naive
+    assert len({count for counts in naive for count in counts}) > 2
+
+
+def test_a_completion_that_greedy_decoding_gives_is_right() -> None:
+    cells = torch.tensor([[-0.5, -0.1, -0.5, -0.1], [-0.5, -0.2, -0.5, -0.1], [-0.5, torch.nan, -0.4, -0.1]])
+    _, predictions = LanguageModeling().loss(cells, [EncodedExample((logprobs_row(2),))])
+    assert predictions.tolist() == [[0], [1], [2]]
+
+
+@pytest.mark.parametrize("kind", ["choice", "likelihood"])
+def test_multiple_choice_with_as_many_choices_as_an_example_has(kind: str) -> None:
+    generator = torch.Generator().manual_seed(5)
+    examples = []
+    for count, gold in ((2, 1), (4, 3), (3, 0), (2, 0), (5, 2)):
+        lengths = torch.randint(1, 6, (count,), generator=generator).tolist()
+        examples.append(EncodedExample(tuple(logprobs_row(n) for n in lengths), gold))
+    cells_PC = -3 * torch.rand(3, row_offsets(examples)[-1], generator=generator)
+    losses_PE, predictions_PE = MultipleChoice("{q}", loss_kind=kind).loss(cells_PC, examples)
+    for cells, losses, predictions in zip(cells_PC.double().tolist(), losses_PE, predictions_PE, strict=True):
+        expected, best = naive_classification(cells, examples)
+        if kind == "likelihood":
+            scores = naive_scores(cells, examples)
+            expected = [-s[e.gold] for s, e in zip(scores, examples, strict=True)]
+        torch.testing.assert_close(losses, torch.tensor(expected, dtype=torch.float32), **ROUNDING)
+        assert predictions.tolist() == best
+    cells_PC[0, 0] = torch.nan
+    spoiled = MultipleChoice("{q}").loss(cells_PC, examples)[0][0]
+    assert spoiled.isfinite().tolist() == [False, True, True, True, True]
+
+
+def test_choice_metrics_known_answers() -> None:
+    examples = [EncodedExample((labels_row(3),), gold) for gold in (0, 0, 1, 2)]
+    # class 0: tp 1, fn 1, fp 0; class 1: tp 1, fp 1; class 2: fn 1
+    metrics = classification().metrics([0.0] * 4, [0, 1, 1, 1], examples)
+    assert metrics == {"accuracy": 0.5, "macro_f1": pytest.approx((2 / 3 + 2 / 4 + 0) / 3)}
+    ragged = [EncodedExample((logprobs_row(1),) * n, 0) for n in (2, 3)]
+    assert MultipleChoice("{q}").metrics([0.0] * 2, [0, 1], ragged) == {"accuracy": 0.5}
+
+
+def test_completion_metrics_known_answers() -> None:
+    examples = [EncodedExample((logprobs_row(n),)) for n in (1, 3)]
+    metrics = LanguageModeling().metrics([2.0, 1.0], [0, 2], examples)
+    assert metrics == {
+        "accuracy": 0.5, "token_accuracy": pytest.approx(0.5), "perplexity": pytest.approx(math.exp(5 / 4)),
+    }  # fmt: skip
 
 
 def test_two_single_token_options_give_softplus_of_the_logit_difference() -> None:
@@ -482,7 +538,9 @@ EXAMPLES_OF_EACH: list[Objective] = [
     classification(),
     classification(labels=[True, False], mode="full", bos_token_id=0, label_field="positive"),
     LanguageModeling(),
-    LanguageModeling(template="{q}", completion_field="a", append_eos=False),
+    LanguageModeling(template="{q}", completion_field="a", append_eos=False, prefix=" ", suffix="\n"),
+    MultipleChoice("{q}", ["a", "b"], loss_kind="likelihood"),
+    MultipleChoice("{q}"),
 ]
 
 
@@ -527,3 +585,74 @@ def test_tiny_models_are_the_same_bits_for_the_same_seed(tmp_path: Path) -> None
     a, b, c = ((tmp_path / name / "model.safetensors").read_bytes() for name in "abc")
     assert a == b and a != c
     assert (tmp_path / "a" / "tokenizer.json").read_bytes() == (tmp_path / "b" / "tokenizer.json").read_bytes()
+
+
+# --- multiple choice, answers -----------------------------------------------------------------------------------------
+
+COPA = {
+    "premise": "The man turned on the faucet so",
+    "choice1": "the toilet filled.",
+    "choice2": "water flowed.",
+    "label": 1,
+}
+
+
+def test_choices_from_fields_and_from_a_list_are_the_same_rows(tokenizer: Any) -> None:
+    by_field = MultipleChoice("{premise}", ["choice1", "choice2"]).encode(COPA, tokenizer, "row 1")
+    listed = {"premise": COPA["premise"], "choices": [COPA["choice1"], COPA["choice2"]], "label": "water flowed."}
+    assert MultipleChoice("{premise}").encode(listed, tokenizer, "row 1") == by_field
+    assert by_field.gold == 1 and by_field.num_candidates == 2
+    stem = tokenizer(COPA["premise"]).input_ids
+    for row, choice in zip(by_field.rows, (COPA["choice1"], COPA["choice2"]), strict=True):
+        full = tokenizer(f"{COPA['premise']} {choice}").input_ids
+        assert row == ScoringRow(
+            tuple(full[:-1]), tuple(range(len(stem) - 1, len(full) - 1)), tuple(full[len(stem) :]), "logprobs"
+        )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"choices": "water"}, "expected a list of at least two texts"),
+        ({"choices": ["water"]}, "expected a list of at least two texts"),
+        ({"choices": ["a", 2]}, "expected a list of at least two texts"),
+        ({"choices": ["water", " water "]}, "equal token ids"),
+        ({"label": 2}, "label 2 is outside"),
+        ({"label": "fire"}, "label 'fire' is outside"),
+        ({"premise": None}, "field 'premise' is None"),
+    ],
+)
+def test_multiple_choice_refuses_a_bad_record(tokenizer: Any, change: dict[str, Any], message: str) -> None:
+    record = {"premise": "The man", "choices": ["water", "fire and ice"], "label": 0} | change
+    with pytest.raises(ConfigError, match="row 7.*" + re.escape(message)):
+        MultipleChoice("{premise}").encode(record, tokenizer, "row 7")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"choices": 3}, "choices=3"),
+        ({"choices": ["one"]}, "at least two fields"),
+        ({"choices": []}, "choices="),
+        ({"choices": ["a", ""]}, "choices="),
+        ({"loss_kind": "likelyhood"}, "did you mean 'likelihood'"),
+        ({"separator": None}, "separator=None"),
+        ({"bos_token_id": -1}, "bos_token_id=-1"),
+    ],
+)
+def test_multiple_choice_refuses_bad_settings(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        MultipleChoice("{premise}", **settings)
+
+
+def test_of_several_answers_the_first_is_learnt(tokenizer: Any) -> None:
+    objective = LanguageModeling(
+        template="{question} Answer:", completion_field="answers", prefix=" ", suffix="\n", append_eos=False
+    )
+    record = {"question": "a film of", "answers": ["great charm", "charm"]}
+    row = objective.encode(record, tokenizer, "row 1").rows[0]
+    full = tokenizer("a film of Answer: great charm\n").input_ids
+    assert (*row.token_ids, row.label_ids[-1]) == tuple(full)
+    for answers in ([], [3], None, [""]):
+        with pytest.raises(ConfigError, match="row 1.*answers"):
+            objective.encode(record | {"answers": answers}, tokenizer, "row 1")

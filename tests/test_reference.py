@@ -39,8 +39,8 @@ class Likelihood(TwoLabels):
     """Mean negative log-likelihood of the only row of each example; rows may differ in length."""
 
     def loss(self, cells_PC: Tensor, examples: Sequence[EncodedExample]) -> tuple[Tensor, Tensor]:
-        parts = cells_PC.split([len(e.rows[0].label_ids) for e in examples], dim=1)
-        losses_PE = -torch.stack([part.mean(dim=1) for part in parts], dim=1)
+        parts = cells_PC.split([e.rows[0].num_cells for e in examples], dim=1)
+        losses_PE = -torch.stack([part.chunk(2, dim=1)[0].mean(dim=1) for part in parts], dim=1)
         return losses_PE, torch.zeros_like(losses_PE, dtype=torch.int64)
 
 

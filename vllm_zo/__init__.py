@@ -18,7 +18,7 @@ from vllm_zo.compat.import_hook import when_imported
 from vllm_zo.config import JobConfig, ZOTrainingConfig
 from vllm_zo.errors import ConfigError, CorruptLogError, JobError, SlotError, ZOError
 from vllm_zo.methods import FactorizedMeZO, LoZO
-from vllm_zo.objectives import Classification, LanguageModeling
+from vllm_zo.objectives import Classification, LanguageModeling, MultipleChoice
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -30,6 +30,7 @@ __all__ = [
     "FactorizedMeZO",
     "Classification",
     "LanguageModeling",
+    "MultipleChoice",
     "JobConfig",
     "ZOTrainingConfig",
     "ZOError",

@@ -39,12 +39,12 @@ class Work:
 
 @dataclass
 class Evaluation:
-    """Losses and hits of the validation examples scored so far, at one step."""
+    """Losses and predictions of the validation examples scored so far, at one step."""
 
     step: int
     expected: int
     losses: list[float] = field(default_factory=list)
-    hits: int = 0
+    predictions: list[int] = field(default_factory=list)
 
     @property
     def complete(self) -> bool:
@@ -205,14 +205,15 @@ class Job:
         evaluation = self._evaluation
         assert evaluation is not None and evaluation.step == work.plan.step
         evaluation.losses += result.losses[0]
-        golds = [self.validation[i].gold for i in work.example_ids]
-        evaluation.hits += sum(p == g for p, g in zip(result.predictions[0], golds, strict=True))
+        evaluation.predictions += result.predictions[0]
         if not evaluation.complete:
             return None
+        losses, predictions = evaluation.losses, evaluation.predictions
+        metrics = self.config.objective.metrics(losses, predictions, self.validation)
         record = {
             "step": evaluation.step,
-            "eval_loss": sum(evaluation.losses) / evaluation.expected,
-            "eval_accuracy": evaluation.hits / evaluation.expected,
+            "eval_loss": sum(losses) / evaluation.expected,
+            **{f"eval_{name}": value for name, value in metrics.items()},
             "seconds": time.monotonic() - self._started,
         }
         self.evaluations.append(record)

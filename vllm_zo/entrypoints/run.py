@@ -32,7 +32,7 @@ class JobResult:
     Attributes:
         history: one record a training step: step, loss, accuracy, loss_plus, loss_minus, projected_grad, learning_rate,
             eps, tokens, seconds.
-        evaluations: one record an evaluation: step, eval_loss, eval_accuracy.
+        evaluations: one record an evaluation: step, eval_loss, eval_accuracy and the objective's other metrics.
         directory: seed log, metrics.jsonl and snapshots.
     """
 
@@ -86,14 +86,15 @@ class JobResult:
 
     @property
     def metrics(self) -> dict[str, Any]:
-        """Headline numbers: loss and accuracy of the state that is given back, and how it started."""
+        """Headline numbers: loss, accuracy and what else the objective measures, of the state that is given back, and
+        how it started."""
         out: dict[str, Any] = {"steps": len(self.history)}
         if self.history:
             out["train_loss"] = self.history[-1]["loss"]
         if (given := self._given_evaluation()) is not None:
             first = self.evaluations[0]
-            out |= {"loss": given["eval_loss"], "accuracy": given["eval_accuracy"], "step": given["step"]}
-            out |= {"initial_loss": first["eval_loss"], "initial_accuracy": first["eval_accuracy"]}
+            out |= {**_scores(given), "step": given["step"]}
+            out |= {f"initial_{name}": value for name, value in _scores(first).items()}
         return out
 
     def _given_evaluation(self) -> dict[str, Any] | None:
@@ -106,7 +107,7 @@ class JobResult:
     def last_evaluation(self) -> dict[str, float]:
         """What `evaluate` answers."""
         record = self.evaluations[-1]
-        return {"loss": record["eval_loss"], "accuracy": record["eval_accuracy"]}
+        return _scores(record)
 
     @property
     def version(self) -> int:
@@ -219,3 +220,8 @@ class FineTuneRun(JobResult):
     def stop(self) -> None:
         """Stop at the next step boundary, evaluate and publish as at a normal end."""
         self._client.call("zo_stop", self.job_id, False)
+
+
+def _scores(record: dict[str, Any]) -> dict[str, float]:
+    """Loss and metrics of an evaluation record, by their own names."""
+    return {key.removeprefix("eval_"): value for key, value in record.items() if key.startswith("eval_")}

@@ -82,7 +82,8 @@ class TrainingMixin:
             run: score the state this run gives back; None: the base model.
 
         Returns:
-            {"loss": mean nats per example, "accuracy": share of examples whose best candidate is the right one}
+            {"loss": mean nats per example, "accuracy": share of examples whose best candidate is the right one, and
+            what else the objective measures, e.g. "macro_f1" or "token_accuracy"}
         """
         client = EngineClient(self.llm_engine)
         job = prepare_evaluation(self.llm_engine, data, objective, run)

@@ -10,11 +10,13 @@ from vllm_zo.objectives.base import EncodedExample, Objective, ScoringRow
 from vllm_zo.objectives.cells import candidate_scores, flatten_rows, row_offsets
 from vllm_zo.objectives.classification import Classification
 from vllm_zo.objectives.language_modeling import LanguageModeling
+from vllm_zo.objectives.multiple_choice import MultipleChoice
 from vllm_zo.validation import check_keys, check_known
 
 OBJECTIVES: dict[str, type[Any]] = {
     Classification.name: Classification,
     LanguageModeling.name: LanguageModeling,
+    MultipleChoice.name: MultipleChoice,
 }
 
 
@@ -49,6 +51,7 @@ __all__ = [
     "Classification",
     "EncodedExample",
     "LanguageModeling",
+    "MultipleChoice",
     "Objective",
     "ScoringRow",
     "build_objective",

@@ -5,7 +5,9 @@ token ids whose score is wanted there. Scoring a row yields one float32 *cell* p
 
     kind "labels"    one position; cells are the raw logits of `label_ids` at that position. Valid only because softmax
                      over the candidates of one position does not see the vocabulary's normaliser.
-    kind "logprobs"  cell i is log p(label_ids[i] | tokens up to positions[i]), normalised over the whole vocabulary.
+    kind "logprobs"  cell i of the first n is log p(label_ids[i] | tokens up to positions[i]), normalised over the whole
+                     vocabulary; cell n + i is the largest log p of any token there, so that equal cells mean: the model
+                     would have chosen this one.
 
 The cells of all rows of a mini-batch lie one after another in a table; `Objective.loss` reads it.
 """
@@ -34,6 +36,10 @@ class ScoringRow:
     label_ids: tuple[int, ...]
     kind: Literal["labels", "logprobs"]
 
+    @property
+    def num_cells(self) -> int:
+        return len(self.label_ids) * (1 if self.kind == "labels" else 2)
+
     def __post_init__(self) -> None:
         assert self.positions and self.label_ids, "a row without anything to score"
         assert self.kind == "labels" or len(self.positions) == len(self.label_ids)
@@ -50,6 +56,11 @@ class EncodedExample:
     @property
     def num_tokens(self) -> int:
         return sum(len(row.token_ids) for row in self.rows)
+
+    @property
+    def num_candidates(self) -> int:
+        """A row of kind "labels" holds one candidate per label, a row of kind "logprobs" is one."""
+        return sum(len(row.label_ids) if row.kind == "labels" else 1 for row in self.rows)
 
 
 @runtime_checkable
@@ -69,6 +80,17 @@ class Objective(Protocol):
             cells_PC: (probes, cells) float32 on the scoring device: rows of `examples` in order, cells of a row too.
 
         Returns:
-            (probes, examples) float32 nats; and (probes, examples) int64 predicted candidate (0 where only one).
+            (probes, examples) float32 nats; and (probes, examples) int64 predictions, right where they equal
+            `EncodedExample.gold`.
+        """
+        ...
+
+    def metrics(
+        self, losses: Sequence[float], predictions: Sequence[int], examples: Sequence[EncodedExample]
+    ) -> dict[str, float]:
+        """What an evaluation reports beside the mean loss; "accuracy" is always among it.
+
+        Args:
+            losses, predictions: one per example, as `loss` gave them for the state that is evaluated.
         """
         ...

@@ -6,15 +6,22 @@ from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal, get_args
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from vllm_zo.errors import ConfigError
 from vllm_zo.objectives.base import EncodedExample, ScoringRow
-from vllm_zo.objectives.cells import candidate_scores
+from vllm_zo.objectives.cells import candidate_scores, choice_loss
 from vllm_zo.objectives.labels import class_index
-from vllm_zo.objectives.text import continuation_start, field_of, parse_template, render, tokenise
+from vllm_zo.objectives.metrics import choice_metrics
+from vllm_zo.objectives.text import (
+    continuation_row,
+    continuation_start,
+    field_of,
+    parse_template,
+    render,
+    tokenise,
+    trim,
+)  # fmt: skip
 from vllm_zo.validation import check_known, check_optional_int, reject
 
 Mode = Literal["auto", "single-token", "full"]
@@ -97,7 +104,7 @@ class Classification:
         """Rows of one record: one of kind "labels", or one of kind "logprobs" per option."""
         stem = render(self.template, example, where)
         gold = class_index(field_of(example, self.label_field, where), self.options, self.labels, where)
-        texts = [_trim(stem), *(_trim(stem + option) for option in self.options)]
+        texts = [trim(stem), *(trim(stem + option) for option in self.options)]
         stem_ids, *full_ids = tokenise(texts, tokenizer, self.bos_token_id)
         if len(set(map(tuple, full_ids))) < len(full_ids):
             raise ConfigError(f"{where}: two of the options {self.options!r} have equal token ids; choose other words.")
@@ -105,10 +112,7 @@ class Classification:
         if self.mode != "full" and self._all_single(stem_ids, full_ids, starts, where):
             row = ScoringRow(tuple(stem_ids), (len(stem_ids) - 1,), tuple(ids[-1] for ids in full_ids), "labels")
             return EncodedExample((row,), gold)
-        rows = tuple(
-            ScoringRow(tuple(ids[:-1]), tuple(range(start - 1, len(ids) - 1)), tuple(ids[start:]), "logprobs")
-            for ids, start in zip(full_ids, starts, strict=True)
-        )
+        rows = tuple(continuation_row(stem_ids, ids, o, where) for o, ids in zip(self.options, full_ids, strict=True))
         return EncodedExample(rows, gold)
 
     def _all_single(self, stem: list[int], full: list[list[int]], starts: list[int], where: str) -> bool:
@@ -126,17 +130,13 @@ class Classification:
         """(P, E) float32 nats per example, and (P, E) int64 predicted options; see `Objective.loss`.
 
         A score that is not finite makes the loss of its example nan.
-
-        The loss is taken as log(1 + sum_n exp(score_n - score_gold)) over the wrong options n: the difference comes
-        first, so a confident example keeps a loss above zero instead of losing it to rounding.
         """
-        scores_PEN = candidate_scores(cells_PC, examples)
-        gold_E1 = torch.tensor([[example.gold] for example in examples]).to(scores_PEN.device, non_blocking=True)
-        gold_PE1 = gold_E1.expand(len(scores_PEN), -1, -1)
-        margin_PEN = scores_PEN - scores_PEN.gather(-1, gold_PE1)
-        wrong_PEN = margin_PEN.scatter(-1, gold_PE1, float("-inf"))
-        spoiled_PE = (scores_PEN - scores_PEN).sum(-1)  # 0, or nan: an infinite gold score would look like a loss of 0
-        return F.softplus(wrong_PEN.logsumexp(-1)) + spoiled_PE, scores_PEN.argmax(-1)
+        return choice_loss(candidate_scores(cells_PC, examples), examples)
+
+    def metrics(
+        self, losses: Sequence[float], predictions: Sequence[int], examples: Sequence[EncodedExample]
+    ) -> dict[str, float]:
+        return choice_metrics(predictions, examples)
 
 
 def _as_tuple(name: str, value: Any) -> tuple[Any, ...]:
@@ -144,7 +144,3 @@ def _as_tuple(name: str, value: Any) -> tuple[Any, ...]:
     if not isinstance(value, list | tuple):
         reject(name, value, "a list")
     return tuple(value)
-
-
-def _trim(text: str) -> str:
-    return text.lstrip().rstrip(" ")

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from vllm_zo.errors import ConfigError
-from vllm_zo.objectives.base import EncodedExample, ScoringRow
-from vllm_zo.objectives.cells import candidate_scores
-from vllm_zo.objectives.text import continuation_start, parse_template, render, text_of, tokenise
+from vllm_zo.objectives.base import EncodedExample
+from vllm_zo.objectives.cells import candidate_scores, misses
+from vllm_zo.objectives.metrics import completion_metrics
+from vllm_zo.objectives.text import continuation_row, field_of, parse_template, render, text_of, tokenise
 from vllm_zo.validation import check_bool, reject
 
 
@@ -22,11 +22,15 @@ class LanguageModeling:
 
         loss = - mean over completion tokens of log p(token | prompt, completion tokens before it)    nats per token
 
-    Prompt and completion are tokenised together, so give one of them the space that separates them. The last completion
-    token is scored but not fed. There is one candidate, hence predictions are 0 and accuracy means nothing.
+    Prompt and completion are tokenised together, so give one of them (or `prefix`) the space that separates them. The
+    last completion token is scored but not fed.
+
+    Its predictions count the tokens that are not the model's first choice: an example is right (0) where greedy
+    decoding would produce the whole completion. MeZO's code averages over all tokens of a mini-batch; here every
+    example weighs the same.
 
     Example:
-        >>> LanguageModeling(template="Q: {question}\\nA:", completion_field="answer").append_eos
+        >>> LanguageModeling(template="Q: {question}\\nA:", completion_field="answer", prefix=" ").append_eos
         True
 
     Raises:
@@ -39,16 +43,23 @@ class LanguageModeling:
     prompt_field: str = "prompt"
     """Field with the prompt, used as it is. Ignored where there is a template."""
     completion_field: str = "completion"
-    """Field with the text to learn, used as it is."""
+    """Field with the text to learn, used as it is; of a list of equally good answers the first is learnt."""
     template: str | None = None
     """Prompt with {field} placeholders, filled with stripped values."""
     append_eos: bool = True
     """Learn to stop: the tokenizer's EOS ends the completion."""
+    prefix: str = ""
+    """Put in front of the completion: " " where the prompt does not end with a space."""
+    suffix: str = ""
+    """Put behind the completion, e.g. a line feed at which generation stops."""
 
     def __post_init__(self) -> None:
         for name in ("prompt_field", "completion_field"):
             if not isinstance(value := getattr(self, name), str) or not value:
                 reject(name, value, "the name of a field")
+        for name in ("prefix", "suffix"):
+            if not isinstance(value := getattr(self, name), str):
+                reject(name, value, "a text")
         if self.template is not None:
             parse_template(self.template)
         check_bool("append_eos", self.append_eos)
@@ -59,19 +70,29 @@ class LanguageModeling:
             prompt = text_of(example, self.prompt_field, where)
         else:
             prompt = render(self.template, example, where)
-        completion = text_of(example, self.completion_field, where)
-        if not completion:
-            raise ConfigError(f"{where}: field {self.completion_field!r} is empty: there is nothing to learn.")
+        completion = self.prefix + self._answer(example, where) + self.suffix
         stem, full = tokenise([prompt, prompt + completion], tokenizer)
         if self.append_eos:
             if tokenizer.eos_token_id is None:
                 raise ConfigError("append_eos=True, but the tokenizer has no EOS token; use append_eos=False.")
             full = [*full, tokenizer.eos_token_id]
-        start = continuation_start(stem, full, completion, where)
-        row = ScoringRow(tuple(full[:-1]), tuple(range(start - 1, len(full) - 1)), tuple(full[start:]), "logprobs")
-        return EncodedExample((row,))
+        return EncodedExample((continuation_row(stem, full, completion, where),))
+
+    def _answer(self, example: dict[str, Any], where: str) -> str:
+        answers = field_of(example, self.completion_field, where)
+        if isinstance(answers, list | tuple) and answers:
+            example = {self.completion_field: answers[0]}
+        answer = text_of(example, self.completion_field, where)
+        if not answer:
+            raise ConfigError(f"{where}: field {self.completion_field!r} is empty: there is nothing to learn.")
+        return answer
 
     def loss(self, cells_PC: Tensor, examples: Sequence[EncodedExample]) -> tuple[Tensor, Tensor]:
-        """(P, E) float32 nats per completion token, and (P, E) int64 zeros; see `Objective.loss`."""
-        scores_PE = candidate_scores(cells_PC, examples).squeeze(-1)
-        return -scores_PE, torch.zeros_like(scores_PE, dtype=torch.int64)
+        """(P, E) float32 nats per completion token, and (P, E) int64 tokens that are not the model's first choice; see
+        `Objective.loss`."""
+        return -candidate_scores(cells_PC, examples).squeeze(-1), misses(cells_PC, examples)
+
+    def metrics(
+        self, losses: Sequence[float], predictions: Sequence[int], examples: Sequence[EncodedExample]
+    ) -> dict[str, float]:
+        return completion_metrics(losses, predictions, examples)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vllm_zo.errors import ConfigError
+from vllm_zo.objectives.base import ScoringRow
 
 
 def parse_template(template: str) -> list[tuple[str, str | None]]:
@@ -81,6 +82,22 @@ def tokenise(texts: Sequence[str], tokenizer: Any, bos_token_id: int | None = No
         return [list(ids) for ids in tokenizer(list(texts))["input_ids"]]
     plain = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
     return [[bos_token_id, *ids] for ids in plain]
+
+
+def trim(text: str) -> str:
+    """As MeZO: no white space in front, no spaces behind."""
+    return text.lstrip().rstrip(" ")
+
+
+def join_prompt(stem: str, separator: str, continuation: str) -> str:
+    """stem + separator + continuation, where the stem does not already end with white space."""
+    return stem + continuation if stem[-1:].isspace() else stem + separator + continuation
+
+
+def continuation_row(stem: Sequence[int], full: Sequence[int], text: str, where: str) -> ScoringRow:
+    """The row that scores what `full` adds to `stem`; its last token is scored but not fed. Raises as below."""
+    start = continuation_start(stem, full, text, where)
+    return ScoringRow(tuple(full[:-1]), tuple(range(start - 1, len(full) - 1)), tuple(full[start:]), "logprobs")
 
 
 def continuation_start(stem: Sequence[int], full: Sequence[int], text: str, where: str) -> int:

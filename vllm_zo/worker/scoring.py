@@ -64,15 +64,17 @@ class Head:
         return self._finish(logits)
 
     def log_probs(self, hidden_TD: Tensor, label_T: Tensor) -> Tensor:
-        """(T, D) hidden rows, (T,) token ids -> (T,) float32 log p(token), normalised over the vocabulary."""
+        """(T, D) hidden rows, (T,) token ids -> (2, T) float32 log p of that token, and of the likeliest one;
+        normalised over the vocabulary."""
         parts = [
             self._log_probs(h, y) for h, y in zip(hidden_TD.split(TOKEN_CHUNK), label_T.split(TOKEN_CHUNK), strict=True)
         ]
-        return torch.cat(parts)
+        return torch.cat(parts, dim=1)
 
     def _log_probs(self, hidden_TD: Tensor, label_T: Tensor) -> Tensor:
         hidden = hidden_TD.float()
         total = torch.full((hidden.shape[0],), -torch.inf, device=hidden.device)
+        best = total
         target = torch.zeros(hidden.shape[0], device=hidden.device)
         for first in range(self.start, self.stop, VOCAB_CHUNK):
             ids = torch.arange(first, min(first + VOCAB_CHUNK, self.stop), device=hidden.device)
@@ -80,13 +82,15 @@ class Head:
             logits = hidden @ weight.T
             logits = self._finish(logits if bias is None else logits + bias)
             total = torch.logaddexp(total, logits.logsumexp(-1))
+            best = torch.maximum(best, logits.amax(-1))
             inside = (label_T >= first) & (label_T < first + len(ids))
             picked = logits.gather(1, (label_T - first).clamp(0, len(ids) - 1).unsqueeze(1)).squeeze(1)
             target = torch.where(inside, picked, target)
         if self.tp is not None:
             target = self.tp.all_reduce(target)
             total = self.tp.all_gather(total.unsqueeze(0), dim=0).logsumexp(0)
-        return target - total
+            best = self.tp.all_gather(best.unsqueeze(0), dim=0).amax(0)
+        return torch.stack([target, best]) - total
 
 
 @dataclass
@@ -116,10 +120,12 @@ def score_members(head: Head, hidden: Tensor, members: Sequence[tuple[ScoreMembe
         index: list[int] = []
         labels: list[int] = []
         cells: list[tuple[LossTable, int, int]] = []
+        bests: list[tuple[LossTable, int, int]] = []
         for member, table, first, count in members:
             row = table.rows[member.row]
             if row.kind != kind:
                 continue
+            cell = table.offsets[member.row]
             seen = range(member.num_computed_tokens, member.num_computed_tokens + count)
             for i, position in enumerate(row.positions):
                 if position not in seen:
@@ -128,16 +134,19 @@ def score_members(head: Head, hidden: Tensor, members: Sequence[tuple[ScoreMembe
                 for j, label in enumerate(wanted):
                     index.append(first + position - member.num_computed_tokens)
                     labels.append(label)
-                    cells.append((table, member.probe, table.offsets[member.row] + i + j))
+                    cells.append((table, member.probe, cell + i + j))
+                if kind == "logprobs":
+                    bests.append((table, member.probe, cell + len(row.label_ids) + i))
         if index:
-            _write(_scores(head, hidden, kind, index, labels), cells)
+            _write(_scores(head, hidden, kind, index, labels), [*cells, *bests])
 
 
 def _scores(head: Head, hidden: Tensor, kind: str, index: list[int], labels: list[int]) -> Tensor:
+    """Flat: the label's score per entry; for kind "logprobs" followed by the likeliest token's."""
     rows = torch.tensor(index, device=hidden.device)
     ids = torch.tensor(labels, device=hidden.device)
     if kind == "logprobs":
-        return head.log_probs(hidden[rows], ids)
+        return head.log_probs(hidden[rows], ids).flatten()
     unique_rows, row_of = rows.unique(return_inverse=True)
     unique_ids, id_of = ids.unique(return_inverse=True)
     return head.label_logits(hidden[unique_rows], unique_ids)[row_of, id_of]
