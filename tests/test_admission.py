@@ -108,7 +108,7 @@ def test_a_member_counts_once() -> None:
 
 
 def test_a_slot_is_not_given_away_while_a_member_refers_to_it() -> None:
-    table = SlotTable(2)
+    table = SlotTable(range(2))
     table.acquire(0, "a", pins=1)
     with pytest.raises(SlotError, match="held by a"):
         table.acquire(0, "b", pins=1)

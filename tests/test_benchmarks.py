@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +12,6 @@ import torch
 from benchmarks import convergence, convergence_report, memory
 from benchmarks.convergence import Rows, Settings
 from tests.engines import Engines, reviews
-from vllm_zo.engine.controller import Controller
 
 LOSS_TOLERANCE = 1e-4
 """Nats. Float32 rounding of a loss, 1e-6, over 2 eps makes a relative 1e-4 of a coefficient; a step moves the loss by
@@ -111,12 +109,3 @@ def test_refresh_steps_are_timed_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     for step in range(1, 7):
         clock(None, {"step": step})
     assert clock.figures() == {"step_ms": 1000.0, "refresh_ms": 4000.0, "refresh_ms_amortised": 80.0}
-
-
-def test_the_last_state_is_kept_without_keep_best_also_when_it_is_the_best() -> None:
-    """What convergence.py asks for: a run that improves to the end must give back its end."""
-    job: Any = SimpleNamespace(
-        job_id="j", published={0, 3, 6}, best=lambda: {"step": 6}, config=SimpleNamespace(keep_best=False)
-    )
-    Controller(num_slots=2, block_size=16)._keep_best(job)
-    assert job.published == {6}

@@ -152,6 +152,7 @@ CONFIGS = {
         "checkpoint_interval": 50,
         "output_dir": "adapter",
         "keep_best": False,
+        "publish_interval": 7,
         "divergence_factor": None,
     },
     "another method": {"method": FactorizedMeZO(rank=8)},
@@ -184,6 +185,7 @@ OTHER_VALUES: dict[str, Any] = {
     "checkpoint_interval": 5,
     "output_dir": "elsewhere",
     "keep_best": False,
+    "publish_interval": 7,
     "divergence_factor": 9.0,
 }
 
@@ -192,6 +194,7 @@ MEASURED_OR_KEPT = (
     "eval_interval",
     "eval_examples",
     "checkpoint_interval",
+    "publish_interval",
     "output_dir",
     "keep_best",
     "divergence_factor",

@@ -14,6 +14,8 @@ from vllm_zo.objectives.base import EncodedExample, Objective
 
 COMMANDS_ATTR = "zo_commands"
 RESULTS_ATTR = "zo_results"
+ADAPTER_SCHEME = "zo://"
+"""`lora_path` of a published version: zo://<job_id>/<step>."""
 SLOT_LORA_ID_BASE = 1 << 30
 """`lora_int_id` of ZO slot s is this plus s; user adapters count up from 1 and never get here."""
 
@@ -99,19 +101,11 @@ class DropGroup:
 
 @dataclass(frozen=True)
 class Publish:
-    """Freeze the job's accumulator as `version`, to be served as `zo://<job_id>/<version>`; also written to `path`."""
+    """Write the job's accumulator to `path`: from now on `zo://<job_id>/<version>` can be served."""
 
     job_id: str
     version: int
     path: str
-
-
-@dataclass(frozen=True)
-class Unpublish:
-    """Forget a published version (its file stays)."""
-
-    job_id: str
-    version: int
 
 
 @dataclass(frozen=True)
@@ -123,7 +117,7 @@ class Snapshot:
     step: int
 
 
-Command = StartJob | StopJob | Fold | OpenGroup | Materialise | CloseGroup | DropGroup | Publish | Unpublish | Snapshot
+Command = StartJob | StopJob | Fold | OpenGroup | Materialise | CloseGroup | DropGroup | Publish | Snapshot
 
 
 @dataclass

@@ -27,8 +27,11 @@ from vllm_zo.validation import (
 
 MAX_SEED = 2**63 - 1
 MAY_DIFFER_ON_RESUME = frozenset(
-    {"output_dir", "checkpoint_interval", "eval_interval", "eval_examples", "keep_best", "divergence_factor"}
-)
+    {
+        "output_dir", "checkpoint_interval", "publish_interval", "eval_interval", "eval_examples", "keep_best",
+        "divergence_factor",
+    }
+)  # fmt: skip
 """Job options that cannot change the trajectory of the parameters, only what is measured, kept or stopped."""
 
 
@@ -42,7 +45,10 @@ class ZOTrainingConfig:
     """
 
     slots: int = 2
-    """ZO adapter slots, reserved beside the user's `max_loras`. A pair of probes needs 2, K directions at once 2K."""
+    """ZO adapter slots of a running job, reserved beside the user's `max_loras`. A pair of probes needs 2, K directions
+    at once 2K."""
+    concurrent_jobs: int = 1
+    """Jobs that run together, each with `slots` slots of its own; further ones wait for their turn."""
     slot_rank: int = 16
     """Rank of a ZO slot, a value vLLM accepts as `max_lora_rank`: (bases + 1) * the method's rank must fit."""
     token_budget: int | None = None
@@ -52,10 +58,16 @@ class ZOTrainingConfig:
 
     def __post_init__(self) -> None:
         check_int("zo_training.slots", self.slots, 2, fix="a pair of probes needs 2")
+        check_int("zo_training.concurrent_jobs", self.concurrent_jobs, 1)
         if isinstance(self.slot_rank, bool) or self.slot_rank not in SLOT_RANKS:
             reject("zo_training.slot_rank", self.slot_rank, f"one of {', '.join(map(str, SLOT_RANKS))}")
         check_optional_int("zo_training.token_budget", self.token_budget, 1, fix="None sets no limit")
         check_optional_str("zo_training.state_dir", self.state_dir, "a directory")
+
+    @property
+    def total_slots(self) -> int:
+        """Slots reserved in the engine's stacked LoRA tensors."""
+        return self.slots * self.concurrent_jobs
 
     @classmethod
     def from_user(cls, value: bool | Mapping[str, Any] | ZOTrainingConfig) -> ZOTrainingConfig | None:
@@ -111,6 +123,8 @@ class JobConfig:
     """Validation examples scored per evaluation, from the front. None: all."""
     checkpoint_interval: int = 1000
     """Steps between fp32 snapshots. The seed log alone rebuilds every step; a snapshot makes resuming instant."""
+    publish_interval: int | None = None
+    """Steps between versions that can be served while the job runs. None: at every evaluation and at the end only."""
     output_dir: str | None = None
     """Where the result goes. None: the job's folder in the engine's state directory."""
     keep_best: bool = True
@@ -149,6 +163,7 @@ class JobConfig:
         check_optional_int("eval_interval", self.eval_interval, 1, fix="None evaluates at the start and the end only")
         check_optional_int("eval_examples", self.eval_examples, 1, fix="None evaluates on all")
         check_int("checkpoint_interval", self.checkpoint_interval, 1)
+        check_optional_int("publish_interval", self.publish_interval, 1, fix="None publishes at evaluations only")
         check_optional_str("output_dir", self.output_dir, "a directory")
         check_bool("keep_best", self.keep_best)
         if self.divergence_factor is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import multiprocessing
 import os
 import signal
@@ -20,7 +21,8 @@ UTILITIES = Patch(
 )
 EXCLUSIVE = Patch(
     target="vllm.v1.engine.core:EngineCore.add_request",
-    why="while a `fold` job changes the base the scheduler refuses other requests, and an error of its ends the engine",
+    why="while a `fold` job changes the base the scheduler refuses other requests, and always those for a version that "
+    "no job has published; an error of the scheduler ends the engine",
     how="answers that client instead: finish_reason 'error', with the words in stop_reason. Not while the request is "
     "prepared: that is another thread's, and may come before a job whose start is in the queue ahead of it",
     upstream="none",
@@ -66,10 +68,19 @@ def install() -> None:
     def zo_stop(self: Any, job_id: str, cancel: bool) -> None:
         self.scheduler.zo.finish_early(job_id, cancel=cancel)
 
+    def zo_pause(self: Any, job_id: str) -> None:
+        self.scheduler.zo.pause_job(job_id)
+
+    def zo_resume(self: Any, job_id: str) -> None:
+        self.scheduler.zo.resume_job(job_id)
+
+    def zo_stats(self: Any) -> dict[str, Any]:
+        return self.scheduler.zo_stats()
+
     def zo_restore_base(self: Any, job_id: str) -> None:
         self.scheduler.zo_restore_base(job_id)
 
-    for method in (zo_start, zo_status, zo_stop, zo_restore_base):
+    for method in (zo_start, zo_status, zo_stop, zo_pause, zo_resume, zo_stats, zo_restore_base):
         UTILITIES.apply(EngineCore, method.__name__, method, adds=True)
 
     original_core_add_request = EngineCore.add_request
@@ -87,11 +98,13 @@ def install() -> None:
     EXCLUSIVE.apply(EngineCore, "add_request", core_add_request)
 
     original_add_request = LLMEngine.add_request
+    arguments = inspect.signature(original_add_request)
 
     def add_request(self: Any, *args: Any, **kwargs: Any) -> Any:
         core = getattr(self.engine_core, "engine_core", None)
-        if (check := getattr(getattr(core, "scheduler", None), "check_not_exclusive", None)) is not None:
-            check()
+        if (check := getattr(getattr(core, "scheduler", None), "check_servable", None)) is not None:
+            given = arguments.bind(self, *args, **kwargs).arguments
+            check(given.get("lora_request"))
         return original_add_request(self, *args, **kwargs)
 
     EXCLUSIVE_IN_PROCESS.apply(LLMEngine, "add_request", add_request)

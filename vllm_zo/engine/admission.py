@@ -22,6 +22,14 @@ class Capacity:
     tokens: int
     kv_blocks: int
 
+    def less(self, units: Sequence[Unit]) -> Capacity:
+        """What `units` leave of it."""
+        return Capacity(
+            self.sequences - sum(unit.members for unit in units),
+            max(self.tokens - sum(unit.tokens for unit in units), 0),
+            self.kv_blocks - sum(unit.kv_blocks for unit in units),
+        )
+
 
 @dataclass(frozen=True)
 class Demand:

@@ -1,23 +1,24 @@
-"""The training side of the scheduler: which job runs, which group is open, what the workers are told. No vLLM here.
+"""The training side of the scheduler: which jobs run, which groups are open, what the workers are told. No vLLM here.
 
 One engine step, in the order the scheduler calls it:
 
-    offer(capacity)            members that may start now; opens the next group or probe wave when there is room
-    commands_for(scheduled)    what rides on the SchedulerOutput: materialise, score, close
+    offer(capacity)            members that may start now; opens groups and probe waves where there is room
+    take_commands()            what rides on the SchedulerOutput: materialise, score, close
     on_results(results)        losses and applied coefficients come back: metrics, seed log, next phase
 """
 
 from __future__ import annotations
 
 import logging
-from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from vllm_zo.checkpoint.replay import fold_key
 from vllm_zo.commands import (
+    ADAPTER_SCHEME,
     CloseGroup,
+    Command,
     DropGroup,
     Fold,
     GroupResult,
@@ -28,15 +29,14 @@ from vllm_zo.commands import (
     Snapshot,
     StartJob,
     StopJob,
-    Unpublish,
     ZOCommands,
     ZOResults,
 )
 from vllm_zo.engine.admission import Capacity, admit
 from vllm_zo.engine.group import Member, PerturbationGroup
-from vllm_zo.engine.job import CANCELLED, FAILED, FINAL_STATES, RUNNING, SUCCEEDED, Job, Work
+from vllm_zo.engine.job import CANCELLED, FAILED, FINAL_STATES, PAUSED, PAUSING, QUEUED, RUNNING, SUCCEEDED, Job, Work
+from vllm_zo.engine.lane import Lane, by_need, enter, make_lanes
 from vllm_zo.engine.recorder import JobRecorder
-from vllm_zo.engine.slot_table import SlotTable
 from vllm_zo.errors import ConfigError, ZOError
 from vllm_zo.methods.base import ModuleShape
 
@@ -44,18 +44,18 @@ logger = logging.getLogger("vllm.zo")
 
 
 class Controller:
-    """Owns the jobs, the open group and the slot table. Called from the engine's step loop only.
+    """Owns the jobs and the lanes they run in. Called from the engine's step loop only.
 
-    Jobs run one after another in the order they were started.
+    Jobs enter a free lane in the order they were started; up to `concurrent_jobs` run together.
     """
 
-    def __init__(self, num_slots: int, block_size: int) -> None:
-        self.slots = SlotTable(num_slots)
+    def __init__(self, slots_per_job: int, block_size: int, concurrent_jobs: int = 1) -> None:
+        self.lanes = make_lanes(concurrent_jobs, slots_per_job)
         self.block_size = block_size
         self.jobs: dict[str, Job] = {}
         self.recorders: dict[str, JobRecorder] = {}
-        self.queue: deque[str] = deque()
-        self.group: PerturbationGroup | None = None
+        self.queue: list[str] = []
+        """Jobs that have not ended, running or not, in the order they are to enter a lane."""
         self._work: dict[str, tuple[Job, Work]] = {}
         self._commands = ZOCommands()
         self._group_count = 0
@@ -70,11 +70,8 @@ class Controller:
         known = self.jobs.get(job.job_id)
         if known is not None and known.status not in FINAL_STATES:
             raise ConfigError(f"job_id={job.job_id!r} is taken and {known.status}; cancel it to resume it.")
-        if self.folded_by is not None and not job.evaluate_only:
-            raise ConfigError(
-                f"job {self.folded_by} (update_space='fold') has changed the base weights, and a job starts from "
-                "the model as it was loaded: call llm.restore_base(run) first, or load what run.save_merged() wrote."
-            )
+        if not job.evaluate_only:
+            self._check_may_train(job)
         if job.space == "fold" and job.first_step:
             self.folded_by = job.job_id  # resuming folds again what the log says was folded
         self.jobs[job.job_id] = job
@@ -82,9 +79,22 @@ class Controller:
         self.queue.append(job.job_id)
         self._commands.before.append(start)
 
-    @property
-    def active(self) -> Job | None:
-        return self.jobs[self.queue[0]] if self.queue else None
+    def _check_may_train(self, job: Job) -> None:
+        if self.folded_by is not None:
+            raise ConfigError(
+                f"job {self.folded_by} (update_space='fold') has changed the base weights, and a job starts from "
+                "the model as it was loaded: call llm.restore_base(run) first, or load what run.save_merged() wrote."
+            )
+        if (owner := self.exclusive) is not None:
+            raise ConfigError(
+                f"job {owner.job_id} (update_space='fold') has the engine to itself and is {owner.status}: wait for "
+                "it, or cancel it."
+            )
+        if job.space == "fold" and self.queue:
+            raise ConfigError(
+                f"update_space='fold' needs the engine to itself, and these jobs have not ended: "
+                f"{', '.join(self.queue)}. Wait for them, or train with update_space='bank'."
+            )
 
     @property
     def exclusive(self) -> Job | None:
@@ -93,17 +103,60 @@ class Controller:
 
     def has_work(self) -> bool:
         """Whether the engine loop must keep stepping for training."""
-        return bool(self.queue or self._commands)
+        if self._commands or any(lane.job for lane in self.lanes):
+            return True
+        return next(self._entrants(), None) is not None
+
+    def _entrants(self) -> Iterator[Job]:
+        """Jobs that wait for a lane and may have one. While a `fold` job is there, nobody but it."""
+        for job_id in self.queue:
+            job = self.jobs[job_id]
+            if job.status == QUEUED and self._lane_of(job) is None and self.exclusive in (None, job):
+                yield job
+
+    def _lane_of(self, job: Job) -> Lane | None:
+        return next((lane for lane in self.lanes if lane.job is job), None)
 
     def finish_early(self, job_id: str, *, cancel: bool) -> None:
         """Stop a job at the next group boundary: evaluate and publish first, or (cancel) drop what has not run yet."""
-        job = self.jobs[job_id]
+        job = self._job(job_id)
         if job.status in FINAL_STATES:
             return
         if cancel:
             self._end(job, CANCELLED)
         else:
             job.finish_requested = True
+
+    def pause_job(self, job_id: str) -> None:
+        """Rest at the next group boundary. The job keeps its state and gives its lane away."""
+        job = self._job(job_id)
+        if job.status in FINAL_STATES:
+            raise ConfigError(f"job {job_id} is {job.status}: there is nothing to pause.")
+        if job.status != PAUSED:
+            job.status = PAUSING
+            self._rest(job)
+
+    def resume_job(self, job_id: str) -> None:
+        """Let a paused job go on; it enters a lane behind those that wait."""
+        job = self._job(job_id)
+        if job.status not in (PAUSING, PAUSED):
+            raise ConfigError(f"job {job_id} is {job.status}, not paused.")
+        if job.status == PAUSED:
+            self.queue.remove(job_id)
+            self.queue.append(job_id)
+        job.status = RUNNING if self._lane_of(job) else QUEUED
+
+    def _rest(self, job: Job) -> None:
+        """A pausing job rests once none of its groups is open or in flight."""
+        if job.status == PAUSING and not job.outstanding:
+            if (lane := self._lane_of(job)) is not None:
+                lane.leave()
+            job.status = PAUSED
+
+    def _job(self, job_id: str) -> Job:
+        if (job := self.jobs.get(job_id)) is None:
+            raise ConfigError(f"job_id={job_id!r} is unknown; known jobs: {sorted(self.jobs) or 'none'}.")
+        return job
 
     def request_restore(self, job_id: str) -> None:
         """Ask the workers to bring the original base weights back (after a `fold` job)."""
@@ -116,104 +169,140 @@ class Controller:
     # --- scheduling -----------------------------------------------------------------------------------------------
 
     def offer(self, capacity: Capacity, *, engine_is_empty: bool) -> list[Member]:
-        """Members to hand to vLLM's scheduler for this step, pairs together, one probe after another."""
-        if not self._open_next():
-            return []
-        assert self.group is not None
-        units, members = self.group.units()
-        count = admit(units, capacity, engine_is_empty=engine_is_empty)
-        offered = [m for unit in members[:count] for m in unit]
-        offered.sort(key=lambda m: (m.probe, m.row))  # equal adapters side by side: one GEMM a run
-        self.group.start(offered)
+        """Members to hand to vLLM's scheduler for this step, pairs together, one probe after another.
+
+        The lane that was given the fewest tokens chooses first; what it leaves is the next one's.
+        """
+        for job in list(self._entrants()):
+            if not enter(self.lanes, job):
+                break
+            job.status = RUNNING
+        offered: list[Member] = []
+        for lane in by_need(self.lanes):
+            if (group := self._open_group(lane)) is None:
+                continue
+            units, members = group.units()
+            count = admit(units, capacity, engine_is_empty=engine_is_empty and not offered)
+            capacity = capacity.less(units[:count])
+            started = [m for unit in members[:count] for m in unit]
+            started.sort(key=lambda m: (m.probe, m.row))  # equal adapters side by side: one GEMM a run
+            group.start(started)
+            offered += started
         return offered
 
-    def _open_next(self) -> bool:
-        """Make sure a group with pending members is open; false when there is nothing to do."""
-        if self.group is None:
-            job = self.active
-            if job is None or job.ending or self.recorders[job.job_id].waiting:
-                return False
-            job.status = RUNNING
+    def _open_group(self, lane: Lane) -> PerturbationGroup | None:
+        """The lane's group, opened if need be; None when it has no member to start now."""
+        if lane.group is None:
+            assert lane.job is not None
+            job = lane.job
+            if job.status != RUNNING or job.ending or self.recorders[job.job_id].waiting:
+                return None
             work = job.next_work()
             if work is None:
                 if job.all_issued and job.outstanding == 0:
                     self._end(job, SUCCEEDED)
-                return False
-            self._open_group(job, work)
-        assert self.group is not None
-        if self.group.wave_done and not self.group.done:
-            self._open_wave(self.group)
-        return bool(self.group.pending)
+                return None
+            lane.group = self._make_group(lane, job, work)
+        if lane.group.wave_done and not lane.group.done:
+            self._open_wave(lane, lane.group)
+        return lane.group if lane.group.pending else None
 
-    def _open_group(self, job: Job, work: Work) -> None:
+    def _make_group(self, lane: Lane, job: Job, work: Work) -> PerturbationGroup:
         self._group_count += 1
         group_id = f"zo-{job.job_id}-{self._group_count}"
         if job.space == "fold" and work.learning_rate is not None and job.fold_due(work):
             self._fold(job, work.plan.step)
-        self.group = PerturbationGroup(
-            group_id, job.job_id, work.plan, work.examples, work.learning_rate, self.slots.num_slots, self.block_size
-        )
         self._work[group_id] = (job, work)
+        if work.learning_rate is not None:
+            job.meter.open(group_id)
         self._commands.before.append(OpenGroup(group_id, job.job_id, work.plan, work.examples))
+        return PerturbationGroup(
+            group_id, job.job_id, work.plan, work.examples, work.learning_rate, len(lane.slots), self.block_size
+        )
 
     def _fold(self, job: Job, step: int) -> None:
         self._commands.before.append(Fold(job.job_id, fold_key(job.config.seed, step)))
         self.folds_since_reset = True
         self.folded_by = job.job_id
 
-    def _open_wave(self, group: PerturbationGroup) -> None:
-        self.slots.release(group.group_id)
-        placement = group.open_wave(self.slots.free)
+    def _open_wave(self, lane: Lane, group: PerturbationGroup) -> None:
+        lane.slots.release(group.group_id)
+        placement = group.open_wave(lane.slots.free)
         for probe, slot in placement.items():
-            self.slots.acquire(slot, group.group_id, pins=len(group.rows))
+            lane.slots.acquire(slot, group.group_id, pins=len(group.rows))
             self._commands.before.append(Materialise(slot, group.group_id, probe))
 
-    def put_back(self, member: Member) -> None:
-        if self.group is not None and member.group_id == self.group.group_id:
-            self.group.put_back(member)
+    @property
+    def open_groups(self) -> set[str]:
+        return {lane.group.group_id for lane in self.lanes if lane.group is not None}
 
-    def score(self, member: Member, num_computed_tokens: int, *, last_chunk: bool) -> None:
-        """A member has tokens in this step. With its last chunk it stops pinning its slot."""
+    def _lane_with(self, group_id: str) -> Lane | None:
+        return next((lane for lane in self.lanes if lane.group is not None and lane.group.group_id == group_id), None)
+
+    def put_back(self, member: Member) -> None:
+        if (lane := self._lane_with(member.group_id)) is not None:
+            assert lane.group is not None
+            lane.group.put_back(member)
+
+    def score(self, member: Member, num_computed_tokens: int, num_tokens: int, *, last_chunk: bool) -> None:
+        """A member has `num_tokens` tokens in this step. With its last chunk it stops pinning its slot."""
         self._commands.members.append(
             ScoreMember(member.req_id, member.group_id, member.probe, member.row, num_computed_tokens)
         )
+        lane = self._lane_with(member.group_id)
+        assert lane is not None and lane.group is not None
+        lane.tokens += num_tokens
         if last_chunk:
-            assert self.group is not None and self.group.group_id == member.group_id
-            self.group.finish(member)
-            self.slots.unpin(member.slot)
+            lane.group.finish(member)
+            lane.slots.unpin(member.slot)
 
     def take_commands(self) -> ZOCommands:
-        """Close the group if its last member is scheduled, and hand over everything collected for this step."""
-        if self.group is not None and self.group.done:
-            self._close(self.group)
+        """Close groups whose last member is scheduled, and hand over everything collected for this step."""
+        for lane in self.lanes:
+            if lane.group is not None and lane.group.done:
+                self._close(lane, lane.group)
         commands, self._commands = self._commands, ZOCommands()
         return commands
 
-    def _close(self, group: PerturbationGroup) -> None:
+    def _close(self, lane: Lane, group: PerturbationGroup) -> None:
         job, work = self._work[group.group_id]
         self._commands.after.append(CloseGroup(group.group_id, group.learning_rate))
-        self.slots.release(group.group_id)
-        self.group = None
-        if work.last_of_evaluation and job.space == "bank" and not job.evaluate_only:
-            self._publish(job, work.plan.step)
-        interval = job.config.checkpoint_interval
-        if work.learning_rate is not None and interval and job.step % interval == 0 and job.space == "bank":
-            self._commands.after.append(Snapshot(job.job_id, str(job.directory / "snapshot.safetensors"), job.step))
+        lane.slots.release(group.group_id)
+        lane.group = None
+        steps = work.plan.step + (work.learning_rate is not None)
+        if job.publish_due(work):
+            self._publish(job, steps, self._commands.after)
+        if job.snapshot_due(work):
+            self._commands.after.append(Snapshot(job.job_id, str(job.directory / "snapshot.safetensors"), steps))
 
-    def _publish(self, job: Job, version: int) -> None:
+    def _publish(self, job: Job, version: int, commands: list[Command]) -> None:
         if version not in job.published:
             job.published.add(version)
-            self._commands.after.append(Publish(job.job_id, version, str(version_path(job.directory, version))))
+            commands.append(Publish(job.job_id, version, str(version_path(job.directory, version))))
 
-    def drop_group(self) -> None:
-        """Forget the open group after its members were aborted (pause, shutdown). The same work runs again later."""
-        if self.group is None:
+    def check_published(self, name: str) -> None:
+        """Raise ConfigError unless `<job_id>/<step>` is a version of a job of this engine."""
+        job_id, _, version = name.rpartition("/")
+        job = self.jobs.get(job_id)
+        if job is None or version not in map(str, job.published):
+            have = sorted(job.published) if job is not None else f"of jobs {sorted(self.jobs)}"
+            raise ConfigError(f"{ADAPTER_SCHEME}{name} is not published on this engine; published: {have}.")
+
+    def drop_groups(self) -> None:
+        """Forget the open groups after their members were aborted (pause, shutdown). Their work runs again later."""
+        for lane in self.lanes:
+            self._drop_group(lane)
+
+    def _drop_group(self, lane: Lane) -> None:
+        if lane.group is None:
             return
-        group, self.group = self.group, None
+        group, lane.group = lane.group, None
         job, work = self._work.pop(group.group_id)
-        self.slots.release(group.group_id, force=True)
+        lane.slots.release(group.group_id, force=True)
+        job.meter.drop(group.group_id)
         self._commands.before.append(DropGroup(group.group_id))
         job.take_back(work)
+        self._rest(job)
 
     # --- results --------------------------------------------------------------------------------------------------
 
@@ -241,8 +330,8 @@ class Controller:
         if work.learning_rate is None:
             if (record := job.on_evaluation_result(work, result)) is not None:
                 recorder.metrics(record)
-                self._keep_best(job)
         else:
+            job.meter.close(result.group_id)
             recorder.metrics(job.on_train_result(work, result))
             recorder.step(work.plan.step, work.learning_rate, result.coefficients, result.finite)
         if job.ending is not None:
@@ -251,51 +340,38 @@ class Controller:
             self._end(job, FAILED, str(recorder.error))
         elif (why := job.divergence()) is not None:
             self._end(job, FAILED, f"{why}; lower the learning rate. The state up to the best evaluation is kept.")
-
-    def _keep_best(self, job: Job) -> None:
-        """Keep the newest published version, and the best where it is to be given back; forget the rest."""
-        keep = {max(job.published, default=0)}
-        if job.config.keep_best:
-            keep.add((job.best() or {}).get("step", 0))
-        for version in sorted(job.published - keep):
-            self._commands.before.append(Unpublish(job.job_id, version))
-            job.published.discard(version)
+        else:
+            self._rest(job)
 
     def _end(self, job: Job, status: str, error: str | None = None) -> None:
         """End a job; with groups in flight, when their results are in: their updates are made, the log needs them."""
-        self._drop_group_of(job)
+        if (lane := self._lane_of(job)) is not None:
+            self._drop_group(lane)
         if job.outstanding:
             job.ending = (status, error)
         else:
             self._finish(job, status, error)
 
-    def _drop_group_of(self, job: Job) -> None:
-        if self.group is not None and self.group.job_id == job.job_id:
-            self.drop_group()
-
     def _finish(self, job: Job, status: str, error: str | None = None) -> None:
-        self._drop_group_of(job)
+        if (lane := self._lane_of(job)) is not None:
+            self._drop_group(lane)
+            lane.job = None
         recorder = self.recorders[job.job_id]
         recorder.close()
         if status == SUCCEEDED and recorder.error is not None:  # its last steps are in no log
             status, error = FAILED, str(recorder.error)
         job.status, job.error = status, error
         if job.space == "bank" and not job.validation and job.recorded > 0:
-            self._publish_last(job)
+            self._publish(job, job.recorded, self._commands.before)
         elif job.space == "fold" and job.unfolded and not recorder.waiting:
             self._fold(job, job.recorded)
         self._commands.before.append(StopJob(job.job_id))
         self.queue.remove(job.job_id)
         recorder.summarise(job.summary())
+        recorder.forget()
         job.forget_examples()
         log = logger.error if status == FAILED else logger.info
         log("job %s %s at step %d%s", job.job_id, status, job.recorded, f": {error}" if error else "")
-
-    def _publish_last(self, job: Job) -> None:
-        step = job.recorded
-        if step not in job.published:
-            job.published.add(step)
-            self._commands.before.append(Publish(job.job_id, step, str(version_path(job.directory, step))))
 
     def close(self) -> None:
         """The engine is going down: leave every unfinished job's log complete on disk, so that it can be resumed."""
@@ -305,11 +381,17 @@ class Controller:
 
     def status(self, job_id: str, since: int = 0) -> dict[str, Any]:
         """Summary and metric records from `since` on; what the front end polls."""
-        job = self.jobs.get(job_id)
-        if job is None:
-            raise ConfigError(f"job_id={job_id!r} is unknown; known jobs: {sorted(self.jobs) or 'none'}.")
-        records = self.recorders[job_id].records
-        return {**job.summary(), "records": records[since:], "next": len(records)}
+        job = self._job(job_id)
+        records, total = self.recorders[job_id].records(since)
+        return {**job.summary(), "records": records, "next": total}
+
+    def stats(self) -> dict[str, Any]:
+        """What monitoring wants to know: slots that running jobs hold, and every unfinished job's place and pace."""
+        held = {lane.job.job_id: len(lane.slots) for lane in self.lanes if lane.job is not None}
+        return {
+            "slots": {"total": sum(len(lane.slots) for lane in self.lanes), "in_use": sum(held.values())},
+            "jobs": {job_id: {**self.jobs[job_id].stats(), "slots": held.get(job_id, 0)} for job_id in self.queue},
+        }
 
 
 def version_path(directory: Path, version: int) -> Path:

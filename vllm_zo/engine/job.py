@@ -7,7 +7,8 @@ seed.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,14 @@ from typing import Any
 from vllm_zo.commands import GroupResult
 from vllm_zo.config import JobConfig
 from vllm_zo.data.batches import BatchOrder
+from vllm_zo.engine.meter import JobMeter
 from vllm_zo.methods.base import Probe, ProbePlan
 from vllm_zo.methods.schedules import learning_rate_at
 from vllm_zo.methods.spaces import basis_of
 from vllm_zo.objectives.base import EncodedExample
 
-QUEUED, RUNNING, SUCCEEDED, FAILED, CANCELLED = "queued", "running", "succeeded", "failed", "cancelled"
+QUEUED, RUNNING, PAUSING, PAUSED = "queued", "running", "pausing", "paused"
+SUCCEEDED, FAILED, CANCELLED = "succeeded", "failed", "cancelled"
 FINAL_STATES = (SUCCEEDED, FAILED, CANCELLED)
 DIVERGENCE_WINDOW = 10
 """Steps averaged for the divergence guard: enough that one unlucky batch does not stop a run."""
@@ -88,19 +91,24 @@ class Job:
         """In `fold` space: whether the accumulator of `basis` holds steps that are not in the base yet."""
         self.status = QUEUED
         self.error: str | None = None
-        self.history: list[dict[str, Any]] = []
+        self.latest: dict[str, Any] = {}
+        """Record of the last step; all of them are the recorder's."""
+        self.meter = JobMeter()
         self.evaluations: list[dict[str, Any]] = []
         self.finish_requested = False
         self.ending: tuple[str, str | None] | None = None
         """(status, error) of a job that ends as soon as the groups that have already run are recorded."""
         self.outstanding = 0
         self.published: set[int] = set()
+        """Versions that can be served, by step."""
         self.tokens = 0
         self._evaluation: Evaluation | None = None
         self._eval_queue: list[tuple[int, ...]] = []
         self._eval_issued: int | None = None
         self._started = time.monotonic()
-        self._losses: list[float] = []
+        self._num_recorded = 0
+        self._first_losses: list[float] = []
+        self._last_losses: deque[float] = deque(maxlen=DIVERGENCE_WINDOW)
 
     # --- issuing work ---------------------------------------------------------------------------------------------
 
@@ -164,7 +172,7 @@ class Job:
     @property
     def recorded(self) -> int:
         """Steps whose result is in: those of the seed log. `step` runs ahead of it by the groups in flight."""
-        return self.first_step + len(self.history)
+        return self.first_step + self._num_recorded
 
     @property
     def all_issued(self) -> bool:
@@ -195,9 +203,15 @@ class Job:
             "tokens": self.tokens,
             "seconds": time.monotonic() - self._started,
         }
-        self._losses.append(loss if result.finite else float("nan"))
-        self.history.append(record)
+        self._note_loss(loss if result.finite else float("nan"))
+        self._num_recorded += 1
+        self.latest = record
         return record
+
+    def _note_loss(self, loss: float) -> None:
+        if len(self._first_losses) < DIVERGENCE_WINDOW:
+            self._first_losses.append(loss)
+        self._last_losses.append(loss)
 
     def on_evaluation_result(self, work: Work, result: GroupResult) -> dict[str, Any] | None:
         """Add a piece of an evaluation; the finished record when it was the last."""
@@ -221,15 +235,14 @@ class Job:
 
     def divergence(self) -> str | None:
         """Why the run should stop, if it should (window and factor: see JobConfig.divergence_factor)."""
-        recent = self._losses[-DIVERGENCE_WINDOW:]
-        if len(recent) < DIVERGENCE_WINDOW:
+        if len(self._last_losses) < DIVERGENCE_WINDOW:
             return None
-        if all(x != x for x in recent):
+        if all(x != x for x in self._last_losses):
             return f"the training loss was not finite in {DIVERGENCE_WINDOW} steps in a row"
         limit = self.config.divergence_factor
-        if limit is None or len(self._losses) < 2 * DIVERGENCE_WINDOW:
+        if limit is None or self._num_recorded < 2 * DIVERGENCE_WINDOW:
             return None
-        first, last = _finite_mean(self._losses[:DIVERGENCE_WINDOW]), _finite_mean(recent)
+        first, last = _finite_mean(self._first_losses), _finite_mean(self._last_losses)
         if last > limit * first + 1.0:
             return f"the training loss rose from {first:.3f} to {last:.3f} nats (mean of {DIVERGENCE_WINDOW} steps)"
         return None
@@ -241,6 +254,33 @@ class Job:
     def best(self) -> dict[str, Any] | None:
         """The evaluation with the lowest loss (ties: the earliest), or None without validation data."""
         return min(self.evaluations, key=lambda e: e["eval_loss"], default=None)
+
+    def publish_due(self, work: Work) -> bool:
+        """Whether the state after `work` becomes a version: after an evaluation, and every `publish_interval` steps."""
+        if self.space != "bank" or self.evaluate_only:
+            return False
+        if work.learning_rate is None:
+            return work.last_of_evaluation
+        interval = self.config.publish_interval
+        return bool(interval and (work.plan.step + 1) % interval == 0)
+
+    def snapshot_due(self, work: Work) -> bool:
+        """Whether the state after `work` is saved for resuming."""
+        trained = work.learning_rate is not None and self.space == "bank"
+        return trained and (work.plan.step + 1) % self.config.checkpoint_interval == 0
+
+    def stats(self) -> dict[str, Any]:
+        """Where the job stands and how fast it goes, for monitoring."""
+        return {
+            "status": self.status,
+            "step": self.recorded,
+            "steps": self.config.steps,
+            "loss": self.latest.get("loss"),
+            "accuracy": self.latest.get("accuracy"),
+            "tokens": self.tokens,
+            "steps_per_second": self.meter.steps_per_second,
+            "group_latency_s": self.meter.group_latency_s,
+        }
 
     def summary(self) -> dict[str, Any]:
         return {
@@ -260,6 +300,6 @@ def _mean(values: list[float]) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def _finite_mean(values: list[float]) -> float:
+def _finite_mean(values: Iterable[float]) -> float:
     finite = [v for v in values if v == v]
     return sum(finite) / len(finite) if finite else float("inf")

@@ -31,7 +31,9 @@ class JobRecorder:
         self, directory: Path, make_header: Callable[[Sequence[ModuleShape]], SeedLogHeader] | None, resume: bool
     ) -> None:
         self.directory = directory
-        self.records: list[dict[str, Any]] = []
+        self._records: list[dict[str, Any]] = []
+        self._forgotten = 0
+        """Records of this run that are on disk only, since it ended: an engine lives longer than its jobs."""
         self.waiting = True
         """No step may be scheduled before the workers have answered with their modules: the log needs its header."""
         self._make_header = make_header
@@ -69,12 +71,26 @@ class JobRecorder:
         self._log.append(step, learning_rate, coefficients, finite)
 
     def metrics(self, record: dict[str, Any]) -> None:
-        self.records.append(record)
+        self._records.append(record)
         assert self._metrics is not None
         try:
             self._metrics.write(json.dumps(record) + "\n")
         except OSError as error:  # the engine serves others: a full disk must not reach its step loop
             self._metrics_error = _cannot_write(self.directory / "metrics.jsonl", error)
+
+    def records(self, since: int) -> tuple[list[dict[str, Any]], int]:
+        """Metric records of this run from number `since` on, and how many there are in all."""
+        total = self._forgotten + len(self._records)
+        if since >= self._forgotten:
+            return self._records[since - self._forgotten :], total
+        lines = (self.directory / "metrics.jsonl").read_bytes().splitlines()
+        return [json.loads(line) for line in lines[-total:][since:]], total
+
+    def forget(self) -> None:
+        """Free the records of a run that has ended. Those the disk did not take stay."""
+        if self.error is None and not self.waiting:
+            self._forgotten += len(self._records)
+            self._records.clear()
 
     def close(self) -> None:
         """Write what is left and stop. Never raises: afterwards `error` says whether everything is on disk."""

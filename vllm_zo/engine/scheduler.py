@@ -27,7 +27,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_zo import compat
-from vllm_zo.commands import COMMANDS_ATTR, RESULTS_ATTR, SLOT_LORA_ID_BASE
+from vllm_zo.commands import ADAPTER_SCHEME, COMMANDS_ATTR, RESULTS_ATTR, SLOT_LORA_ID_BASE
 from vllm_zo.config import ZOTrainingConfig
 from vllm_zo.engine.admission import Capacity, Demand, capacity_for_training
 from vllm_zo.engine.controller import Controller
@@ -56,13 +56,14 @@ class ZOSchedulerMixin(_Base):
     def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(vllm_config, *args, **kwargs)
         self.zo_config = ZOTrainingConfig.of_engine(vllm_config.additional_config)
-        self.zo = Controller(self.zo_config.slots, self.block_size)
+        self.zo = Controller(self.zo_config.slots, self.block_size, self.zo_config.concurrent_jobs)
         self._zo_members: dict[str, Member] = {}
         self._zo_preempted: dict[str, Request] = {}
         self.zo_draining = False
+        self._zo_tokens = {"training": 0, "serving": 0}
         # The stacked tensors hold the user's slots and ours; the limit for serving adapters stays what the user set.
         self.lora_config: LoRAConfig = copy.copy(vllm_config.lora_config)
-        self.lora_config.max_loras -= self.zo_config.slots
+        self.lora_config.max_loras -= self.zo_config.total_slots
         self._zo_params = SamplingParams(
             max_tokens=1, temperature=0.0, detokenize=False, skip_reading_prefix_cache=True
         )
@@ -93,10 +94,12 @@ class ZOSchedulerMixin(_Base):
             if (member := self._zo_members.get(new.req_id)) is not None:
                 new.lora_request = slot_lora_request(member.slot)
         for req_id, num_tokens in output.num_scheduled_tokens.items():
-            if (member := self._zo_members.get(req_id)) is not None:
+            member = self._zo_members.get(req_id)
+            self._zo_tokens["serving" if member is None else "training"] += num_tokens
+            if member is not None:
                 request = self.requests[req_id]
                 done = request.num_computed_tokens >= request.num_prompt_tokens
-                self.zo.score(member, request.num_computed_tokens - num_tokens, last_chunk=done)
+                self.zo.score(member, request.num_computed_tokens - num_tokens, num_tokens, last_chunk=done)
         if commands := self.zo.take_commands():
             setattr(output, COMMANDS_ATTR, commands)
         return output
@@ -215,13 +218,13 @@ class ZOSchedulerMixin(_Base):
         super().finish_requests(left, RequestStatus.FINISHED_ABORTED)
         self._zo_members.clear()
         self._zo_preempted.clear()
-        self.zo.drop_group()
+        self.zo.drop_groups()
 
     def _abort_orphans(self) -> None:
         """Members whose group was dropped (its job was cancelled) must not go on: their slots are given to others."""
-        group_id = self.zo.group.group_id if self.zo.group is not None else None
-        running = [r for r, m in self._zo_members.items() if m.group_id != group_id and not m.scored]
-        preempted = [r for r in self._zo_preempted if r.rsplit("/", 2)[0] != group_id]
+        groups = self.zo.open_groups
+        running = [r for r, m in self._zo_members.items() if m.group_id not in groups and not m.scored]
+        preempted = [r for r in self._zo_preempted if r.rsplit("/", 2)[0] not in groups]
         if running or preempted:
             super().finish_requests([*running, *preempted], RequestStatus.FINISHED_ABORTED)
         for req_id in running:
@@ -238,11 +241,14 @@ class ZOSchedulerMixin(_Base):
         return self._pause_state == PauseState.UNPAUSED and not self.zo_draining and self.zo.has_work()
 
     def add_request(self, request: Request) -> None:
-        self.check_not_exclusive()
+        self.check_servable(request.lora_request)
         super().add_request(request)
 
-    def check_not_exclusive(self) -> None:
-        """Raise ConfigError when a `fold` job owns the engine: the base is changing under every request."""
+    def check_servable(self, lora_request: LoRARequest | None) -> None:
+        """Raise ConfigError for a request that cannot be answered: a `fold` job owns the engine, and the base changes
+        under every request; or the adapter is a version that no job has published, which would end the worker."""
+        if lora_request is not None and lora_request.lora_path.startswith(ADAPTER_SCHEME):
+            self.zo.check_published(lora_request.lora_path.removeprefix(ADAPTER_SCHEME))
         if (job := self.zo.exclusive) is not None:
             raise ConfigError(
                 f"update_space='fold' in job {job.job_id}: the base weights change while it runs, so the engine "
@@ -268,6 +274,10 @@ class ZOSchedulerMixin(_Base):
         self.zo.start_job(job, recorder, start)
         return job.summary()
 
+    def zo_stats(self) -> dict[str, Any]:
+        """What `Controller.stats` knows, and tokens scheduled since the engine started."""
+        return {**self.zo.stats(), "tokens": dict(self._zo_tokens)}
+
     def zo_restore_base(self, job_id: str) -> None:
         """Bring the base weights of before the `fold` job back."""
         if self.zo.exclusive is None and self.get_num_unfinished_requests():
@@ -292,6 +302,6 @@ def make_scheduler(vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> Schedu
     logger.info(
         "zeroth-order training: %s, %d adapter slots",
         cls.__name__,
-        ZOTrainingConfig.of_engine(vllm_config.additional_config).slots,
+        ZOTrainingConfig.of_engine(vllm_config.additional_config).total_slots,
     )
     return cls(vllm_config, *args, **kwargs)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from vllm_zo.errors import SlotError
 
 
@@ -12,14 +14,16 @@ class SlotTable:
     device executes forward and rewriting in order, so the slot may be given away.
     """
 
-    def __init__(self, num_slots: int) -> None:
-        self.num_slots = num_slots
-        self._pins = [0] * num_slots
-        self._owner: list[str | None] = [None] * num_slots
+    def __init__(self, slots: Iterable[int]) -> None:
+        self._owner: dict[int, str | None] = dict.fromkeys(slots)
+        self._pins = dict.fromkeys(self._owner, 0)
+
+    def __len__(self) -> int:
+        return len(self._owner)
 
     @property
     def free(self) -> list[int]:
-        return [slot for slot in range(self.num_slots) if self._owner[slot] is None]
+        return [slot for slot, owner in self._owner.items() if owner is None]
 
     def acquire(self, slot: int, owner: str, pins: int) -> None:
         if self._owner[slot] is not None or self._pins[slot]:
@@ -33,8 +37,7 @@ class SlotTable:
 
     def release(self, owner: str, *, force: bool = False) -> None:
         """Give up all slots of `owner`. `force` is for a dropped group, whose members have been aborted."""
-        for slot in range(self.num_slots):
-            if self._owner[slot] == owner:
-                if self._pins[slot] and not force:
-                    raise SlotError(f"slot {slot} released by {owner} while {self._pins[slot]} members refer to it")
-                self._owner[slot], self._pins[slot] = None, 0
+        for slot in [slot for slot, held_by in self._owner.items() if held_by == owner]:
+            if self._pins[slot] and not force:
+                raise SlotError(f"slot {slot} released by {owner} while {self._pins[slot]} members refer to it")
+            self._owner[slot], self._pins[slot] = None, 0

@@ -54,8 +54,8 @@ def engine_options(
     return {
         **options,
         "enable_lora": True,
-        "max_loras": max_loras + zo.slots,
-        "max_cpu_loras": (options.get("max_cpu_loras") or max_loras) + zo.slots,
+        "max_loras": max_loras + zo.total_slots,
+        "max_cpu_loras": (options.get("max_cpu_loras") or max_loras) + zo.total_slots,
         "max_lora_rank": max(options.get("max_lora_rank") or 1, zo.slot_rank),
         "scheduler_cls": SCHEDULER,
         "worker_cls": WORKERS[device],

@@ -6,9 +6,9 @@ All modules' U entries lie in one flat float32 vector (N,): noise, update and lo
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -83,6 +83,10 @@ class AdapterState:
         self.basis_of_row: dict[int, int] = {}
         """Accumulators in use and the basis each belongs to."""
         self._u_cache: tuple[tuple[int, ...], Tensor] | None = None
+
+    def factory(self) -> Callable[[], AdapterState]:
+        """Makes empty states of the same job, without keeping this one alive."""
+        return partial(AdapterState, self.method, self.layout, self.job_seed, self.num_bases, self.device)
 
     def row(self, basis: int) -> int:
         """Which accumulator belongs to a basis."""

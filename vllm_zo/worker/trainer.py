@@ -11,7 +11,7 @@ import functools
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,10 +35,9 @@ from vllm_zo.commands import (
     Snapshot,
     StartJob,
     StopJob,
-    Unpublish,
     ZOResults,
 )
-from vllm_zo.errors import SlotError, ZOError
+from vllm_zo.errors import ZOError
 from vllm_zo.methods.fold import fold_into
 from vllm_zo.methods.spaces import basis_of
 from vllm_zo.methods.state import AdapterState, FactorLayout
@@ -47,14 +46,9 @@ from vllm_zo.worker.host_memory import TRIM_INTERVAL, give_back_freed_memory
 from vllm_zo.worker.modules import Target, find_targets
 from vllm_zo.worker.scoring import Head, LossTable, score_members
 from vllm_zo.worker.slots import SlotPool
-
-if TYPE_CHECKING:
-    from vllm.lora.lora_model import LoRAModel
-    from vllm.lora.request import LoRARequest
+from vllm_zo.worker.versions import VersionStore, serve_versions
 
 logger = logging.getLogger("vllm.zo.worker")
-
-ADAPTER_SCHEME = "zo://"
 
 
 @dataclass
@@ -104,13 +98,13 @@ class Trainer:
         self.base = BaseWeights()
         self.jobs: dict[str, JobState] = {}
         self.groups: dict[str, OpenedGroup] = {}
-        self.published: dict[tuple[str, int], LoRAModel] = {}
+        self.versions = VersionStore(self.pool.dtype, self.pool.exponent)
         self._failed: set[str] = set()
         """Jobs of which a command failed. The scheduler hears of it a step later: groups that close meanwhile are
         dropped, or the state would hold an update that no log has."""
         self._pending: list[PendingGroup] = []
         self._results = ZOResults()
-        self._serve_published(lora_manager)
+        serve_versions(lora_manager, self.versions)
         self._warm_up()
 
     @staticmethod
@@ -249,12 +243,8 @@ class Trainer:
     @execute.register
     def _publish(self, command: Publish) -> None:
         job = self.jobs[command.job_id]
-        self.published[command.job_id, command.version] = self._adapter_model(job)
         self._save(job, command.path, command.version)
-
-    @execute.register
-    def _unpublish(self, command: Unpublish) -> None:
-        self.published.pop((command.job_id, command.version), None)
+        self.versions.publish(command.job_id, command.version, job.state, command.path)
 
     @execute.register
     def _snapshot(self, command: Snapshot) -> None:
@@ -300,45 +290,6 @@ class Trainer:
         taken = self._pending, self._results
         self._pending, self._results = [], ZOResults()
         return taken
-
-    # --- serving published versions
-    # ------------------------------------------------------------------------------------
-
-    def _serve_published(self, lora_manager: Any) -> None:
-        """Adapters whose path is `zo://<job>/<version>` come from memory; anything else goes vLLM's own way."""
-        load = lora_manager._load_adapter
-
-        def _load_adapter(request: LoRARequest) -> LoRAModel:
-            if not request.lora_path.startswith("zo"):
-                return load(request)
-            if not request.lora_path.startswith(ADAPTER_SCHEME):
-                raise SlotError(f"{request.lora_path}: ZO slots are materialised by the engine and cannot be loaded")
-            job_id, _, version = request.lora_path.removeprefix(ADAPTER_SCHEME).rpartition("/")
-            model = self.published.get((job_id, int(version)))
-            if model is None:
-                have = sorted(f"{ADAPTER_SCHEME}{j}/{v}" for j, v in self.published)
-                raise SlotError(f"{request.lora_path} is not published on this engine; published: {have or 'nothing'}")
-            return model.clone(request.lora_int_id)
-
-        lora_manager._load_adapter = _load_adapter
-
-    def _adapter_model(self, job: JobState) -> LoRAModel:
-        """The accumulator as a vLLM adapter: A = concat V_b^T, B = concat U_b, one rank block a touched basis."""
-        from vllm.lora.lora_model import LoRAModel
-        from vllm.lora.lora_weights import LoRALayerWeights
-
-        state, exponent = job.state, self.pool.exponent
-        bases = state.touched_bases() or [(0, 0)]
-        v_flat = torch.stack([state.v_flat(basis) for _, basis in bases]) * 2.0**-exponent
-        u_flat = torch.stack([state.acc_BN[row] for row, _ in bases]) * 2.0**exponent
-        rank = len(bases) * state.layout.rank
-        loras = {}
-        v_parts, u_parts = state.layout.split_v(v_flat), state.layout.split_u(u_flat)
-        for module, v_BIR, u_BOR in zip(state.layout.modules, v_parts, u_parts, strict=True):
-            a = v_BIR.permute(0, 2, 1).reshape(rank, -1).to(self.pool.dtype).cpu()
-            b = u_BOR.permute(1, 0, 2).reshape(-1, rank).to(self.pool.dtype).cpu()
-            loras[module.name] = LoRALayerWeights(module.name, rank, rank, a, b)
-        return LoRAModel(1, rank, loras)
 
 
 def _slice_rows(target: Target, weight: Tensor) -> slice:

@@ -68,7 +68,7 @@ class ZOWorkerMixin(_Base):
             model = self.model_runner.get_model()
             head = Head(model.lm_head, model.logits_processor, get_tp_group())
             lora_manager = self.model_runner.lora_manager
-            self._zo_trainer = Trainer(lora_manager, self.zo_config.slots, head, self.device)
+            self._zo_trainer = Trainer(lora_manager, self.zo_config.total_slots, head, self.device)
             for wrapper in lora_manager._adapter_manager.punica_wrapper_mapping.values():
                 wrapper.pool = self._zo_trainer.pool
             self._skip_member_logits(model)
