@@ -23,11 +23,11 @@ def llm(engines: Engines) -> Iterator[Any]:
     engine = engines.get(zo_training=TWO)
     yield engine
     scheduler = scheduler_of(engine)
-    for job_id in list(scheduler.zo.queue):
+    for job_id in list(scheduler.zo.table.queue):
         scheduler.zo.finish_early(job_id, cancel=True)
     while scheduler.has_requests():
         engine.llm_engine.step()
-    assert not scheduler.zo.open_groups and not any(lane.job for lane in scheduler.zo.lanes)
+    assert not scheduler.zo.open_groups and not any(lane.job for lane in scheduler.zo.table.lanes)
 
 
 def start(llm: Any, rows: list[dict[str, Any]], **options: Any) -> FineTuneRun:
@@ -88,7 +88,7 @@ def test_a_small_budget_is_shared_evenly(engines: Engines) -> None:
     llm = engines.get(zo_training={**TWO, "token_budget": 60}, max_num_batched_tokens=64, max_num_seqs=8)
     runs = [start(llm, reviews(16), steps=300, seed=seed, batch_size=b) for seed, b in enumerate((2, 8))]
     step(llm, 80)
-    lanes = scheduler_of(llm).zo.lanes
+    lanes = scheduler_of(llm).zo.table.lanes
     given = [lane.tokens for lane in lanes]
     assert min(given) > 500 and max(given) - min(given) <= 64
     for run in runs:
@@ -118,7 +118,7 @@ def test_a_paused_job_gives_its_lane_away_and_goes_on_as_if_nothing_had_happened
         run.poll()
     seen = len(run.history)
     assert 0 < seen < 12
-    lanes = scheduler_of(llm).zo.lanes
+    lanes = scheduler_of(llm).zo.table.lanes
     assert not any(lane.job for lane in lanes) and all(len(lane.slots.free) == 2 for lane in lanes)
     step(llm, 2)
     assert not scheduler_of(llm).has_requests(), "an engine with only a paused job must become idle"
@@ -149,7 +149,7 @@ def test_pausing_twice_resuming_early_and_cancelling_while_paused(llm: Any) -> N
     client.call("zo_pause", run.job_id)
     step(llm, 2)
     run.cancel()
-    assert run.status == "cancelled" and run.job_id not in scheduler_of(llm).zo.queue
+    assert run.status == "cancelled" and run.job_id not in scheduler_of(llm).zo.table.queue
     with pytest.raises(ConfigError, match="is cancelled: there is nothing to pause"):
         client.call("zo_pause", run.job_id)
 
@@ -218,7 +218,7 @@ def test_stats_tell_where_every_job_stands(llm: Any) -> None:
 
 def test_the_records_of_an_ended_run_are_read_from_disk(llm: Any) -> None:
     run = llm.finetune(reviews(16), reviews(6, seed=2), steps=7, eval_interval=3, **RUN)
-    recorder = scheduler_of(llm).zo.recorders[run.job_id]
+    recorder = scheduler_of(llm).zo.table.recorders[run.job_id]
     assert not recorder._records, "an engine lives longer than its jobs"
     answer = client_of(llm).call("zo_status", run.job_id, 0)
     assert answer["next"] == len(answer["records"]) == 7 + 4

@@ -130,7 +130,7 @@ def test_without_our_guard_long_members_crash_the_block_pool(engines: Engines) -
         coordinator.cache_blocks = guard
         scheduler = scheduler_of(llm)
         scheduler.finish_requests(None, RequestStatus.FINISHED_ABORTED)
-        for job_id in list(scheduler.zo.queue):
+        for job_id in list(scheduler.zo.table.queue):
             scheduler.zo.finish_early(job_id, cancel=True)
         worker_of(llm).model_runner.execute_model_state = None
         while scheduler.has_requests():

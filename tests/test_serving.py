@@ -160,7 +160,7 @@ def test_cancelling_frees_everything(engines: Engines) -> None:
             run.cancel()
     assert not any(r.client_index == MEMBER_CLIENT for r in scheduler.requests.values())
     assert scheduler.kv_cache_manager.block_pool.get_num_free_blocks() == free
-    assert scheduler.zo.lanes[0].slots.free == [0, 1]
+    assert scheduler.zo.table.lanes[0].slots.free == [0, 1]
     trainer = worker_of(llm).zo
     assert not trainer.jobs and not trainer.groups and not any(trainer.pool._owner)
     assert run.status == "cancelled"

@@ -63,16 +63,16 @@ def install() -> None:
         return self.scheduler.zo_start(job_dir)
 
     def zo_status(self: Any, job_id: str, since: int = 0) -> dict[str, Any]:
-        return self.scheduler.zo.status(job_id, since)
+        return self.scheduler.zo.table.status(job_id, since)
 
     def zo_stop(self: Any, job_id: str, cancel: bool) -> None:
         self.scheduler.zo.finish_early(job_id, cancel=cancel)
 
     def zo_pause(self: Any, job_id: str) -> None:
-        self.scheduler.zo.pause_job(job_id)
+        self.scheduler.zo.table.pause(job_id)
 
     def zo_resume(self: Any, job_id: str) -> None:
-        self.scheduler.zo.resume_job(job_id)
+        self.scheduler.zo.table.resume(job_id)
 
     def zo_stats(self: Any) -> dict[str, Any]:
         return self.scheduler.zo_stats()
@@ -117,7 +117,7 @@ def install() -> None:
             self.scheduler.zo_draining = True
         goes_on: bool = original_handle_shutdown(self)
         if trains and not goes_on:
-            self.scheduler.zo.close()
+            self.scheduler.zo.table.close()
         return goes_on
 
     DRAINING.apply(EngineCoreProc, "_handle_shutdown", _handle_shutdown)

@@ -1,4 +1,4 @@
-"""The training side of the scheduler: which jobs run, which groups are open, what the workers are told. No vLLM here.
+"""The training side of the scheduler: which groups are open, and what the workers are told. No vLLM here.
 
 One engine step, in the order the scheduler calls it:
 
@@ -10,13 +10,11 @@ One engine step, in the order the scheduler calls it:
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from vllm_zo.checkpoint.replay import fold_key
 from vllm_zo.commands import (
-    ADAPTER_SCHEME,
     CloseGroup,
     Command,
     DropGroup,
@@ -34,8 +32,9 @@ from vllm_zo.commands import (
 )
 from vllm_zo.engine.admission import Capacity, admit
 from vllm_zo.engine.group import Member, PerturbationGroup
-from vllm_zo.engine.job import CANCELLED, FAILED, FINAL_STATES, PAUSED, PAUSING, QUEUED, RUNNING, SUCCEEDED, Job, Work
-from vllm_zo.engine.lane import Lane, by_need, enter, make_lanes
+from vllm_zo.engine.job import CANCELLED, FAILED, FINAL_STATES, RUNNING, SUCCEEDED, Job, Work
+from vllm_zo.engine.job_table import JobTable
+from vllm_zo.engine.lane import Lane, by_need
 from vllm_zo.engine.recorder import JobRecorder
 from vllm_zo.errors import ConfigError, ZOError
 from vllm_zo.methods.base import ModuleShape
@@ -44,82 +43,31 @@ logger = logging.getLogger("vllm.zo")
 
 
 class Controller:
-    """Owns the jobs and the lanes they run in. Called from the engine's step loop only.
-
-    Jobs enter a free lane in the order they were started; up to `concurrent_jobs` run together.
-    """
+    """Owns the open groups and what the workers are told about them. Called from the engine's step loop only."""
 
     def __init__(self, slots_per_job: int, block_size: int, concurrent_jobs: int = 1) -> None:
-        self.lanes = make_lanes(concurrent_jobs, slots_per_job)
+        self.table = JobTable(concurrent_jobs, slots_per_job)
         self.block_size = block_size
-        self.jobs: dict[str, Job] = {}
-        self.recorders: dict[str, JobRecorder] = {}
-        self.queue: list[str] = []
-        """Jobs that have not ended, running or not, in the order they are to enter a lane."""
         self._work: dict[str, tuple[Job, Work]] = {}
         self._commands = ZOCommands()
         self._group_count = 0
         self.folds_since_reset = False
         """A fold was issued: cached KV of the base is stale. The scheduler resets its prefix cache and this flag."""
-        self.folded_by: str | None = None
-        """The job whose folds are in the base weights, until they are restored."""
 
     # --- jobs -----------------------------------------------------------------------------------------------------
 
     def start_job(self, job: Job, recorder: JobRecorder, start: StartJob) -> None:
-        known = self.jobs.get(job.job_id)
-        if known is not None and known.status not in FINAL_STATES:
-            raise ConfigError(f"job_id={job.job_id!r} is taken and {known.status}; cancel it to resume it.")
-        if not job.evaluate_only:
-            self._check_may_train(job)
-        if job.space == "fold" and job.first_step:
-            self.folded_by = job.job_id  # resuming folds again what the log says was folded
-        self.jobs[job.job_id] = job
-        self.recorders[job.job_id] = recorder
-        self.queue.append(job.job_id)
+        """Queue a job; raises ConfigError as `JobTable.add` does."""
+        self.table.add(job, recorder)
         self._commands.before.append(start)
-
-    def _check_may_train(self, job: Job) -> None:
-        if self.folded_by is not None:
-            raise ConfigError(
-                f"job {self.folded_by} (update_space='fold') has changed the base weights, and a job starts from "
-                "the model as it was loaded: call llm.restore_base(run) first, or load what run.save_merged() wrote."
-            )
-        if (owner := self.exclusive) is not None:
-            raise ConfigError(
-                f"job {owner.job_id} (update_space='fold') has the engine to itself and is {owner.status}: wait for "
-                "it, or cancel it."
-            )
-        if job.space == "fold" and self.queue:
-            raise ConfigError(
-                f"update_space='fold' needs the engine to itself, and these jobs have not ended: "
-                f"{', '.join(self.queue)}. Wait for them, or train with update_space='bank'."
-            )
-
-    @property
-    def exclusive(self) -> Job | None:
-        """The job that owns the engine (update space `fold`), from its start to its end."""
-        return next((self.jobs[i] for i in self.queue if self.jobs[i].space == "fold"), None)
 
     def has_work(self) -> bool:
         """Whether the engine loop must keep stepping for training."""
-        if self._commands or any(lane.job for lane in self.lanes):
-            return True
-        return next(self._entrants(), None) is not None
-
-    def _entrants(self) -> Iterator[Job]:
-        """Jobs that wait for a lane and may have one. While a `fold` job is there, nobody but it."""
-        for job_id in self.queue:
-            job = self.jobs[job_id]
-            if job.status == QUEUED and self._lane_of(job) is None and self.exclusive in (None, job):
-                yield job
-
-    def _lane_of(self, job: Job) -> Lane | None:
-        return next((lane for lane in self.lanes if lane.job is job), None)
+        return bool(self._commands) or self.table.has_work()
 
     def finish_early(self, job_id: str, *, cancel: bool) -> None:
         """Stop a job at the next group boundary: evaluate and publish first, or (cancel) drop what has not run yet."""
-        job = self._job(job_id)
+        job = self.table.get(job_id)
         if job.status in FINAL_STATES:
             return
         if cancel:
@@ -127,42 +75,11 @@ class Controller:
         else:
             job.finish_requested = True
 
-    def pause_job(self, job_id: str) -> None:
-        """Rest at the next group boundary. The job keeps its state and gives its lane away."""
-        job = self._job(job_id)
-        if job.status in FINAL_STATES:
-            raise ConfigError(f"job {job_id} is {job.status}: there is nothing to pause.")
-        if job.status != PAUSED:
-            job.status = PAUSING
-            self._rest(job)
-
-    def resume_job(self, job_id: str) -> None:
-        """Let a paused job go on; it enters a lane behind those that wait."""
-        job = self._job(job_id)
-        if job.status not in (PAUSING, PAUSED):
-            raise ConfigError(f"job {job_id} is {job.status}, not paused.")
-        if job.status == PAUSED:
-            self.queue.remove(job_id)
-            self.queue.append(job_id)
-        job.status = RUNNING if self._lane_of(job) else QUEUED
-
-    def _rest(self, job: Job) -> None:
-        """A pausing job rests once none of its groups is open or in flight."""
-        if job.status == PAUSING and not job.outstanding:
-            if (lane := self._lane_of(job)) is not None:
-                lane.leave()
-            job.status = PAUSED
-
-    def _job(self, job_id: str) -> Job:
-        if (job := self.jobs.get(job_id)) is None:
-            raise ConfigError(f"job_id={job_id!r} is unknown; known jobs: {sorted(self.jobs) or 'none'}.")
-        return job
-
     def request_restore(self, job_id: str) -> None:
         """Ask the workers to bring the original base weights back (after a `fold` job)."""
-        if (job := self.exclusive) is not None:
+        if (job := self.table.exclusive) is not None:
             raise ConfigError(f"job {job.job_id} is {job.status} and writes the base: wait for it or cancel it first.")
-        self.folded_by = None
+        self.table.folded_by = None
         self._commands.before.append(StopJob(job_id, restore_base=True))
         self.folds_since_reset = True
 
@@ -173,12 +90,9 @@ class Controller:
 
         The lane that was given the fewest tokens chooses first; what it leaves is the next one's.
         """
-        for job in list(self._entrants()):
-            if not enter(self.lanes, job):
-                break
-            job.status = RUNNING
+        self.table.fill_lanes()
         offered: list[Member] = []
-        for lane in by_need(self.lanes):
+        for lane in by_need(self.table.lanes):
             if (group := self._open_group(lane)) is None:
                 continue
             units, members = group.units()
@@ -195,7 +109,7 @@ class Controller:
         if lane.group is None:
             assert lane.job is not None
             job = lane.job
-            if job.status != RUNNING or job.ending or self.recorders[job.job_id].waiting:
+            if job.status != RUNNING or job.ending or self.table.recorders[job.job_id].waiting:
                 return None
             work = job.next_work()
             if work is None:
@@ -223,7 +137,7 @@ class Controller:
     def _fold(self, job: Job, step: int) -> None:
         self._commands.before.append(Fold(job.job_id, fold_key(job.config.seed, step)))
         self.folds_since_reset = True
-        self.folded_by = job.job_id
+        self.table.folded_by = job.job_id
 
     def _open_wave(self, lane: Lane, group: PerturbationGroup) -> None:
         lane.slots.release(group.group_id)
@@ -234,13 +148,10 @@ class Controller:
 
     @property
     def open_groups(self) -> set[str]:
-        return {lane.group.group_id for lane in self.lanes if lane.group is not None}
-
-    def _lane_with(self, group_id: str) -> Lane | None:
-        return next((lane for lane in self.lanes if lane.group is not None and lane.group.group_id == group_id), None)
+        return {lane.group.group_id for lane in self.table.lanes if lane.group is not None}
 
     def put_back(self, member: Member) -> None:
-        if (lane := self._lane_with(member.group_id)) is not None:
+        if (lane := self.table.lane_with(member.group_id)) is not None:
             assert lane.group is not None
             lane.group.put_back(member)
 
@@ -249,7 +160,7 @@ class Controller:
         self._commands.members.append(
             ScoreMember(member.req_id, member.group_id, member.probe, member.row, num_computed_tokens)
         )
-        lane = self._lane_with(member.group_id)
+        lane = self.table.lane_with(member.group_id)
         assert lane is not None and lane.group is not None
         lane.tokens += num_tokens
         if last_chunk:
@@ -258,7 +169,7 @@ class Controller:
 
     def take_commands(self) -> ZOCommands:
         """Close groups whose last member is scheduled, and hand over everything collected for this step."""
-        for lane in self.lanes:
+        for lane in self.table.lanes:
             if lane.group is not None and lane.group.done:
                 self._close(lane, lane.group)
         commands, self._commands = self._commands, ZOCommands()
@@ -280,17 +191,9 @@ class Controller:
             job.published.add(version)
             commands.append(Publish(job.job_id, version, str(version_path(job.directory, version))))
 
-    def check_published(self, name: str) -> None:
-        """Raise ConfigError unless `<job_id>/<step>` is a version of a job of this engine."""
-        job_id, _, version = name.rpartition("/")
-        job = self.jobs.get(job_id)
-        if job is None or version not in map(str, job.published):
-            have = sorted(job.published) if job is not None else f"of jobs {sorted(self.jobs)}"
-            raise ConfigError(f"{ADAPTER_SCHEME}{name} is not published on this engine; published: {have}.")
-
     def drop_groups(self) -> None:
         """Forget the open groups after their members were aborted (pause, shutdown). Their work runs again later."""
-        for lane in self.lanes:
+        for lane in self.table.lanes:
             self._drop_group(lane)
 
     def _drop_group(self, lane: Lane) -> None:
@@ -302,31 +205,33 @@ class Controller:
         job.meter.drop(group.group_id)
         self._commands.before.append(DropGroup(group.group_id))
         job.take_back(work)
-        self._rest(job)
+        self.table.rest(job)
 
     # --- results --------------------------------------------------------------------------------------------------
 
     def on_results(self, results: ZOResults) -> None:
         for job_id, modules in results.modules.items():
-            self._open_log(self.jobs[job_id], modules)
+            self._open_log(self.table.jobs[job_id], modules)
         for result in results.groups:  # before failures: the update of a group that answered is in the state
             job, work = self._work.pop(result.group_id, (None, None))
             if job is not None and work is not None and job.status not in FINAL_STATES:
                 self._on_group(job, work, result)
         for failure in results.failures:
-            if (job := self.jobs.get(failure.job_id)) and job.status not in FINAL_STATES:
+            if (job := self.table.jobs.get(failure.job_id)) and job.status not in FINAL_STATES:
+                # What could not be written cannot be served.
+                job.published = {v for v in job.published if version_path(job.directory, v).exists()}
                 self._finish(job, FAILED, failure.message)
 
     def _open_log(self, job: Job, modules: Sequence[ModuleShape]) -> None:
         if job.status in FINAL_STATES:  # cancelled while the workers were setting it up
             return
         try:
-            self.recorders[job.job_id].open(modules)
+            self.table.recorders[job.job_id].open(modules)
         except ZOError as error:  # another job's log, a full disk: this job ends, the engine does not
             self._finish(job, FAILED, str(error))
 
     def _on_group(self, job: Job, work: Work, result: GroupResult) -> None:
-        recorder = self.recorders[job.job_id]
+        recorder = self.table.recorders[job.job_id]
         if work.learning_rate is None:
             if (record := job.on_evaluation_result(work, result)) is not None:
                 recorder.metrics(record)
@@ -341,11 +246,11 @@ class Controller:
         elif (why := job.divergence()) is not None:
             self._end(job, FAILED, f"{why}; lower the learning rate. The state up to the best evaluation is kept.")
         else:
-            self._rest(job)
+            self.table.rest(job)
 
     def _end(self, job: Job, status: str, error: str | None = None) -> None:
         """End a job; with groups in flight, when their results are in: their updates are made, the log needs them."""
-        if (lane := self._lane_of(job)) is not None:
+        if (lane := self.table.lane_of(job)) is not None:
             self._drop_group(lane)
         if job.outstanding:
             job.ending = (status, error)
@@ -353,10 +258,9 @@ class Controller:
             self._finish(job, status, error)
 
     def _finish(self, job: Job, status: str, error: str | None = None) -> None:
-        if (lane := self._lane_of(job)) is not None:
+        if (lane := self.table.lane_of(job)) is not None:
             self._drop_group(lane)
-            lane.job = None
-        recorder = self.recorders[job.job_id]
+        recorder = self.table.recorders[job.job_id]
         recorder.close()
         if status == SUCCEEDED and recorder.error is not None:  # its last steps are in no log
             status, error = FAILED, str(recorder.error)
@@ -366,32 +270,12 @@ class Controller:
         elif job.space == "fold" and job.unfolded and not recorder.waiting:
             self._fold(job, job.recorded)
         self._commands.before.append(StopJob(job.job_id))
-        self.queue.remove(job.job_id)
+        self.table.remove(job)
         recorder.summarise(job.summary())
         recorder.forget()
         job.forget_examples()
         log = logger.error if status == FAILED else logger.info
         log("job %s %s at step %d%s", job.job_id, status, job.recorded, f": {error}" if error else "")
-
-    def close(self) -> None:
-        """The engine is going down: leave every unfinished job's log complete on disk, so that it can be resumed."""
-        for job_id in self.queue:
-            self.recorders[job_id].close()
-            self.recorders[job_id].summarise(self.jobs[job_id].summary())
-
-    def status(self, job_id: str, since: int = 0) -> dict[str, Any]:
-        """Summary and metric records from `since` on; what the front end polls."""
-        job = self._job(job_id)
-        records, total = self.recorders[job_id].records(since)
-        return {**job.summary(), "records": records, "next": total}
-
-    def stats(self) -> dict[str, Any]:
-        """What monitoring wants to know: slots that running jobs hold, and every unfinished job's place and pace."""
-        held = {lane.job.job_id: len(lane.slots) for lane in self.lanes if lane.job is not None}
-        return {
-            "slots": {"total": sum(len(lane.slots) for lane in self.lanes), "in_use": sum(held.values())},
-            "jobs": {job_id: {**self.jobs[job_id].stats(), "slots": held.get(job_id, 0)} for job_id in self.queue},
-        }
 
 
 def version_path(directory: Path, version: int) -> Path:

@@ -248,8 +248,8 @@ class ZOSchedulerMixin(_Base):
         """Raise ConfigError for a request that cannot be answered: a `fold` job owns the engine, and the base changes
         under every request; or the adapter is a version that no job has published, which would end the worker."""
         if lora_request is not None and lora_request.lora_path.startswith(ADAPTER_SCHEME):
-            self.zo.check_published(lora_request.lora_path.removeprefix(ADAPTER_SCHEME))
-        if (job := self.zo.exclusive) is not None:
+            self.zo.table.check_published(lora_request.lora_path.removeprefix(ADAPTER_SCHEME))
+        if (job := self.zo.table.exclusive) is not None:
             raise ConfigError(
                 f"update_space='fold' in job {job.job_id}: the base weights change while it runs, so the engine "
                 f"answers no "
@@ -257,7 +257,7 @@ class ZOSchedulerMixin(_Base):
             )
 
     def shutdown(self) -> None:
-        self.zo.close()
+        self.zo.table.close()
         super().shutdown()
 
     # --- calls from the front end (EngineCore utility calls) ------------------------------------------------------
@@ -275,12 +275,12 @@ class ZOSchedulerMixin(_Base):
         return job.summary()
 
     def zo_stats(self) -> dict[str, Any]:
-        """What `Controller.stats` knows, and tokens scheduled since the engine started."""
-        return {**self.zo.stats(), "tokens": dict(self._zo_tokens)}
+        """What `JobTable.stats` knows, and tokens scheduled since the engine started."""
+        return {**self.zo.table.stats(), "tokens": dict(self._zo_tokens)}
 
     def zo_restore_base(self, job_id: str) -> None:
         """Bring the base weights of before the `fold` job back."""
-        if self.zo.exclusive is None and self.get_num_unfinished_requests():
+        if self.zo.table.exclusive is None and self.get_num_unfinished_requests():
             raise ConfigError(
                 "restore_base changes the weights under unfinished requests: wait for them, or abort them."
             )
