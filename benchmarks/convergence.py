@@ -29,7 +29,6 @@ from benchmarks import convergence_report, facts
 from benchmarks.children import variables_of
 
 ROOT = Path(__file__).parents[1]
-TEMPLATE, OPTIONS = "{sentence} It was", [" terrible", " great"]
 TRAINERS = ("ours", "plain", "plain-float64")
 SPACES = ("bank", "fold")
 Evaluation = dict[str, float]
@@ -45,7 +44,7 @@ class Settings:
     train_rows: int
     validation_rows: int
     test_rows: int | None
-    """Rows of SST-2's own validation set; None: all."""
+    """Rows drawn from SST-2's own validation set; None: all."""
     steps: int
     eval_interval: int
     learning_rate: float
@@ -66,21 +65,20 @@ class Rows:
 
     @classmethod
     def of(cls, settings: Settings) -> Rows:
-        from vllm_zo.data import load_examples
-        from vllm_zo.data.batches import sample_split
+        from vllm_zo.tasks import load_task
 
-        directory = Path(settings.data)
-        sizes = (settings.train_rows, settings.validation_rows)
-        train, validation = sample_split(load_examples(directory / "train.jsonl", "train"), sizes, settings.data_seed)
-        test = load_examples(directory / "validation.jsonl", "test")[: settings.test_rows]
-        return cls(train, validation, test)
+        task = load_task(
+            "sst2", settings.data, settings.data_seed, settings.train_rows, settings.validation_rows, settings.test_rows
+        )
+        return cls(task.train, task.validation, task.test)
 
 
 def train_ours(llm: Any, settings: Settings, space: str, rows: Rows) -> dict[str, Any]:
     """A job inside a running engine. In `fold` space the base is restored afterwards."""
-    from vllm_zo import Classification, LoZO
+    from vllm_zo import LoZO
+    from vllm_zo.tasks import PRESETS
 
-    objective = Classification(TEMPLATE, OPTIONS)
+    objective = PRESETS["sst2"].objective
     zero_shot = llm.evaluate(rows.test, objective)
     start = time.perf_counter()
     run = llm.finetune(
@@ -121,12 +119,14 @@ def train_plain(settings: Settings, space: str, rows: Rows, dtype: str = "float3
     from vllm_zo.config import ZOTrainingConfig
     from vllm_zo.data.batches import BatchOrder
     from vllm_zo.methods.spaces import resolve_bases
+    from vllm_zo.tasks import PRESETS
 
+    sst2 = PRESETS["sst2"].objective
     method = LoZO(rank=settings.rank, interval=settings.interval, eps=settings.eps)
     bases = settings.bases if space == "bank" else None
     bases = resolve_bases(method, space, settings.steps, ZOTrainingConfig().slot_rank, bases)
     trainer = PlainTrainer(
-        settings.model, TEMPLATE, OPTIONS, method, settings.learning_rate, settings.seed,
+        settings.model, sst2.template, sst2.options, method, settings.learning_rate, settings.seed,
         num_bases=bases if space == "bank" else None, dtype=getattr(torch, dtype),
     )  # fmt: skip
     order = BatchOrder(len(rows.train), settings.batch, settings.seed)
@@ -206,7 +206,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--data-seed", type=int, default=0, help="chooses the training and validation rows")
     parser.add_argument("--train-rows", type=int, default=1000)
     parser.add_argument("--validation-rows", type=int, default=500)
-    parser.add_argument("--test-rows", type=int, help="of SST-2's validation set, from the front (default: all 872)")
+    parser.add_argument("--test-rows", type=int, help="drawn from SST-2's validation set (default: all 872)")
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--eval-interval", type=int, default=100)
     parser.add_argument("--learning-rate", type=float, default=3e-4)

@@ -101,6 +101,8 @@ def no_engine(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--method", "lozoo"], "unknown method 'lozoo': did you mean 'lozo'?"),
         (["--method", "factorized-mezo", "--interval", 3], "unknown hyperparameter of factorized-mezo 'interval'"),
         (["--update-space", "folds"], "unknown update_space 'folds': did you mean 'fold'?"),
+        (["--task", "sst2"], "--train, --validation, --template, --option: --task sst2 brings its own; drop one"),
+        (["--data", "a"], "--data: belongs to --task"),
         (["--objective", "language-modelling"], "unknown objective 'language-modelling': did you mean 'language-model"),
         (["--template", "no field"], "template='no field'"),
         (["--train", "nowhere.jsonl"], "train='nowhere.jsonl': no such file"),
@@ -121,6 +123,21 @@ def test_flags_that_cannot_work_are_refused_before_an_engine_starts(
     assert ended.status == 2
     assert message in ended.error
     assert not (tmp_path / "job").exists()
+
+
+@pytest.mark.usefixtures("no_engine")
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--task", "sst-2"], "unknown task 'sst-2': did you mean 'sst2'"),
+        (["--task", "sst2", "--data", "nowhere"], "data='nowhere': no such directory"),
+    ],
+)
+def test_a_task_that_is_not_there_is_refused_before_an_engine_starts(
+    capsys: Capture, flags: list[object], message: str
+) -> None:
+    ended = vllm_zo(capsys, "train", "--model", "model", *flags)
+    assert ended.status == 2 and message in ended.error
 
 
 @pytest.mark.usefixtures("no_engine")

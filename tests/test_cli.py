@@ -20,9 +20,9 @@ import typer
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from tests.cli import train_flags, use_engine, vllm_zo
+from tests.cli import train_flags, use_engine, vllm_zo, write_jsonl
 from tests.conftest import ENVIRONMENT
-from tests.engines import Engines, worker_of
+from tests.engines import Engines, reviews, worker_of
 from tests.trajectories import steps_of
 from vllm_zo.checkpoint.seed_log import read_seed_log
 from vllm_zo.checkpoint.snapshot import TENSOR
@@ -105,6 +105,21 @@ def test_training_tells_how_it_goes_and_leaves_an_adapter_and_a_picture(
     assert [r["step"] for r in records] == [0, *range(1, 9), 8]
     summary = json.loads((job / "summary.json").read_text())
     assert summary["status"] == "succeeded" and summary["metrics"]["loss"] == records[-1]["eval_loss"]
+
+
+def test_a_ready_made_task_is_trained_and_tested(
+    engines: Engines, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_engine(monkeypatch, engines.get())
+    write_jsonl(tmp_path / "train.jsonl", reviews(520, seed=1))
+    write_jsonl(tmp_path / "validation.jsonl", reviews(6, seed=2))
+    flags = ["--batch-size", 4, "--steps", 2, "--eval-examples", 4, "--output", tmp_path / "job", "--quiet"]
+    ended = vllm_zo(capsys, "train", "--model", engines.model("opt"), "--task", "sst2", "--data", tmp_path, *flags)
+    assert ended.status == 0, ended.err
+    metrics = json.loads((tmp_path / "job" / "summary.json").read_text())["metrics"]
+    assert metrics["test_accuracy"] * 6 == pytest.approx(round(metrics["test_accuracy"] * 6))
+    assert {"loss", "accuracy", "macro_f1", "test_loss", "initial_accuracy"} <= metrics.keys()
+    assert f"test_accuracy {metrics['test_accuracy']:.4f}" in ended.out
 
 
 def test_a_fold_run_leaves_a_merged_model_that_its_log_folds_again(

@@ -18,6 +18,7 @@ from vllm_zo.methods.schedules import LR_SCHEDULES
 from vllm_zo.methods.spaces import SPACES
 from vllm_zo.methods.targets import PRESETS
 from vllm_zo.objectives import OBJECTIVES
+from vllm_zo.tasks import PRESETS as TASKS
 
 
 def _default(owner: Any, name: str) -> Any:
@@ -57,6 +58,17 @@ def train(
     model: Annotated[str | None, _data("Model to train: a directory or a Hugging Face name.")] = None,
     train: Annotated[str | None, _data("Training data: .jsonl, .csv or hf:<data set>[:<config>]:<split>.")] = None,
     validation: Annotated[str | None, _data("Validation data, in the same forms.")] = None,
+    task: Annotated[
+        str | None,
+        _data(f"Ready-made data, prompt and loss: {', '.join(TASKS)}; in place of the flags that follow."),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        _data("--task: directory with train.jsonl and validation.jsonl. Unset: the Hugging Face hub.", metavar="DIR"),
+    ] = None,
+    data_seed: Annotated[
+        int | None, _data("--task: chooses the training, validation and test rows (default: 0).")
+    ] = None,
     objective: Annotated[str | None, _data(f"{' or '.join(OBJECTIVES)}; the first where there are --option.")] = None,
     template: Annotated[str | None, _data('Prompt with {field} placeholders: "{sentence} It was".')] = None,
     option: Annotated[
@@ -67,6 +79,10 @@ def train(
         _data("What the data calls each class, in the order of --option. Unset: index or text."),
     ] = None,
     label_field: Annotated[str | None, _data("Field that holds the class.")] = None,
+    choices: Annotated[
+        list[str] | None,
+        _data("multiple-choice: field that holds the list of choices, or (repeated) the fields that hold one each."),
+    ] = None,
     prompt_field: Annotated[str | None, _data("language-modeling: field with the prompt.")] = None,
     completion_field: Annotated[str | None, _data("language-modeling: field with the text to learn.")] = None,
     method: Annotated[str | None, _option("Method", f"{' or '.join(METHODS)}.", LoZO.name)] = None,

@@ -23,6 +23,8 @@ from vllm_zo.entrypoints.run import Callback, FineTuneRun
 from vllm_zo.errors import ConfigError, JobError
 from vllm_zo.methods import LoZO
 from vllm_zo.methods.spaces import resolve_bases
+from vllm_zo.objectives import OBJECTIVES, describe
+from vllm_zo.tasks import Task, load_task
 
 Params = Mapping[str, Any]
 """Flags of `cli_train.train` by name; None or an empty list: not given."""
@@ -38,7 +40,7 @@ JOB_FLAGS = (
 METHOD_FLAGS = ("rank", "interval", "eps", "queries")
 OBJECTIVE_FLAGS = {
     "template": "template", "option": "options", "label": "labels", "label_field": "label_field",
-    "prompt_field": "prompt_field", "completion_field": "completion_field",
+    "choices": "choices", "prompt_field": "prompt_field", "completion_field": "completion_field",
 }  # fmt: skip
 """Flag -> field of the objective."""
 
@@ -52,21 +54,25 @@ def run_training(params: Params) -> None:
     """
     resume_from: Path | None = params["resume_from"]
     started = _description(resume_from)
-    config = job_config(params, started)
+    task = _task(params)
+    config = job_config(params, started, task)
     zo = ZOTrainingConfig(**_given(params, ("slots", "slot_rank")))
     resolve_bases(config.method, config.space, config.steps, zo.slot_rank, config.bases)
     model = params["model"] or started.get("model")
-    for flag, value in (("--model", model), ("--train", params["train"])):
+    train = task.train if task else params["train"]
+    for flag, value in (("--model", model), ("--train", train)):
         if value is None:
             raise ConfigError(f"{flag} is missing: see vllm-zo train --help.")
-    BatchOrder(len(load_examples(params["train"], "train")), config.batch_size, config.seed)
-    if params["validation"] is not None:
-        load_examples(params["validation"], "validation")
+    validation = task.validation if task else params["validation"]
+    BatchOrder(len(load_examples(train, "train")), config.batch_size, config.seed)
+    if validation is not None:
+        load_examples(validation, "validation")
     callbacks = _callbacks(params)
     llm = start_engine(str(model), zo, params)
     directory = Path(resume_from or str(config.output_dir))
     try:
-        lines = save_results(_finetune(llm, config, params, callbacks))
+        run = _finetune(llm, config, train, validation, params, callbacks)
+        lines = save_results(run, llm.evaluate(task.test, run=run) if task else {})
     except JobError as error:
         left = f" To use what it learnt: vllm-zo export {directory} OUT"
         raise JobError(f"{error}{left if (directory / 'seeds.log').exists() else ''}") from error
@@ -92,23 +98,47 @@ def _given(params: Params, names: Iterable[str]) -> dict[str, Any]:
     return {name: params[name] for name in names if params[name] not in (None, [], ())}
 
 
-def job_config(params: Params, started: Mapping[str, Any]) -> JobConfig:
+def _task(params: Params) -> Task | None:
+    if params["task"] is None:
+        if needless := _given(params, ("data", "data_seed")):
+            raise ConfigError(f"{_flags(needless)}: belongs to --task; give --train and --validation files instead.")
+        return None
+    if double := _given(params, ("train", "validation", "objective", *OBJECTIVE_FLAGS)):
+        raise ConfigError(f"{_flags(double)}: --task {params['task']} brings its own; drop one of the two.")
+    return load_task(params["task"], params["data"], seed=params["data_seed"] or 0)
+
+
+def _flags(given: Iterable[str]) -> str:
+    return ", ".join(f"--{name.replace('_', '-')}" for name in given)
+
+
+def job_config(params: Params, started: Mapping[str, Any], task: Task | None = None) -> JobConfig:
     """The job that the flags describe; with --resume-from, `started` (its job.json) fills in what is not given."""
     before: Mapping[str, Any] = started.get("config", {})
-    objective = params["objective"] or ("classification" if params["option"] else None)
-    if objective is None and not before:
-        raise ConfigError("--objective is missing: classification (with --option) or language-modeling.")
-    settings = {OBJECTIVE_FLAGS[flag]: value for flag, value in _given(params, OBJECTIVE_FLAGS).items()}
+    if task is not None:
+        objective: dict[str, Any] = describe(task.objective)
+    else:
+        name = params["objective"] or ("classification" if params["option"] else None)
+        if name is None and not before:
+            raise ConfigError(f"--objective is missing: {', '.join(OBJECTIVES)}; or --task for a ready-made one.")
+        objective = _part(before.get("objective"), name, _objective_settings(params))
     method = params["method"] or (None if before else LoZO.name)
     return JobConfig.from_options(
         {
             **before,
             **_given(params, JOB_FLAGS),
-            "objective": _part(before.get("objective"), objective, settings),
+            "objective": objective,
             "method": _part(before.get("method"), method, _given(params, METHOD_FLAGS)),
             "output_dir": _output_dir(params, before),
         }
     )
+
+
+def _objective_settings(params: Params) -> dict[str, Any]:
+    settings = {OBJECTIVE_FLAGS[flag]: value for flag, value in _given(params, OBJECTIVE_FLAGS).items()}
+    if len(settings.get("choices", ())) == 1:  # one field that holds the list
+        (settings["choices"],) = settings["choices"]
+    return settings
 
 
 def _part(before: Mapping[str, Any] | None, name: str | None, settings: dict[str, Any]) -> dict[str, Any]:
@@ -198,11 +228,13 @@ def _callbacks(params: Params) -> list[Callback]:
     return [WandbCallback()]
 
 
-def _finetune(llm: Any, config: JobConfig, params: Params, callbacks: list[Callback]) -> FineTuneRun:
+def _finetune(
+    llm: Any, config: JobConfig, train: Any, validation: Any, params: Params, callbacks: list[Callback]
+) -> FineTuneRun:
     options = {f.name: getattr(config, f.name) for f in fields(config)}
     run: FineTuneRun = llm.finetune(
-        params["train"],
-        params["validation"],
+        train,
+        validation,
         resume_from=params["resume_from"],
         callbacks=callbacks,
         progress=not params["quiet"],
@@ -211,13 +243,14 @@ def _finetune(llm: Any, config: JobConfig, params: Params, callbacks: list[Callb
     return run
 
 
-def save_results(run: FineTuneRun) -> list[str]:
+def save_results(run: FineTuneRun, test: Mapping[str, float]) -> list[str]:
     """The adapter (`bank`) or the merged model (`fold`), `run.png`, and the numbers into `summary.json`.
 
     Returns:
         What was written, a line each.
     """
-    lines = [", ".join(f"{name} {_short(value)}" for name, value in run.metrics.items())]
+    metrics = run.metrics | {f"test_{name}": value for name, value in test.items()}
+    lines = [", ".join(f"{name} {_short(value)}" for name, value in metrics.items())]
     if run.history or run.config.steps:
         lines.append(_save_model(run))
     try:
@@ -227,7 +260,7 @@ def save_results(run: FineTuneRun) -> list[str]:
         lines.append(f"no picture: {error}")
     path = run.directory / "summary.json"
     before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    write_atomically(path, json.dumps(before | {"metrics": run.metrics}, indent=1).encode())
+    write_atomically(path, json.dumps(before | {"metrics": metrics}, indent=1).encode())
     return lines
 
 
