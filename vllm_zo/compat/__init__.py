@@ -16,11 +16,12 @@ def install() -> None:
 
     engine_core.install()
     if current_platform.is_cpu():
-        from vllm_zo.compat import cpu_linear, cpu_lora, kernel_overrides
+        from vllm_zo.compat import cpu_linear, cpu_lora, kernel_overrides, shared_rows
 
         cpu_linear.install()
         cpu_lora.install()
         kernel_overrides.install()
+        shared_rows.install()
 
 
 _installed = False

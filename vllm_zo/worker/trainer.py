@@ -44,6 +44,7 @@ from vllm_zo.methods.state import AdapterState, FactorLayout
 from vllm_zo.worker.base_weights import BaseWeights, check_writable
 from vllm_zo.worker.host_memory import TRIM_INTERVAL, give_back_freed_memory
 from vllm_zo.worker.modules import Target, find_targets
+from vllm_zo.worker.rows import Chunk
 from vllm_zo.worker.scoring import Head, LossTable, score_members
 from vllm_zo.worker.slots import SlotPool
 from vllm_zo.worker.versions import VersionStore, serve_versions
@@ -284,6 +285,25 @@ class Trainer:
             jobs = {self.groups[m.group_id].command.job_id for m, *_ in present}
             self._failed |= jobs
             self._results.failures += [CommandFailed(j, f"{type(error).__name__}: {error}") for j in jobs]
+
+    def chunks(
+        self, members: Sequence[ScoreMember], num_tokens: Mapping[str, int], req_ids: Sequence[str]
+    ) -> list[Chunk]:
+        """The rows of this step, request by request as they lie in the batch."""
+        by_id = {m.req_id: m for m in members}
+        return [self._chunk(by_id.get(req_id), num_tokens.get(req_id, 0)) for req_id in req_ids]
+
+    def _chunk(self, member: ScoreMember | None, count: int) -> Chunk:
+        opened = self.groups.get(member.group_id) if member is not None else None
+        if member is None or opened is None:
+            return Chunk(count)
+        row, start = opened.table.rows[member.row], member.num_computed_tokens
+        return Chunk(
+            count,
+            state=(member.group_id, member.probe),
+            token_ids=row.token_ids[:count] if start == 0 else (),
+            targets=[position - start for position in row.positions if 0 <= position - start < count],
+        )
 
     def take_results(self) -> tuple[list[PendingGroup], ZOResults]:
         """What this step answers; the pending part is resolved when the output is read."""

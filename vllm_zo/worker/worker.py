@@ -7,7 +7,9 @@ states that the runner kept, scores the members and closes groups, and then lets
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from copy import copy
 from typing import Any
 
@@ -22,8 +24,9 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_zo import compat
-from vllm_zo.commands import COMMANDS_ATTR, RESULTS_ATTR, ZOCommands, ZOResults
+from vllm_zo.commands import COMMANDS_ATTR, RESULTS_ATTR, ScoreMember, ZOCommands, ZOResults
 from vllm_zo.config import ZOTrainingConfig
+from vllm_zo.worker.kernels.shared_rows import SharedRows
 from vllm_zo.worker.scoring import Head
 from vllm_zo.worker.trainer import PendingGroup, Trainer
 
@@ -69,8 +72,11 @@ class ZOWorkerMixin(_Base):
             head = Head(model.lm_head, model.logits_processor, get_tp_group())
             lora_manager = self.model_runner.lora_manager
             self._zo_trainer = Trainer(lora_manager, self.zo_config.total_slots, head, self.device)
-            for wrapper in lora_manager._adapter_manager.punica_wrapper_mapping.values():
+            wrappers = list(lora_manager._adapter_manager.punica_wrapper_mapping.values())
+            for wrapper in wrappers:
                 wrapper.pool = self._zo_trainer.pool
+            if self.device.type == "cpu":
+                self.model_runner.zo_shared_rows = SharedRows(self.model_runner, wrappers)
             self._skip_member_logits(model)
         return self._zo_trainer
 
@@ -89,13 +95,27 @@ class ZOWorkerMixin(_Base):
             return super().execute_model(scheduler_output)
         self._zo_num_tokens = scheduler_output.num_scheduled_tokens
         self.zo.run(commands.before)
-        output = super().execute_model(scheduler_output)
+        with self._members_share_rows(commands.members):
+            output = super().execute_model(scheduler_output)
         if output is None:
             return None
         # Nothing was scheduled: vLLM answers at once and does not call sample_tokens.
         self._zo_commands = None
         self.zo.run(commands.after)
         return self._with_results(output)
+
+    @contextmanager
+    def _members_share_rows(self, members: list[ScoreMember]) -> Iterator[None]:
+        """In the block, the model may leave out rows of members that nobody needs (CPU)."""
+        shared: SharedRows | None = getattr(self.model_runner, "zo_shared_rows", None)
+        if shared is None or not members:
+            yield
+            return
+        shared.chunks = functools.partial(self.zo.chunks, members, self._zo_num_tokens)
+        try:
+            yield
+        finally:
+            shared.chunks = None
 
     @torch.inference_mode()
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
@@ -122,7 +142,12 @@ class ZOWorkerMixin(_Base):
     def _clean_kv_cache(self, hidden: Tensor) -> None:
         """After a member that diverged: its KV blocks go to the next request, and CPU attention multiplies what a block
         holds beyond that request's tokens with weights 0. That is no harm unless it is not finite."""
-        if self.device.type == "cpu" and not torch.isfinite(hidden).all():
+        if self.device.type != "cpu":
+            return
+        shared: SharedRows = self.model_runner.zo_shared_rows
+        last_attention, shared.last_attention = shared.last_attention, None
+        outputs = [hidden] if last_attention is None else [hidden, last_attention]  # `hidden` may lack its last layer
+        if not all(torch.isfinite(output).all() for output in outputs):
             for cache in self.model_runner.kv_caches:
                 cache.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
 

@@ -6,6 +6,8 @@ more memory than the base weights. Tokens of one request are contiguous, so a ba
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +16,9 @@ from torch import Tensor
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
 from vllm_zo.worker.kernels.cpu_linear import is_emulated
+
+MAX_KEPT_VIEWS = 1 << 14
+"""Entries of a few hundred bytes: slots x layers of a large model, and a bound if a caller makes tuples on the fly."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,11 @@ class GroupedPunicaWrapper(PunicaWrapperCPU):
     pool: Any = None
     """The SlotPool, once training is set up: it knows which slots share A and how much of their rank is in use."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._whole_batch: tuple[Tensor, Tensor, list[Span]] | None = None
+        self._kept_views: dict[tuple[int, int, int], tuple[tuple[Tensor, ...], list[Tensor]]] = {}
+
     def update_metadata(
         self, mapping: Any, lora_index_to_id: Any, max_loras: int, vocab_size: int, **kwargs: Any
     ) -> None:
@@ -49,13 +59,48 @@ class GroupedPunicaWrapper(PunicaWrapperCPU):
 
     def refresh(self) -> None:
         """Recompute the spans: the token mapping changed, or slots were rewritten under an unchanged mapping."""
-        slots, counts = torch.unique_consecutive(self.token_lora_indices, return_counts=True)
-        self.spans = self._group(slots.tolist(), counts.tolist())
+        self.spans = self._spans_of(self.token_lora_indices)
 
-    def _group(self, slots: list[int], counts: list[int]) -> list[Span]:
+    # --- a forward on some rows of the batch ------------------------------------------------------------------------
+
+    def restrict(self, rows: Tensor) -> None:
+        """Until `restore`, inputs hold only these rows of the batch."""
+        tokens, embeddings = self.token_lora_indices, self._embeddings_indices[: len(self.token_lora_indices)]
+        self._whole_batch = tokens.clone(), embeddings.clone(), self.spans
+        self._set_rows(tokens[rows], embeddings[rows])
+        self.refresh()
+
+    def restore(self) -> None:
+        assert self._whole_batch is not None, "restore without restrict"
+        tokens, embeddings, self.spans = self._whole_batch
+        self._set_rows(tokens, embeddings)
+        self._whole_batch = None
+
+    def _set_rows(self, tokens: Tensor, embeddings: Tensor) -> None:
+        self._token_lora_indices[: len(tokens)] = tokens
+        self._embeddings_indices[: len(embeddings)] = embeddings
+        self.indices_len[0] = self.indices_len[3] = len(tokens)
+
+    @contextmanager
+    def linears_on(self, spans: list[Span]) -> Iterator[None]:
+        """In the block, linear layers see the rows that `spans` describe."""
+        saved, self.spans = self.spans, spans
+        try:
+            yield
+        finally:
+            self.spans = saved
+
+    def spans_of_rows(self, rows: Tensor) -> list[Span]:
+        """Spans of some rows of those that linear layers see now."""
+        return self._spans_of(self.token_lora_indices[rows])
+
+    # --- spans --------------------------------------------------------------------------------------------------------
+
+    def _spans_of(self, slot_of_token: Tensor) -> list[Span]:
+        slots, counts = torch.unique_consecutive(slot_of_token, return_counts=True)
         spans: list[Span] = []
         start = 0
-        for slot, count in zip(slots, counts, strict=True):
+        for slot, count in zip(slots.tolist(), counts.tolist(), strict=True):
             run = Run(start, start + count, slot)
             start += count
             if slot < 0:
@@ -72,6 +117,8 @@ class GroupedPunicaWrapper(PunicaWrapperCPU):
 
     def _rank(self, slot: int) -> int:
         return -1 if self.pool is None else self.pool.used_rank(slot)
+
+    # --- the product --------------------------------------------------------------------------------------------------
 
     def add_lora_linear(
         self,
@@ -96,16 +143,40 @@ class GroupedPunicaWrapper(PunicaWrapperCPU):
         x = x.view(-1, x.shape[-1])
         if not add_inputs:
             y.zero_()
-        wide = Tensor.float if is_emulated(x.dtype) else lambda tensor: tensor
+        emulated = is_emulated(x.dtype)
         for span in self.spans:
-            rows = wide(x[span.start : span.stop])
-            offset = 0
-            for a, b, size in zip(lora_a_stacked, lora_b_stacked, output_slices, strict=True):
-                rank = a.shape[2] if span.rank < 0 else span.rank
-                shrunk = (rows @ wide(a[span.runs[0].slot, 0, :rank]).T).to(x.dtype)
-                if scale != 1.0:
-                    shrunk *= scale
-                for run in span.runs:
-                    part = shrunk[run.start - span.start : run.stop - span.start]
-                    y[run.start : run.stop, offset : offset + size].addmm_(part, b[run.slot, 0, :, :rank].T)
-                offset += size
+            rank = lora_a_stacked[0].shape[2] if span.rank < 0 else span.rank
+            pages = self._views(lora_a_stacked, span.runs[0].slot, rank, of_a=True)
+            a = pages[0] if len(pages) == 1 else torch.cat(pages)  # one pass over x serves all slices
+            rows = x[span.start : span.stop]
+            shrunk = (rows.float() @ a.float().T).to(x.dtype) if emulated else rows @ a.T
+            if scale != 1.0:
+                shrunk *= scale
+            for run in span.runs:
+                parts = shrunk[run.start - span.start : run.stop - span.start].split(rank, 1)
+                outs = y[run.start : run.stop].split_with_sizes(list(output_slices), 1)
+                pages = self._views(lora_b_stacked, run.slot, rank, of_a=False)
+                for out, part, b in zip(outs, parts, pages, strict=True):
+                    out.addmm_(part, b)
+
+    def add_lora_embedding(
+        self, y: Tensor, x: Tensor, lora_b_stacked: Tensor, add_inputs: bool = True, **kwargs: Any
+    ) -> None:
+        """`y += x B^T`, each token with its own adapter; in place. y: (T, H), x: (T, R), B: (slots, 1, H, R)."""
+        if not add_inputs:
+            y.zero_()
+        for span in self.spans:
+            for run in span.runs:
+                rows = slice(run.start, run.stop)
+                y[rows].addmm_(x[rows].to(y.dtype), lora_b_stacked[run.slot, 0].T)
+
+    def _views(self, stacked: tuple[Tensor, ...], slot: int, rank: int, *, of_a: bool) -> list[Tensor]:
+        """Per slice, what is in use of a slot: (rank, I) of A or (rank, O) of B. Making them takes as long as a small
+        model's product, so they are kept, with the tuple whose id names them."""
+        key = id(stacked), slot, rank
+        if key not in self._kept_views:
+            if len(self._kept_views) >= MAX_KEPT_VIEWS:
+                self._kept_views.clear()
+            views = [page[slot, 0, :rank] if of_a else page[slot, 0, :, :rank].T for page in stacked]
+            self._kept_views[key] = stacked, views
+        return self._kept_views[key][1]

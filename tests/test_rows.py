@@ -1,0 +1,102 @@
+"""Rows that are left out of a forward: the plan alone, and that the engine's numbers do not change with it."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from vllm import SamplingParams
+
+from tests.engines import SENTIMENT, Engines, reviews, worker_of
+from vllm_zo import LanguageModeling, LoZO
+from vllm_zo.worker.rows import Chunk, RowPlan, plan_rows
+
+LOSS_TOLERANCE = 2e-5
+"""Nats: float32 rounding of a 2-layer model, whose products are of other sizes with and without the left-out rows."""
+
+
+def test_the_example_of_the_docstring() -> None:
+    plan = plan_rows([Chunk(3, "s", (5, 7, 9), (2,)), Chunk(4, "s", (5, 7, 8, 4), (3,))])
+    assert [t.tolist() for t in (plan.keep_U, plan.expand_T, plan.needed_P)] == [
+        [0, 1, 2, 5, 6],
+        [0, 1, 2, 0, 1, 3, 4],
+        [2, 4],
+    ]
+    assert plan.shares and plan.prunes
+
+
+def test_other_requests_and_continued_members_keep_every_row() -> None:
+    plan = plan_rows([Chunk(4), Chunk(3, "s", (), (1,)), Chunk(3, "s", (), ())])
+    assert plan.keep_U.tolist() == plan.expand_T.tolist() == list(range(10))
+    assert plan.needed_P.tolist() == [0, 1, 2, 3, 5]
+
+
+def test_a_plan_merges_rows_of_equal_state_and_history_and_no_others() -> None:
+    rng = random.Random(0)
+    for _ in range(50):
+        chunks, history = [], []
+        for _ in range(rng.randint(1, 8)):
+            state = rng.choice(["plus", "minus", None])
+            tokens = tuple(rng.choices((1, 2), k=rng.randint(1, 6)))
+            ours = state is not None and rng.random() < 0.8
+            chunks.append(Chunk(len(tokens), state, tokens if ours else (), (len(tokens) - 1,)))
+            own = () if ours else (object(),)  # nothing else is equal to this chunk's rows
+            history += [(state, *own, tokens[: i + 1]) for i in range(len(tokens))]
+        plan = plan_rows(chunks)
+        merged: dict[int, set[Any]] = {}
+        for row, past in zip(plan.expand_T.tolist(), history, strict=True):
+            merged.setdefault(row, set()).add(past)
+        assert all(len(pasts) == 1 for pasts in merged.values()), "one row, one history"
+        assert len(merged) == len(set(history)) == len(plan.keep_U), "one history, one row"
+        assert plan.keep_U.tolist() == sorted(plan.keep_U.tolist())
+        assert [history[i] for i in plan.keep_U] == [next(iter(merged[u])) for u in range(len(merged))]
+
+
+PREFIX = "nothing happens for two hours , and then it ends , "
+CASES: dict[str, dict[str, Any]] = {
+    "opt": {},
+    "llama": {"family": "llama"},
+    "qwen2 with an instruction before every prompt": {"family": "qwen2", "prefix": PREFIX},
+    "options as sequences share their prompt": {"objective": replace(SENTIMENT, mode="full")},
+    "language modelling": {"objective": LanguageModeling(prompt_field="sentence", completion_field="sentence")},
+    "in chunks": {"engine": {"max_num_batched_tokens": 24, "max_num_seqs": 8, "enable_chunked_prefill": True}},
+    "serving beside it": {"traffic": True},
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_losses_with_rows_left_out_are_those_of_the_whole_batch(
+    engines: Engines, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = CASES[name]
+    llm = engines.get(case.get("family", "opt"), **case.get("engine", {}))
+    shared = worker_of(llm).model_runner.zo_shared_rows
+    assert shared.refused is None
+    plans: list[RowPlan] = []
+    plan = shared.plan
+    monkeypatch.setattr(shared, "plan", lambda rows: plans.append(plan(rows)) or plans[-1])
+    rows = [{**row, "sentence": case.get("prefix", "") + row["sentence"]} for row in reviews(16, seed=2)]
+
+    def ask(run: Any, record: dict[str, Any]) -> None:
+        if case.get("traffic"):
+            params = SamplingParams(max_tokens=3, temperature=0.0, prompt_logprobs=1)
+            llm.llm_engine.add_request(f"ask-{record['step']}", "one long string of cliches", params)
+
+    def losses() -> torch.Tensor:
+        run = llm.finetune(
+            rows, objective=case.get("objective", SENTIMENT), method=LoZO(eps=2e-2, interval=3), learning_rate=1e-3,
+            batch_size=4, steps=6, callbacks=[ask], progress=False,
+        )  # fmt: skip
+        while llm.llm_engine.has_unfinished_requests():
+            llm.llm_engine.step()
+        return torch.tensor([record["loss"] for record in run.history])
+
+    with_rows_left_out = losses()
+    used = [p for p in plans if p is not None]
+    assert any(p.prunes for p in used), "otherwise this test shows nothing"
+    assert any(p.shares for p in used) or "engine" in case  # a chunk of so few tokens holds one row of a state
+    monkeypatch.setattr(shared, "refused", "to compare")
+    assert torch.allclose(with_rows_left_out, losses(), atol=LOSS_TOLERANCE, rtol=0)

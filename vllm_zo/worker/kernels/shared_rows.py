@@ -1,0 +1,169 @@
+"""A CPU forward that computes only the rows of a `RowPlan`.
+
+The model runs on the kept rows from the embedding on. Attention alone sees all T rows, with vLLM's own metadata and KV
+cache: queries, keys and values are expanded before it and its output is cut down again. Behind the last attention the
+linear layers multiply the needed rows only and leave zeros in the others, which nobody reads.
+
+`compat/shared_rows.py` puts these functions where vLLM calls them. Without an active forward they do nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.config import CompilationMode
+from vllm.distributed.parallel_state import get_pp_group
+from vllm.logger import init_logger
+from vllm.model_executor.layers.attention import Attention
+from vllm.v1.attention.backend import AttentionType
+
+from vllm_zo.worker.kernels.cpu_lora import GroupedPunicaWrapper, Span
+from vllm_zo.worker.rows import Chunk, RowPlan, plan_rows
+
+logger = init_logger("vllm.zo.worker")
+
+_active: list[Forward] = []
+"""The forward that is running, if it leaves rows out. One thread runs the model."""
+
+
+class SharedRows:
+    """What a worker knows about leaving rows out. Lives on the model runner as `zo_shared_rows`."""
+
+    def __init__(self, runner: Any, wrappers: Sequence[Any]) -> None:
+        self.runner = runner
+        self.wrappers = wrappers
+        self.chunks: Callable[[Sequence[str]], list[Chunk]] | None = None
+        """Set while a step with members runs: its rows, for the request ids of the batch in their order."""
+        self.last_attention: Tensor | None = None
+        """Output of the last attention of the last such forward, all kept rows."""
+        self.layers = len(runner.compilation_config.static_forward_context)
+        self.refused = self._why_not()
+        if self.refused:
+            logger.info("every row of a training step is computed: %s", self.refused)
+
+    def _why_not(self) -> str | None:
+        runner = self.runner
+        if not all(isinstance(wrapper, GroupedPunicaWrapper) for wrapper in self.wrappers):
+            return "another LoRA implementation is in use"
+        if runner.lora_config.fully_sharded_loras:
+            return "fully_sharded_loras takes another road through the LoRA layers"
+        if runner.speculative_config is not None or runner.uses_mrope or get_pp_group().world_size > 1:
+            return "speculative decoding, multimodal positions and pipeline parallelism are not written for it"
+        if runner.compilation_config.mode != CompilationMode.NONE:
+            return "the model is compiled"
+        for name, layer in runner.compilation_config.static_forward_context.items():
+            if (
+                type(layer) is not Attention
+                or layer.attn_type != AttentionType.DECODER
+                or layer.kv_sharing_target_layer_name is not None
+            ):
+                return f"{name} ({type(layer).__name__}) is not plain causal attention"
+        return None
+
+    def plan(self, rows: int) -> RowPlan | None:
+        """The plan of the step that is about to run; None where all of its `rows` rows are to be computed."""
+        if self.refused or self.chunks is None:
+            return None
+        chunks = self.chunks(self.runner.input_batch.req_ids)
+        if sum(chunk.rows for chunk in chunks) != rows:  # padded
+            return None
+        plan = plan_rows(chunks)
+        return plan if plan.shares or plan.prunes else None
+
+
+class Forward:
+    """One forward on the rows of a plan."""
+
+    def __init__(self, shared: SharedRows, plan: RowPlan) -> None:
+        self.shared = shared
+        self.plan = plan
+        self.attentions = 0
+        self.needed_spans: dict[int, list[Span]] = {}
+        """By wrapper: which slots the needed rows use."""
+
+    @property
+    def past_attention(self) -> bool:
+        return self.attentions == self.shared.layers
+
+    def expand(self, x: Tensor | None) -> Tensor | None:
+        """(U, ...) -> (T, ...)."""
+        return x if x is None or not self.plan.shares else x.index_select(0, self.plan.expand_T)
+
+    def cut(self, attended: Tensor) -> Tensor:
+        """(T, ...) -> (U, ...); to be called once a layer."""
+        if self.plan.shares:
+            attended = attended.index_select(0, self.plan.keep_U)
+        self.attentions += 1
+        if self.past_attention:
+            self.shared.last_attention = attended
+        return attended
+
+    def __enter__(self) -> None:
+        for wrapper in self.shared.wrappers:
+            wrapper.restrict(self.plan.keep_U)
+            self.needed_spans[id(wrapper)] = wrapper.spans_of_rows(self.plan.needed_P)
+        _active.append(self)
+
+    def __exit__(self, *exc: object) -> None:
+        _active.remove(self)
+        for wrapper in self.shared.wrappers:
+            wrapper.restore()
+
+
+def model_forward(original: Callable[..., Any]) -> Callable[..., Any]:
+    """For `GPUModelRunner._model_forward`."""
+
+    @functools.wraps(original)
+    def _model_forward(
+        self: Any, input_ids: Any = None, positions: Any = None, *args: Any, inputs_embeds: Any = None, **kwargs: Any
+    ) -> Any:
+        shared: SharedRows | None = getattr(self, "zo_shared_rows", None)
+        plan = None
+        if shared is not None and inputs_embeds is None and input_ids is not None and positions.ndim == 1:
+            plan = shared.plan(len(input_ids))
+        if shared is None or plan is None:
+            return original(self, input_ids, positions, *args, inputs_embeds=inputs_embeds, **kwargs)
+        with Forward(shared, plan):
+            hidden = original(self, input_ids[plan.keep_U], positions[plan.keep_U], *args, **kwargs)
+        return hidden.index_select(0, plan.expand_T) if plan.shares else hidden
+
+    return _model_forward
+
+
+def attention_forward(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """For `Attention.forward`."""
+
+    @functools.wraps(original)
+    def forward(
+        self: Any, query: Tensor, key: Any, value: Any, output_shape: Any = None, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        if not _active:
+            return original(self, query, key, value, output_shape, *args, **kwargs)
+        (running,) = _active
+        if output_shape is not None and running.plan.shares:
+            output_shape = torch.Size((len(running.plan.expand_T), *output_shape[1:]))
+        attended = original(self, *map(running.expand, (query, key, value)), output_shape, *args, **kwargs)
+        return running.cut(attended)
+
+    return forward
+
+
+def lora_linear_apply(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """For `BaseLinearLayerWithLoRA.apply`."""
+
+    @functools.wraps(original)
+    def apply(self: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        running = _active[-1] if _active else None
+        if running is None or not running.past_attention or not running.plan.prunes or x.ndim != 2:
+            return original(self, x, bias)
+        needed = running.plan.needed_P
+        wrapper = self.punica_wrapper
+        with wrapper.linears_on(running.needed_spans[id(wrapper)]):
+            part = original(self, x.index_select(0, needed), bias)
+        return part.new_zeros(len(x), part.shape[1]).index_copy_(0, needed, part)
+
+    return apply

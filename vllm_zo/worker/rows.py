@@ -1,0 +1,83 @@
+"""Which rows of an engine step have to be computed at all. Pure.
+
+Two members of one probe that begin with the same tokens have the same hidden states there: causal attention sees
+nothing behind a token. Those rows are computed once: the `</s>` or the instruction that every prompt begins with, the
+prompt that all options of an example share. And of the last layer, only attention sees every row; what comes after it
+is needed where something is scored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Neighbouring rows of one request in an engine step.
+
+    Attributes:
+        rows: how many.
+        state: the parameters it runs under; None for a request that is not ours, whose rows are all kept.
+        token_ids: of the rows, where they start a sequence; empty where they continue one.
+        targets: rows (0 is the chunk's first) whose final hidden state is read.
+    """
+
+    rows: int
+    state: Hashable | None = None
+    token_ids: Sequence[int] = ()
+    targets: Sequence[int] = ()
+
+
+@dataclass(frozen=True)
+class RowPlan:
+    """Rows of a step: T are asked for, U are computed, P are needed past the last attention.
+
+    Attributes:
+        keep_U: of the T rows, those that are computed; ascending.
+        expand_T: where each of the T rows is among the kept ones.
+        needed_P: of the U rows, those whose final hidden state somebody reads; ascending.
+    """
+
+    keep_U: Tensor
+    expand_T: Tensor
+    needed_P: Tensor
+
+    @property
+    def shares(self) -> bool:
+        return len(self.keep_U) < len(self.expand_T)
+
+    @property
+    def prunes(self) -> bool:
+        return len(self.needed_P) < len(self.keep_U)
+
+
+def plan_rows(chunks: Sequence[Chunk]) -> RowPlan:
+    """Merge common prefixes within each state, and collect what is read.
+
+    Two chunks of one state, with tokens 5 7 9 and 5 7 8 4 and the last row of each as target: T = 7 rows, of which
+    keep = 0 1 2 5 6 (5 7 9, 8 4), expand = 0 1 2 0 1 3 4, needed = 2 4.
+    """
+    keep: list[int] = []
+    expand: list[int] = []
+    needed: set[int] = set()
+    children: dict[tuple[Hashable, int], int] = {}
+    """Prefix tree: (row or state before, token) -> row."""
+    for chunk in chunks:
+        first = len(expand)
+        node: Hashable = ("state", chunk.state)
+        for i in range(chunk.rows):
+            row = children.get((node, chunk.token_ids[i])) if chunk.token_ids else None
+            if row is None:
+                row = len(keep)
+                keep.append(first + i)
+                if chunk.token_ids:
+                    children[node, chunk.token_ids[i]] = row
+            expand.append(row)
+            node = row
+        targets = range(chunk.rows) if chunk.state is None else chunk.targets
+        needed.update(expand[first + i] for i in targets)
+    return RowPlan(torch.tensor(keep), torch.tensor(expand), torch.tensor(sorted(needed), dtype=torch.int64))
