@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from vllm_zo import noise
-from vllm_zo.methods.base import Method, ModuleShape, Probe
+from vllm_zo.methods.base import Method, ModuleShape, ProbePlan
 from vllm_zo.methods.fold import fold_into
 from vllm_zo.methods.spaces import basis_of
-from vllm_zo.methods.state import AdapterState, FactorLayout
+from vllm_zo.methods.state import AdapterState
 from vllm_zo.methods.targets import select_modules
 from vllm_zo.objectives.base import EncodedExample, Objective, ScoringRow
 
@@ -65,7 +65,7 @@ class ReferenceTrainer:
         self.method, self.objective, self.space = method, objective, update_space
         self.job_seed, self.num_bases = job_seed, num_bases
         shapes = tuple(ModuleShape(n, linears[n].out_features, linears[n].in_features) for n in self.names)
-        self.layout = FactorLayout(shapes, method.rank)
+        self.layout = method.layout(shapes)
         self.state = AdapterState(method, self.layout, job_seed, num_bases)
         self.basis = 0
         """Basis of the last step; in `fold` space the only one with an accumulator."""
@@ -82,12 +82,25 @@ class ReferenceTrainer:
             self.fold(key=noise.derive_key(self.job_seed, "fold", step))
         self.basis = basis
         plan = self.method.plan(self.job_seed, step, basis)
-        losses_PE = torch.cat([self.score(examples, probe)[0] for probe in plan.probes])
+        losses_PE = self.score_probes(examples, plan)
         coefficients_K = self.method.coefficients(plan, losses_PE).float()
-        if not losses_PE.isfinite().all():
+        finite = bool(losses_PE.isfinite().all())
+        following = self.method.next_round(plan)
+        while following is not None and finite:
+            self.state.propose(plan, coefficients_K, learning_rate)
+            more_PE = self.score_probes(examples, following)
+            finite = bool(more_PE.isfinite().all())
+            coefficients_K = self.method.settle(coefficients_K, following, more_PE)
+            following = self.method.next_round(following)
+        if not finite:
             coefficients_K = torch.zeros_like(coefficients_K)
-        self.state.apply(plan, coefficients_K, learning_rate)
+        self.state.apply(plan, coefficients_K, learning_rate, finite)
         return losses_PE, coefficients_K
+
+    def score_probes(self, examples: Sequence[EncodedExample], plan: ProbePlan) -> Tensor:
+        """(P, E) losses."""
+        offsets = [self.state.offset(plan, i) if p.sign else None for i, p in enumerate(plan.probes)]
+        return torch.cat([self.score(examples, offset)[0] for offset in offsets])
 
     def fold(self, key: int) -> None:
         """Write the accumulator into the stored weights and forget it."""
@@ -95,30 +108,24 @@ class ReferenceTrainer:
         if taken is None:
             return
         basis, acc_N = taken
-        us, vs = self.layout.split_u(acc_N), self.layout.split_v(self.state.v_flat(basis))
-        for name, u_OR, v_IR in zip(self.names, us, vs, strict=True):
+        for name, u_OR, v_IR in zip(self.names, *self.state.factors(basis, acc_N), strict=True):
             self.base[name] = fold_into(self.base[name], u_OR, v_IR, key, name)
 
-    def weights(self, probe: Probe | None = None) -> dict[str, Tensor]:
-        """Dense float64 weights by module: base + sum over bases of U_acc V^T (+ sign eps scale U V^T at a probe)."""
+    def weights(self, offset_N: Tensor | None = None) -> dict[str, Tensor]:
+        """Dense float64 weights by module: base + sum over bases of U V^T, the current one at a probe's offset."""
         total = {name: weight.double() for name, weight in self.base.items()}
         for basis in [self.basis] if self.space == "fold" else range(self.num_bases):
-            self._add_product(total, self.state.acc_BN[self.state.row(basis)], self.state.v_flat(basis), 1.0)
-        if probe is not None and probe.sign:
-            u_N = noise.normal(probe.seed, self.layout.u_ranges, "cpu")
-            radius = probe.sign * probe.eps * self.method.scale()
-            self._add_product(total, u_N, self.state.v_flat(self.basis), radius)
+            theta_N = self.state.acc_BN[self.state.row(basis)].double()
+            if offset_N is not None and basis == self.basis:
+                theta_N = theta_N + offset_N
+            for name, u_OR, v_IR in zip(self.names, *self.state.factors(basis, theta_N), strict=True):
+                total[name] = total[name] + u_OR.double() @ v_IR.double().T
         return total
 
-    def _add_product(self, total: dict[str, Tensor], u_N: Tensor, v_N: Tensor, factor: float) -> None:
-        us, vs = self.layout.split_u(u_N), self.layout.split_v(v_N)
-        for name, u_OR, v_IR in zip(self.names, us, vs, strict=True):
-            total[name] = total[name] + factor * (u_OR.double() @ v_IR.double().T)
-
     @torch.no_grad()
-    def score(self, examples: Sequence[EncodedExample], probe: Probe | None = None) -> tuple[Tensor, Tensor]:
+    def score(self, examples: Sequence[EncodedExample], offset_N: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(1, E) losses in nats and (1, E) predictions at the current weights, or at a probe's."""
-        for name, weight in self.weights(probe).items():
+        for name, weight in self.weights(offset_N).items():
             self.linears[name].weight.copy_(weight)
         cells = [self._cells(row) for example in examples for row in example.rows]
         return self.objective.loss(torch.cat(cells)[None], examples)

@@ -76,7 +76,7 @@ def dense_updates(log: SeedLog) -> list[dict[str, Tensor]]:
             v_IR = draw(noise.derive_key(header.job_seed, "V", basis), module.name, module.in_features, method.rank)
             us = [draw(seed, module.name, module.out_features, method.rank) for seed in plan.seeds]
             moves = [c * (u @ v_IR.T) for c, u in zip(record.coefficients, us, strict=True)]
-            update[module.name] = -record.learning_rate * method.scale() * torch.stack(moves).sum(0)
+            update[module.name] = -record.learning_rate * method.coordinates.scale * torch.stack(moves).sum(0)
         updates.append(update)
     return updates
 

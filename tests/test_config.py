@@ -12,7 +12,7 @@ import pytest
 
 from vllm_zo.config import JobConfig, ZOTrainingConfig
 from vllm_zo.errors import ConfigError
-from vllm_zo.methods import METHODS, FactorizedMeZO, LoZO, Method
+from vllm_zo.methods import METHODS, SGD, Adam, FactorizedMeZO, LeaveOneOut, LoZO, Method, MeZOLoRA, TeZO
 from vllm_zo.methods.spaces import (
     basis_of,
     check_space,
@@ -231,18 +231,85 @@ def test_the_table_of_spaces_has_a_row_for_every_method_and_space() -> None:
     for name, method in METHODS.items():
         for space in ("bank", "fold"):
             assert table[name, space].runs == (space in method.update_spaces)
-    assert table["factorized-mezo", "bank"].remark == "use fold"
+    refused = [row for row in space_table() if not row.runs]
+    assert refused and all(row.remark == METHODS[row.method].refusals[row.space] for row in refused)
 
 
-@pytest.mark.parametrize("method", [LoZO(), FactorizedMeZO()], ids=lambda m: m.name)
+@pytest.mark.parametrize("method", [method() for method in METHODS.values()], ids=lambda m: m.name)
 @pytest.mark.parametrize("space", ["bank", "fold"])
 def test_a_combination_the_table_refuses_is_refused_before_work_starts(method: Method, space: str) -> None:
     runs = {(row.method, row.space): row.runs for row in space_table()}[method.name, space]
     if runs:
         check_space(method, space)
     else:
-        with pytest.raises(ConfigError, match=f"{method.name} cannot run in it; set update_space='fold'"):
+        other = {"bank": "fold", "fold": "bank"}[space]
+        message = f"{method.name} cannot run in it .{method.refusals[space]}.; set update_space='{other}'"
+        with pytest.raises(ConfigError, match=message):
             check_space(method, space)
+
+
+def test_what_has_one_basis_for_the_whole_run_refuses_more() -> None:
+    with pytest.raises(ConfigError, match=r"bases=2: tezo keeps one basis for the whole run; drop bases"):
+        resolve_bases(TeZO(), "bank", 100, 64, 2)
+    assert resolve_bases(TeZO(), "bank", 100, 16) == resolve_bases(MeZOLoRA(), "bank", 100, 16) == 1
+    with pytest.raises(ConfigError, match=r"mezo-lora.rank=8 and slot_rank=16: .* 24 in all; set rank <= 5, or "):
+        resolve_bases(MeZOLoRA(rank=8), "bank", 100, 16)
+
+
+def test_parts_of_a_method_go_through_json_by_name() -> None:
+    config = job(
+        method={"name": "lozo", "estimator": "rloo", "queries": 2, "optimizer": {"name": "adam", "beta1": 0.5}}
+    )
+    assert config.method == LoZO(estimator=LeaveOneOut(), queries=2, optimizer=Adam(beta1=0.5))
+    assert JobConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
+    assert set(job().to_json()["method"]) == {"name", "rank", "interval", "eps", "queries"}, "parts only where chosen"
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ({"name": "lozo", "optimizer": "adm"}, r"unknown optimizer 'adm': did you mean 'adam'\?"),
+        (
+            {"name": "lozo", "optimizer": {"name": "adam", "beta": 1}},
+            r"unknown setting of optimizer adam 'beta': did",
+        ),
+        ({"name": "lozo", "optimizer": {"name": "adam", "beta1": 1}}, r"adam.beta1=1: expected a number >= 0 and < 1"),
+        ({"name": "lozo", "optimizer": 3}, r"optimizer=3: expected one of sgd, momentum, adam"),
+        ({"name": "lozo", "estimator": "rlo"}, r"unknown estimator 'rlo': did you mean 'rloo'\?"),
+        (
+            {"name": "lozo", "estimator": "rloo"},
+            r"lozo.queries=1: expected an integer >= 2; rloo compares",
+        ),
+        (
+            {"name": "tezo", "optimizer": "muon"},
+            r"optimizer='muon' makes a step from matrices, and tezo",
+        ),
+        (
+            {"name": "kerzoo", "estimator": {"name": "kerzoo", "constant": 0}},
+            r"kerzoo.constant=0: expected a number",
+        ),
+        ({"name": "eggroll", "queries": 513}, r"eggroll.queries=513: expected an integer from 1 to 512; every pair"),
+        ({"name": "mezo-lora", "alpha": -1.0}, r"mezo-lora.alpha=-1.0: expected a number > 0; MeZO uses 16"),
+    ],
+)
+def test_a_bad_part_is_named_with_value_and_fix(method: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        job(method=method)
+
+
+def test_weight_decay_is_refused_where_it_is_not_defined() -> None:
+    method = LoZO(optimizer=SGD(weight_decay=0.1))
+    assert job(method=method).space == "bank"
+    with pytest.raises(ConfigError, match=r"sgd.weight_decay=0.1: not defined in update_space='fold', where W itself"):
+        job(method=method, update_space="fold")
+
+
+def test_a_method_that_the_engine_could_not_find_is_refused() -> None:
+    class Other(LoZO):
+        pass
+
+    with pytest.raises(ConfigError, match=r"'lozo' is not Other. Declare it in the entry point group"):
+        job(method=Other())
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,25 @@ from typing import TYPE_CHECKING, Any
 from vllm_zo.compat.import_hook import when_imported
 from vllm_zo.config import JobConfig, ZOTrainingConfig
 from vllm_zo.errors import ConfigError, CorruptLogError, JobError, SlotError, ZOError
-from vllm_zo.methods import FactorizedMeZO, LoZO
+from vllm_zo.methods import (
+    EGGROLL,
+    FZOO,
+    MEAZO,
+    SGD,
+    Adam,
+    Conserve,
+    FactorizedMeZO,
+    KerZOO,
+    LoRAFA,
+    LoZO,
+    MeZOLoRA,
+    Momentum,
+    Muon,
+    Sign,
+    SubZero,
+    TeZO,
+    ZOMuon,
+)
 from vllm_zo.objectives import Classification, LanguageModeling, MultipleChoice
 
 if TYPE_CHECKING:
@@ -28,6 +46,21 @@ __all__ = [
     "LLM",
     "LoZO",
     "FactorizedMeZO",
+    "FZOO",
+    "KerZOO",
+    "EGGROLL",
+    "TeZO",
+    "SubZero",
+    "ZOMuon",
+    "LoRAFA",
+    "MeZOLoRA",
+    "SGD",
+    "Momentum",
+    "Adam",
+    "MEAZO",
+    "Sign",
+    "Muon",
+    "Conserve",
     "Classification",
     "LanguageModeling",
     "MultipleChoice",

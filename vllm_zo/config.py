@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Self, cast
+from dataclasses import dataclass, field, fields
+from typing import Any, Self
 
 from vllm_zo.errors import ConfigError
-from vllm_zo.methods import LoZO, Method, build_method
+from vllm_zo.methods import LoZO, Method, build_method, known_methods, method_fields
+from vllm_zo.methods.base import check_registered
 from vllm_zo.methods.schedules import LR_SCHEDULES, LRSchedule
 from vllm_zo.methods.spaces import SLOT_RANKS, check_space
 from vllm_zo.methods.targets import target_pattern
@@ -135,8 +136,7 @@ class JobConfig:
     only non-finite losses stop a run."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.method, type) or not isinstance(self.method, Method):  # a class has the attributes too
-            reject("method", self.method, "a method such as LoZO(rank=2)")
+        check_registered(self.method, known_methods())
         if isinstance(self.objective, type) or not isinstance(self.objective, Objective):
             reject("objective", self.objective, "an objective such as Classification(template=..., options=[...])")
         self.method.validate()
@@ -196,7 +196,7 @@ class JobConfig:
     def to_json(self) -> dict[str, Any]:
         """A dictionary of plain JSON values; `from_json(json.loads(json.dumps(...)))` gives an equal configuration."""
         plain = {f.name: getattr(self, f.name) for f in fields(self)}
-        plain["method"] = {"name": self.method.name, **asdict(cast(Any, self.method))}
+        plain["method"] = {"name": self.method.name, **method_fields(self.method)}
         plain["objective"] = describe(self.objective)
         result: dict[str, Any] = json.loads(json.dumps(plain))
         return result

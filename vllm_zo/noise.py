@@ -142,6 +142,16 @@ def uniform_int32(key: int, ranges: ElementRanges, device: torch.device | str) -
     return philox.interleaved(philox.words(key, ranges.blocks))[ranges.take].to(device)
 
 
+def uniform(key: int, ranges: ElementRanges, device: torch.device | str) -> Tensor:
+    """(total,) float32, uniform in [-1, 1]."""
+    return uniform_int32(key, ranges, device).to(torch.float32).mul_(2.0**-31)
+
+
+def rademacher(key: int, ranges: ElementRanges, device: torch.device | str) -> Tensor:
+    """(total,) float32, +1 or -1 with equal probability."""
+    return (uniform_int32(key, ranges, device) >= 0).to(torch.float32).mul_(2.0).sub_(1.0)
+
+
 def uniform_bits(key: int, ranges: ElementRanges, device: torch.device | str) -> Tensor:
     """(total,) int64 in [0, 2**32), uniform."""
     return uniform_int32(key, ranges, device).to(torch.int64).bitwise_and_(0xFFFFFFFF)

@@ -52,13 +52,20 @@ def check_optional_int(name: str, value: object, at_least: int, fix: str = "") -
 
 
 def check_float(
-    name: str, value: object, *, at_least: float = -math.inf, above: float = -math.inf, fix: str = ""
+    name: str,
+    value: object,
+    *,
+    at_least: float = -math.inf,
+    above: float = -math.inf,
+    below: float = math.inf,
+    fix: str = "",
 ) -> None:
-    """Refuse anything but a finite number with `value >= at_least` and `value > above`."""
+    """Refuse anything but a finite number with `value >= at_least`, `value > above` and `value < below`."""
     accepted = f"a number > {above:g}" if above > at_least else f"a number >= {at_least:g}"
+    accepted += f" and < {below:g}" if below < math.inf else ""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         reject(name, value, accepted, fix)
-    if value < at_least or value <= above:
+    if value < at_least or value <= above or value >= below:
         reject(name, value, accepted, fix)
 
 

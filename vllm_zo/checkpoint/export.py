@@ -99,10 +99,11 @@ def export_peft(
 def _factors(state: AdapterState, bases: tuple[int, ...]) -> Iterator[tuple[ModuleShape, Tensor, Tensor]]:
     """Per module (module, U (out, b*r), V (in, b*r)) on the CPU, with U V^T the whole update."""
     assert state.layout.out_slices is None and state.layout.in_slices is None, "gather the shards before exporting"
-    u_parts = [state.layout.split_u(state.acc_BN[state.row(basis)].cpu()) for basis in bases]
-    v_parts = [state.layout.split_v(state.v_flat(basis).cpu()) for basis in bases]
+    parts = [state.factors(basis, state.acc_BN[state.row(basis)]) for basis in bases]
     for index, module in enumerate(state.layout.modules):
-        yield module, torch.cat([u[index] for u in u_parts], dim=1), torch.cat([v[index] for v in v_parts], dim=1)
+        u_OK = torch.cat([u[index] for u, _ in parts], dim=1)
+        v_IK = torch.cat([v[index] for _, v in parts], dim=1)
+        yield module, u_OK.cpu(), v_IK.cpu()
 
 
 def _rank_warnings(rank: int) -> tuple[str, ...]:

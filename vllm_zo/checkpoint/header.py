@@ -6,24 +6,18 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import torch
 
 from vllm_zo.checkpoint.hf_checkpoint import base_fingerprint
 from vllm_zo.config import MAY_DIFFER_ON_RESUME
 from vllm_zo.errors import ConfigError
-from vllm_zo.methods import build_method
+from vllm_zo.methods import build_method, method_fields
 from vllm_zo.methods.base import Method, ModuleShape
-from vllm_zo.methods.state import AdapterState, FactorLayout
+from vllm_zo.methods.state import AdapterState
 
 FORMAT_VERSION = 1
-
-
-def method_fields(method: Method) -> dict[str, Any]:
-    """Hyperparameters of a method, as JSON has them."""
-    fields: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(cast(Any, method))))
-    return fields
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +77,7 @@ class SeedLogHeader:
     def new_state(self, device: torch.device | str = "cpu") -> AdapterState:
         """The state before the first step, whole modules (no tensor-parallel shard)."""
         method = self.build_method()
-        return AdapterState(method, FactorLayout(self.modules, method.rank), self.job_seed, self.num_bases, device)
+        return AdapterState(method, method.layout(self.modules), self.job_seed, self.num_bases, device)
 
     def to_json(self) -> str:
         """One line; modules as [name, out features, in features]."""

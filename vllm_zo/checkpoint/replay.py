@@ -83,7 +83,8 @@ def replay_into(
             state.acc_BN.zero_()
         basis = new_basis
         plan = method.plan(header.job_seed, record.step, basis)
-        state.apply(plan, torch.tensor(record.coefficients, dtype=torch.float32), record.learning_rate)
+        coefficients = torch.tensor(record.coefficients, dtype=torch.float32)
+        state.apply(plan, coefficients, record.learning_rate, record.finite)
 
 
 def replay_weights(weights: Mapping[str, Tensor], log: SeedLog, upto: int | None = None) -> dict[str, Tensor]:
@@ -110,13 +111,7 @@ def replay_weights(weights: Mapping[str, Tensor], log: SeedLog, upto: int | None
     state = header.new_state(next(iter(weights.values())).device)
 
     def fold(key: int, basis: int) -> None:
-        factors = zip(
-            header.modules,
-            state.layout.split_u(state.acc_BN[0]),
-            state.layout.split_v(state.v_flat(basis)),
-            strict=True,
-        )
-        for module, u_OR, v_IR in factors:
+        for module, u_OR, v_IR in zip(header.modules, *state.factors(basis, state.acc_BN[0]), strict=True):
             folded[module.name] = fold_into(folded[module.name], u_OR, v_IR, key, module.name)
 
     end = _end(log, upto)

@@ -1,4 +1,4 @@
-"""A snapshot: the fp32 accumulators of a job in one file, so that resuming does not wait for a replay of the log."""
+"""A snapshot: accumulators and optimizer state in one file, so that resuming does not wait for a replay of the log."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from vllm_zo.checkpoint.files import write_atomically
-from vllm_zo.checkpoint.header import differences, method_fields
+from vllm_zo.checkpoint.header import differences
 from vllm_zo.errors import ConfigError
+from vllm_zo.methods import method_fields
 from vllm_zo.methods.state import AdapterState
 
 TENSOR = "acc_BN"
@@ -41,11 +42,12 @@ def save_snapshot(path: Path | str, state: AdapterState, info: SnapshotInfo) -> 
         JobError: the file cannot be written; the snapshot before it is untouched.
     """
     metadata = {"format": FORMAT, "job": json.dumps(_identity(state)), **{k: str(v) for k, v in asdict(info).items()}}
-    write_atomically(Path(path), save({TENSOR: state.acc_BN.cpu()}, metadata=metadata))
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in state.tensors().items()}
+    write_atomically(Path(path), save(tensors, metadata=metadata))
 
 
 def load_snapshot(path: Path | str, state: AdapterState) -> SnapshotInfo:
-    """Read accumulators into a state of the same job.
+    """Read accumulators and optimizer state into a state of the same job.
 
     Raises:
         ConfigError: the file is missing or damaged, or of another job or shard; names what differs.
@@ -59,10 +61,13 @@ def load_snapshot(path: Path | str, state: AdapterState) -> SnapshotInfo:
             differing = differences(_identity(state), json.loads(metadata["job"]))
             if differing:
                 raise ConfigError(f"snapshot {path} is of another job: {'; '.join(differing)}. Use its job, or {fix}.")
-            state.acc_BN.copy_(file.get_tensor(TENSOR))
+            for name, tensor in state.tensors().items():
+                tensor.copy_(file.get_tensor(name))
     except (SafetensorError, OSError) as error:
         raise ConfigError(f"snapshot {path}: cannot be read ({error}); {fix}.") from error
-    return SnapshotInfo(int(metadata["step"]), int(metadata["basis"]))
+    info = SnapshotInfo(int(metadata["step"]), int(metadata["basis"]))
+    state.optimizer_basis = info.basis if info.step else None
+    return info
 
 
 def snapshot_info(path: Path | str) -> SnapshotInfo | None:

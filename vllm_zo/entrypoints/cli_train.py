@@ -6,6 +6,7 @@ there to be shown.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from vllm_zo.config import JobConfig, ZOTrainingConfig
-from vllm_zo.methods import METHODS, LoZO
+from vllm_zo.methods import ESTIMATORS, OPTIMIZERS, LoZO, known_methods
 from vllm_zo.methods.schedules import LR_SCHEDULES
 from vllm_zo.methods.spaces import SPACES
 from vllm_zo.methods.targets import PRESETS
@@ -38,8 +39,18 @@ def _data(text: str, flag: str | None = None, metavar: str | None = None) -> Any
 
 
 def _method(name: str, text: str) -> Any:
-    defaults = {method: _default(METHODS[method], name) for method in METHODS}
+    known = known_methods()
+    defaults = {method: _default(known[method], name) for method in known}
     return _option("Method", text, ", ".join(f"{method}: {value}" for method, value in defaults.items() if value))
+
+
+def _parts(known: Mapping[str, type[Any]]) -> str:
+    """ "sgd, adam:beta1=0.9,beta2=0.999": the names, with the settings that each has."""
+    shown = []
+    for name, part in known.items():
+        settings = ",".join(f"{f.name}={f.default}" for f in fields(part) if f.name != "weight_decay")
+        shown.append(f"{name}:{settings}" if settings else name)
+    return " | ".join(shown)
 
 
 def _job(panel: str, name: str, text: str) -> Any:
@@ -85,11 +96,21 @@ def train(
     ] = None,
     prompt_field: Annotated[str | None, _data("language-modeling: field with the prompt.")] = None,
     completion_field: Annotated[str | None, _data("language-modeling: field with the text to learn.")] = None,
-    method: Annotated[str | None, _option("Method", f"{' or '.join(METHODS)}.", LoZO.name)] = None,
+    method: Annotated[str | None, _option("Method", f"{', '.join(known_methods())}.", LoZO.name)] = None,
     rank: Annotated[int | None, _method("rank", "Rank of a direction.")] = None,
     interval: Annotated[int | None, _method("interval", "Steps for which V is kept.")] = None,
     eps: Annotated[float | None, _method("eps", "Probe radius in weight units.")] = None,
     queries: Annotated[int | None, _method("queries", "Directions a step, averaged.")] = None,
+    alpha: Annotated[float | None, _method("alpha", "LoRA's alpha, where an adapter is trained.")] = None,
+    estimator: Annotated[
+        str | None, _option("Method", f"How losses become a gradient estimate: {_parts(ESTIMATORS)}.", metavar="PART")
+    ] = None,
+    optimizer: Annotated[
+        str | None, _option("Method", f"How that becomes a step: {_parts(OPTIMIZERS)}.", metavar="PART")
+    ] = None,
+    method_option: Annotated[
+        list[str] | None, _option("Method", "Any other hyperparameter of the method.", metavar="K=V")
+    ] = None,
     update_space: Annotated[str | None, _option("Method", f"{' or '.join(SPACES)}. Unset: the method's first.")] = None,
     bases: Annotated[
         int | None, _option("Method", "Bases kept in `bank`. Unset: one an interval, as far as the slot rank goes.")

@@ -37,7 +37,8 @@ JOB_FLAGS = (
     "learning_rate", "lr_schedule", "warmup_steps", "batch_size", "steps", "seed", "update_space", "bases",
     "target_modules", "eval_interval", "eval_examples", "checkpoint_interval", "divergence_factor", "keep_best",
 )  # fmt: skip
-METHOD_FLAGS = ("rank", "interval", "eps", "queries")
+METHOD_FLAGS = ("rank", "interval", "eps", "queries", "alpha")
+PART_FLAGS = ("estimator", "optimizer")
 OBJECTIVE_FLAGS = {
     "template": "template", "option": "options", "label": "labels", "label_field": "label_field",
     "choices": "choices", "prompt_field": "prompt_field", "completion_field": "completion_field",
@@ -128,7 +129,7 @@ def job_config(params: Params, started: Mapping[str, Any], task: Task | None = N
             **before,
             **_given(params, JOB_FLAGS),
             "objective": objective,
-            "method": _part(before.get("method"), method, _given(params, METHOD_FLAGS)),
+            "method": _part(before.get("method"), method, _method_settings(params)),
             "output_dir": _output_dir(params, before),
         }
     )
@@ -139,6 +140,17 @@ def _objective_settings(params: Params) -> dict[str, Any]:
     if len(settings.get("choices", ())) == 1:  # one field that holds the list
         (settings["choices"],) = settings["choices"]
     return settings
+
+
+def _method_settings(params: Params) -> dict[str, Any]:
+    parts = {flag: _part_settings(flag, text) for flag, text in _given(params, PART_FLAGS).items()}
+    return {**_given(params, METHOD_FLAGS), **parts, **_pairs("--method-option", params["method_option"] or ())}
+
+
+def _part_settings(flag: str, text: str) -> dict[str, Any]:
+    """ "adam:beta1=0.8,beta2=0.99" -> {"name": "adam", "beta1": 0.8, "beta2": 0.99}."""
+    name, _, settings = text.partition(":")
+    return {"name": name, **_pairs(f"--{flag} {name}:", settings.split(",") if settings else ())}
 
 
 def _part(before: Mapping[str, Any] | None, name: str | None, settings: dict[str, Any]) -> dict[str, Any]:
@@ -171,7 +183,7 @@ def start_engine(model: str, zo: ZOTrainingConfig, params: Params) -> Any:
     check_local_model(model, f"--model {model}")
     options = {
         **_given(params, ("dtype", "max_model_len")),
-        **_engine_options(params["engine_option"] or ()),
+        **_pairs("--engine-option", params["engine_option"] or ()),
     }
     quiet_vllm()
     chosen = apply_cpu_defaults(int(options.get("tensor_parallel_size", 1)))
@@ -203,18 +215,21 @@ def _reason(error: Exception) -> str:
     return " ".join(said.split())
 
 
-def _engine_options(pairs: Iterable[str]) -> dict[str, Any]:
+def _pairs(flag: str, pairs: Iterable[str]) -> dict[str, Any]:
     """name=value; values are JSON where they can be read as such, else text."""
     options = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not name or not equals:
-            raise ConfigError(f"--engine-option {pair!r}: expected name=value, e.g. tensor_parallel_size=2.")
+            raise ConfigError(f"{flag} {pair!r}: expected name=value, e.g. {_EXAMPLES.get(flag, 'beta1=0.9')}.")
         try:
             options[name.replace("-", "_")] = json.loads(value)
         except json.JSONDecodeError:
             options[name.replace("-", "_")] = value
     return options
+
+
+_EXAMPLES = {"--engine-option": "tensor_parallel_size=2", "--method-option": "rank=4"}
 
 
 # --- the run ----------------------------------------------------------------------------------------------------------

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
-from torch import Tensor
-
-from vllm_zo.methods.antithetic import antithetic_plan, check_hyperparameters, mean_projected_grads
-from vllm_zo.methods.base import ProbePlan, sgd
+from vllm_zo.methods.base import MAX_RANK, Method
+from vllm_zo.methods.coordinates import Coordinates, LeftFactor
+from vllm_zo.validation import check_int
 
 
 @dataclass(frozen=True, kw_only=True)
-class FactorizedMeZO:
+class FactorizedMeZO(Method):
     """MeZO with directions of unit-variance entries that become Gaussian as the rank grows.
 
         Z_k = U_k V^T / sqrt(r),  U_k and V fresh every step;   W <- W - lr * 1/K sum_k c_k Z_k
@@ -27,31 +28,18 @@ class FactorizedMeZO:
 
     name = "factorized-mezo"
     update_spaces = ("fold",)
+    refusals: ClassVar[Mapping[str, str]] = {"bank": "V is fresh at every step: there is nothing to accumulate in"}
 
     rank: int = 128
-    """Rank of a direction."""
-    eps: float = 1e-3
-    """Probe radius in weight units; a direction's entries have variance 1 for every rank."""
-    queries: int = 1
-    """Directions per step (K), averaged; all are scored in one perturbation group and share V."""
-
-    def __post_init__(self) -> None:
-        self.validate()
+    """Rank of a direction; its entries have variance 1 for every rank."""
 
     def validate(self) -> None:
-        check_hyperparameters(self.name, self.rank, self.eps, self.queries)
+        check_int(f"{self.name}.rank", self.rank, 1, MAX_RANK, "vLLM's adapters go no further")
+        super().validate()
+
+    @property
+    def coordinates(self) -> Coordinates:
+        return LeftFactor(self.rank, scale=1.0 / math.sqrt(self.rank))
 
     def epoch(self, step: int) -> int:
         return step
-
-    def plan(self, job_seed: int, step: int, basis: int) -> ProbePlan:
-        return antithetic_plan(job_seed, step, basis, self.eps, self.queries)
-
-    def scale(self) -> float:
-        return 1.0 / math.sqrt(self.rank)
-
-    def coefficients(self, plan: ProbePlan, losses_PE: Tensor) -> Tensor:
-        return mean_projected_grads(losses_PE, self.eps)
-
-    def update(self, acc: Tensor, u_KN: Tensor, coefficients_K: Tensor, learning_rate: float) -> Tensor:
-        return sgd(acc, u_KN, coefficients_K, learning_rate * self.scale())

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
-from vllm_zo.methods.antithetic import antithetic_plan, check_hyperparameters, mean_projected_grads
-from vllm_zo.methods.base import ProbePlan, sgd
-from vllm_zo.validation import check_int
+from vllm_zo.methods.base import LowRankMethod
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoZO:
+class LoZO(LowRankMethod):
     """Low-rank ZO-SGD with lazy sampling of V.
 
         step t:  V drawn if t % interval == 0, else kept;  U_k fresh, k = 1..K;  entries N(0, 1)
@@ -20,6 +16,7 @@ class LoZO:
                  W  <- W - lr * 1/K sum_k c_k U_k V^T
 
     V is shared inside an interval, so the update stays in a small accumulator, `U_acc <- U_acc - lr/K sum_k c_k U_k`.
+    LOZO-M is `LoZO(optimizer=Momentum(beta=0.9))`; any estimator and any optimizer may take the place of its own.
 
     Where this differs:
         - from the official code (optsuite/LOZO, `LOZOtrainer.py`): there, on a refresh step, the probe draws V and U
@@ -37,35 +34,3 @@ class LoZO:
     """
 
     name = "lozo"
-    update_spaces = ("bank", "fold")
-
-    rank: int = 2
-    """Rank of a direction."""
-    interval: int = 50
-    """Steps for which V is kept (nu in the paper)."""
-    eps: float = 1e-3
-    """Probe radius in weight units."""
-    queries: int = 1
-    """Directions per step (K), averaged; all are scored in one perturbation group."""
-
-    def __post_init__(self) -> None:
-        self.validate()
-
-    def validate(self) -> None:
-        check_hyperparameters(self.name, self.rank, self.eps, self.queries)
-        check_int(f"{self.name}.interval", self.interval, 1, fix="the paper uses 50 to 500")
-
-    def epoch(self, step: int) -> int:
-        return step // self.interval
-
-    def plan(self, job_seed: int, step: int, basis: int) -> ProbePlan:
-        return antithetic_plan(job_seed, step, basis, self.eps, self.queries)
-
-    def scale(self) -> float:
-        return 1.0
-
-    def coefficients(self, plan: ProbePlan, losses_PE: Tensor) -> Tensor:
-        return mean_projected_grads(losses_PE, self.eps)
-
-    def update(self, acc: Tensor, u_KN: Tensor, coefficients_K: Tensor, learning_rate: float) -> Tensor:
-        return sgd(acc, u_KN, coefficients_K, learning_rate * self.scale())

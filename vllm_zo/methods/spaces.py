@@ -4,7 +4,8 @@
            adapter is M*r wide, exact, and can be served at any moment.
     fold   `W += U_acc V^T` before every refresh of V: the method as published. The engine is then this job's.
 
-A probe's slot holds one rank block for each basis and one for the perturbation: (M + 1) * r rows of A.
+A probe's slot holds one rank block for each basis and one for the perturbation: (M + 1) * r rows of A. (An adapter of
+which both factors are trained takes three.)
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from vllm_zo.errors import ConfigError
-from vllm_zo.methods import METHODS
-from vllm_zo.methods.base import Method
+from vllm_zo.methods import Method, known_methods
 from vllm_zo.validation import check_int, check_known
 
 SLOT_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Values vLLM 0.32 accepts for `max_lora_rank`."""
+
+MANY_STEPS = 1 << 40
+"""More than any run takes."""
 
 SPACES = {
     "bank": "base weights untouched; the result is an adapter, served beside other traffic at any moment",
@@ -38,19 +41,18 @@ class SpaceRow:
 def space_table() -> list[SpaceRow]:
     """The table method x space, for the documentation and for `vllm-zo doctor`."""
     rows = []
-    for name, method in METHODS.items():
+    for name, method in known_methods().items():
         for space, remark in SPACES.items():
             runs = space in method.update_spaces
-            rows.append(SpaceRow(name, space, runs, remark if runs else f"use {' or '.join(method.update_spaces)}"))
+            why = method.refusals.get(space, f"use {' or '.join(method.update_spaces)}")
+            rows.append(SpaceRow(name, space, runs, remark if runs else why))
     return rows
 
 
 def check_space(method: Method, space: str) -> None:
     """Refuse an unknown space, or one the method cannot run in."""
     check_known("update_space", space, SPACES)
-    if space not in method.update_spaces:
-        accepted = " or ".join(repr(s) for s in method.update_spaces)
-        raise ConfigError(f"update_space={space!r}: {method.name} cannot run in it; set update_space={accepted}.")
+    method.check_space(space)
 
 
 def resolve_bases(method: Method, space: str, steps: int, slot_rank: int, requested: int | None = None) -> int:
@@ -67,8 +69,9 @@ def resolve_bases(method: Method, space: str, steps: int, slot_rank: int, reques
         ConfigError: the method cannot run in the space, its rank does not fit, or `requested` is too large.
     """
     check_space(method, space)
-    room = slot_rank // method.rank - 1
-    if room < 1:
+    rank = method.coordinates.rank
+    room = slot_rank // rank - 1
+    if method.coordinates.num_blocks(1) * rank > slot_rank:
         raise ConfigError(f"{_given(method, slot_rank)}: {_rank_fix(method, slot_rank)}")
     if space == "fold":
         if requested not in (None, 1):
@@ -77,10 +80,12 @@ def resolve_bases(method: Method, space: str, steps: int, slot_rank: int, reques
     if requested is None:
         return min(num_intervals(method, steps), room)
     check_int("bases", requested, 1)
+    if requested > 1 and num_intervals(method, steps) == 1 and method.epoch(MANY_STEPS) == 0:
+        raise ConfigError(f"bases={requested}: {method.name} keeps one basis for the whole run; drop bases.")
     if requested > room:
         raise ConfigError(
             f"bases={requested} with {_given(method, slot_rank)}: expected at most {room}; "
-            f"for more, {_slot_rank_fix((requested + 1) * method.rank)}."
+            f"for more, {_slot_rank_fix((requested + 1) * rank)}."
         )
     return requested
 
@@ -103,21 +108,23 @@ def equals_published(method: Method, space: str, steps: int, num_bases: int) -> 
 
 def describe_space(method: Method, space: str, steps: int, num_bases: int) -> str:
     """One line for the log: the space, the bases, and whether the run equals the method as published."""
+    drawn = method.coordinates.refreshed
     if space == "fold":
-        return f"update_space=fold: equals {method.name} as published; V is drawn {num_intervals(method, steps)} times"
-    width = num_bases * method.rank
+        times = num_intervals(method, steps)
+        return f"update_space=fold: equals {method.name} as published; {drawn} is drawn {times} times"
+    rank = method.coordinates.rank
     bases = "1 basis" if num_bases == 1 else f"{num_bases} bases"
-    line = f"update_space=bank: {bases} of rank {method.rank}, an adapter of rank {width}; "
+    line = f"update_space=bank: {bases} of rank {rank}, an adapter of rank {num_bases * rank}; "
     needed = num_intervals(method, steps)
     if equals_published(method, space, steps, num_bases):
-        return f"{line}V is drawn {needed} times and none returns: equals {method.name} as published"
-    fitting = _fitting_slot_rank((needed + 1) * method.rank)
+        return f"{line}{drawn} is drawn {needed} times and none returns: equals {method.name} as published"
+    fitting = _fitting_slot_rank((needed + 1) * rank)
     exact = f"slot_rank={fitting} or update_space=fold" if fitting else "update_space=fold"
-    return f"{line}{needed} intervals share them, so V returns: not {method.name} as published ({exact} would be)"
+    return f"{line}{needed} intervals share them, so {drawn} returns: not {method.name} as published ({exact} would be)"
 
 
 def _given(method: Method, slot_rank: int) -> str:
-    return f"{method.name}.rank={method.rank} and slot_rank={slot_rank}"
+    return f"{method.name}.rank={method.coordinates.rank} and slot_rank={slot_rank}"
 
 
 def _fitting_slot_rank(rank: int) -> int | None:
@@ -130,6 +137,7 @@ def _slot_rank_fix(rank: int) -> str:
 
 
 def _rank_fix(method: Method, slot_rank: int) -> str:
-    needed = 2 * method.rank
-    smaller = f"set rank <= {slot_rank // 2}, or " if slot_rank > 1 else ""
+    blocks = method.coordinates.num_blocks(1)
+    needed = blocks * method.coordinates.rank
+    smaller = f"set rank <= {slot_rank // blocks}, or " if slot_rank >= blocks else ""
     return f"a slot holds an accumulator and a probe, {needed} in all; {smaller}{_slot_rank_fix(needed)}."

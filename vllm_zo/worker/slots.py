@@ -1,13 +1,13 @@
 """ZO adapter slots: pages of vLLM's stacked LoRA tensors that are written from seeds, never from files.
 
-A page is one slot of `lora_a_stacked` / `lora_b_stacked` across all modules. Its rank is divided into blocks of r:
+A page is one slot of `lora_a_stacked` / `lora_b_stacked` across all modules. Its rank is divided into blocks of r,
+whose content the method's coordinates decide; for LoZO
 
     block 0        the perturbation:  A = V_cur^T,  B = sign * eps * scale * U
     block 1 + b    basis b:           A = V_b^T,    B = U_acc[b]
 
 Perturbation and accumulator are separate blocks, so that a 16-bit sum absorbs neither. Every block of every page
-carries
-a tag that says what it holds; materialising writes only the blocks whose tag is stale.
+carries a tag that says what it holds; materialising writes only the blocks whose tag is stale.
 """
 
 from __future__ import annotations
@@ -114,25 +114,17 @@ class SlotPool:
     def materialise(
         self, slot: int, job_id: str, state: AdapterState, targets: tuple[Target, ...], plan: ProbePlan, probe: int
     ) -> None:
-        """Write probe `probe` of `plan` into `slot`: accumulators of all touched bases, and the perturbation."""
+        """Write probe `probe` of `plan` into `slot`: only the blocks whose content there is another."""
         self._prepare(slot, job_id, state.layout.rank)
-        index = self.first + slot
-        self._write_a(slot, 0, job_id, plan.basis, state, targets)
-        for row, basis in state.touched_bases():
-            self._write_a(slot, 1 + row, job_id, basis, state, targets)
-            tag = (job_id, basis, state.versions[row])
-            if self._b_tags[slot].get(1 + row) != tag:
-                self._write_b(index, 1 + row, state.acc_BN[row], state, targets)
-                self._b_tags[slot][1 + row] = tag
-        self._clear_stale(slot, index, state, targets)
-        p = plan.probes[probe]
-        if p.sign:
-            u = state.u_flat(plan.seeds)[plan.seeds.index(p.seed)]
-            self._write_b(index, 0, u * (p.sign * p.eps * state.method.scale()), state, targets)
-            self._b_tags[slot][0] = plan.step, p
-        elif self._b_tags[slot].get(0, "zero") != "zero":
-            self._write_b(index, 0, torch.zeros(state.layout.u_ranges.total, device=state.device), state, targets)
-            self._b_tags[slot][0] = "zero"
+        blocks = state.blocks(plan, probe)
+        self._clear_stale(slot, {block.index for block in blocks}, state, targets)
+        for block in blocks:
+            if self._a_tags[slot].get(block.index) != block.v_tag:
+                self._write_a(slot, block.index, block.v(), state, targets)
+                self._a_tags[slot][block.index] = block.v_tag
+            if self._b_tags[slot].get(block.index, "zero") != block.u_tag:
+                self._write_b(slot, block.index, block.u() if block.u else None, state, targets)
+                self._b_tags[slot][block.index] = block.u_tag
         self.manager._last_mapping = None  # the kernel's view of ranks and shared A is stale
 
     def _prepare(self, slot: int, job_id: str, rank: int) -> None:
@@ -143,30 +135,30 @@ class SlotPool:
             module.reset_lora(self.first + slot)
         self._owner[slot], self._rank[slot] = job_id, rank
 
-    def _clear_stale(self, slot: int, index: int, state: AdapterState, targets: tuple[Target, ...]) -> None:
-        """Zero accumulator blocks whose basis has been folded since: a stale one would count its update twice."""
-        live = {1 + row for row, _ in state.touched_bases()} | {0}
-        for block in [b for b in self._b_tags[slot] if b not in live]:
-            self._write_b(index, block, torch.zeros(state.layout.u_ranges.total, device=state.device), state, targets)
-            del self._b_tags[slot][block], self._a_tags[slot][block]
+    def _clear_stale(self, slot: int, live: set[int], state: AdapterState, targets: tuple[Target, ...]) -> None:
+        """Zero blocks that are no part of the state any more: an accumulator that has been folded since would count its
+        update twice."""
+        for block in [b for b in self._a_tags[slot] if b not in live]:
+            self._write_b(slot, block, None, state, targets)
+            self._b_tags[slot].pop(block, None)
+            del self._a_tags[slot][block]
 
-    def _write_a(
-        self, slot: int, block: int, job_id: str, basis: int, state: AdapterState, targets: tuple[Target, ...]
-    ) -> None:
-        if self._a_tags[slot].get(block) == (job_id, basis):
-            return
+    def _write_a(self, slot: int, block: int, v_N: Tensor, state: AdapterState, targets: tuple[Target, ...]) -> None:
         r = state.layout.rank
-        flat = state.v_flat(basis) * 2.0**-self.exponent
+        flat = v_N * 2.0**-self.exponent
         for target, v_IR in zip(targets, state.layout.split_v(flat), strict=True):
             page = target.module.lora_a_stacked[target.slice_index][self.first + slot, 0]
             page[block * r : (block + 1) * r].copy_(v_IR[target.in_slice].T)
-        self._a_tags[slot][block] = (job_id, basis)
 
-    def _write_b(self, index: int, block: int, flat: Tensor, state: AdapterState, targets: tuple[Target, ...]) -> None:
+    def _write_b(
+        self, slot: int, block: int, u_N: Tensor | None, state: AdapterState, targets: tuple[Target, ...]
+    ) -> None:
         r = state.layout.rank
-        flat = flat * 2.0**self.exponent
+        if u_N is None:
+            u_N = torch.zeros(state.layout.u_ranges.total, device=state.device)
+        flat = u_N * 2.0**self.exponent
         for target, u_OR in zip(targets, state.layout.split_u(flat), strict=True):
-            page = target.module.lora_b_stacked[target.slice_index][index, 0]
+            page = target.module.lora_b_stacked[target.slice_index][self.first + slot, 0]
             page[:, block * r : (block + 1) * r].copy_(u_OR[target.out_slice])
 
     # --- what the CPU kernel may share --------------------------------------------------------------------------------

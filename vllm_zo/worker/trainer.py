@@ -40,7 +40,7 @@ from vllm_zo.commands import (
 from vllm_zo.errors import ZOError
 from vllm_zo.methods.fold import fold_into
 from vllm_zo.methods.spaces import basis_of
-from vllm_zo.methods.state import AdapterState, FactorLayout
+from vllm_zo.methods.state import AdapterState
 from vllm_zo.worker.base_weights import BaseWeights, check_writable
 from vllm_zo.worker.host_memory import TRIM_INTERVAL, give_back_freed_memory
 from vllm_zo.worker.modules import Target, find_targets
@@ -149,7 +149,7 @@ class Trainer:
         if command.update_space == "fold":
             for target in targets:
                 check_writable(target.module.base_layer, target.shape.name)
-        layout = FactorLayout(tuple(t.shape for t in targets), command.method.rank)
+        layout = command.method.layout(tuple(t.shape for t in targets))
         state = AdapterState(command.method, layout, command.seed, command.num_bases, self.device)
         self.jobs[command.job_id] = JobState(command, state, targets)
         if command.seed_log is not None:
@@ -212,7 +212,7 @@ class Trainer:
             coefficients = job.start.method.coefficients(plan, losses)
             finite = finite & torch.isfinite(coefficients).all()
             coefficients = torch.where(finite, coefficients, torch.zeros_like(coefficients))
-            job.state.apply(plan, coefficients, command.learning_rate)
+            job.state.apply(plan, coefficients, command.learning_rate, finite)
             if self.device.type == "cpu" and plan.step % TRIM_INTERVAL == 0:
                 give_back_freed_memory()
         self._pending.append(PendingGroup(command.group_id, losses, predictions, coefficients, finite))
@@ -226,8 +226,7 @@ class Trainer:
     def _fold_factors(self, job: JobState, basis: int, acc: Tensor, key: int) -> None:
         """`W += U_acc V^T`, module by module in unfused coordinates, then packed layers are written back once."""
         state = job.state
-        u_parts = state.layout.split_u(acc)
-        v_parts = state.layout.split_v(state.v_flat(basis))
+        u_parts, v_parts = state.factors(basis, acc)
         layers: dict[int, tuple[Any, Tensor]] = {}
         for target, u_OR, v_IR in zip(job.targets, u_parts, v_parts, strict=True):
             layer = target.module.base_layer

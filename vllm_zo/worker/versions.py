@@ -88,19 +88,18 @@ class VersionStore:
         return self._make(state)
 
     def _make(self, state: AdapterState) -> LoRAModel:
-        """The accumulator as a vLLM adapter: A = concat V_b^T, B = concat U_b, one rank block a touched basis."""
+        """The accumulator as a vLLM adapter: A = concat V_b^T, B = concat U_b, one rank block a basis in use."""
         from vllm.lora.lora_model import LoRAModel
         from vllm.lora.lora_weights import LoRALayerWeights
 
-        bases = state.touched_bases() or [(0, 0)]
-        v_flat = torch.stack([state.v_flat(basis) for _, basis in bases]) * 2.0**-self.exponent
-        u_flat = torch.stack([state.acc_BN[row] for row, _ in bases]) * 2.0**self.exponent
-        rank = len(bases) * state.layout.rank
+        factors = [state.factors(basis, theta_N) for basis, theta_N in state.bases_to_write()]
+        rank = len(factors) * state.layout.rank
         loras = {}
-        v_parts, u_parts = state.layout.split_v(v_flat), state.layout.split_u(u_flat)
-        for module, v_BIR, u_BOR in zip(state.layout.modules, v_parts, u_parts, strict=True):
-            a = v_BIR.permute(0, 2, 1).reshape(rank, -1).to(self.dtype).cpu()
-            b = u_BOR.permute(1, 0, 2).reshape(-1, rank).to(self.dtype).cpu()
+        for index, module in enumerate(state.layout.modules):
+            u_OR = torch.cat([u[index] for u, _ in factors], dim=1)
+            v_IR = torch.cat([v[index] for _, v in factors], dim=1)
+            a = (v_IR.T * 2.0**-self.exponent).to(self.dtype).contiguous().cpu()
+            b = (u_OR * 2.0**self.exponent).to(self.dtype).cpu()
             loras[module.name] = LoRALayerWeights(module.name, rank, rank, a, b)
         return LoRAModel(1, rank, loras)
 

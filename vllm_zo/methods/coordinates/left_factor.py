@@ -1,0 +1,105 @@
+"""U is trained, V is frozen: LoZO's coordinates, and those of an adapter whose A does not move."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from vllm_zo import noise
+from vllm_zo.methods.coordinates.base import Coordinates
+from vllm_zo.methods.layout import FactorLayout
+from vllm_zo.methods.linear_algebra import check_columns_fit, orthonormal
+from vllm_zo.methods.probe import ModuleShape
+
+Draw = Literal["normal", "rademacher", "orthonormal", "kaiming"]
+
+
+@dataclass(frozen=True)
+class LeftFactor(Coordinates):
+    """`delta W = U V^T` with theta = U.
+
+    Attributes:
+        u: entries of a direction: "normal" N(0, 1), or "rademacher", +1 or -1.
+        v: entries of V: "normal", "rademacher", "orthonormal" columns (QR of a Gaussian), or "kaiming": uniform in
+            +-1/sqrt(I), what `peft` starts A with.
+        v_scale: factor of V (an adapter's alpha / r).
+    """
+
+    u: Draw = "normal"
+    v: Draw = "normal"
+    v_scale: float = 1.0
+
+    refreshed = "V"
+
+    def check_module(self, module: ModuleShape) -> None:
+        if self.v == "orthonormal":
+            check_columns_fit(module, self.rank, module.in_features)
+
+    def ranges(self, layout: FactorLayout) -> noise.ElementRanges:
+        return layout.u_ranges
+
+    def draw(self, key: int, layout: FactorLayout, device: torch.device) -> Tensor:
+        return _DRAWS[self.u](key, layout.u_ranges, device)
+
+    def basis(self, key: int, layout: FactorLayout, device: torch.device) -> Tensor:
+        if self.v == "orthonormal":
+            parts = layout.split_v(noise.normal(key, layout.v_ranges, device))
+            v_N = torch.cat([orthonormal(part).flatten() for part in parts])
+        elif self.v == "kaiming":
+            parts = layout.split_v(noise.uniform(key, layout.v_ranges, device))
+            v_N = torch.cat([(part / math.sqrt(len(part))).flatten() for part in parts])
+        else:
+            v_N = _DRAWS[self.v](key, layout.v_ranges, device)
+        return v_N if self.v_scale == 1.0 else v_N * self.v_scale
+
+    def factors(self, theta_N: Tensor, basis: Tensor, layout: FactorLayout) -> tuple[Tensor, Tensor]:
+        return theta_N, basis
+
+    def transfer(self, vector_N: Tensor, old: Tensor, new: Tensor, layout: FactorLayout) -> Tensor:
+        """`M V_old^T V_new / I` (orthonormal V: without the division): the projection of M V_old^T on the new basis.
+
+        Source: LOZO-M, arXiv:2410.07698, Section 4.3. In float64, so that a replay rounds alike.
+        """
+        moved = []
+        parts = zip(layout.split_u(vector_N), layout.split_v(old), layout.split_v(new), strict=True)
+        for m_OR, old_IR, new_IR in parts:
+            overlap = old_IR.double().T @ new_IR.double()
+            norm = 1.0 if self.v == "orthonormal" else float(len(old_IR))
+            moved.append((m_OR.double() @ overlap / norm).float().flatten())
+        return torch.cat(moved)
+
+    def matrices(self, theta_N: Tensor, layout: FactorLayout) -> list[Tensor]:
+        return layout.split_u(theta_N)
+
+
+_DRAWS: dict[str, Callable[[int, noise.ElementRanges, torch.device], Tensor]] = {
+    "normal": lambda key, ranges, device: noise.normal(key, ranges, device),
+    "rademacher": lambda key, ranges, device: noise.rademacher(key, ranges, device),
+}
+
+
+@dataclass(frozen=True)
+class Population(LeftFactor):
+    """`LeftFactor` of rank `members * member_rank` in which direction k moves only its own columns of U.
+
+    So the directions of a step share neither U nor V, and the slots of all members still hold one A.
+    """
+
+    member_rank: int = 1
+
+    def draw(self, key: int, layout: FactorLayout, device: torch.device) -> Tensor:
+        """(sum of O * member_rank,): the columns that are not zero."""
+        return noise.normal(key, layout.ranges([m.out_features * self.member_rank for m in layout.modules]), device)
+
+    def embed(self, draw: Tensor, index: int, layout: FactorLayout) -> Tensor:
+        out = torch.zeros(layout.u_ranges.total, dtype=draw.dtype, device=draw.device)
+        columns = slice(index * self.member_rank, (index + 1) * self.member_rank)
+        parts = draw.split([m.out_features * self.member_rank for m in layout.modules])
+        for u_OR, part in zip(layout.split_u(out), parts, strict=True):
+            u_OR[:, columns] = part.view(-1, self.member_rank)
+        return out

@@ -1,0 +1,44 @@
+"""P-RGE: an adapter is trained whose A is frozen (LoRA-FA), with several two-sided queries in one batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from vllm_zo.methods.base import MAX_RANK, Method
+from vllm_zo.methods.coordinates import Coordinates, LeftFactor
+from vllm_zo.validation import check_float, check_int
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRAFA(Method):
+    """`W + alpha/r * B A`: A uniform in +-1/sqrt(in) as `peft` starts it and frozen, B zero at the start and trained.
+
+        B <- B - lr * 1/K sum_k c_k U_k,   c_k = (L(B + eps U_k) - L(B - eps U_k)) / (2 eps),   U_k ~ N(0, I)
+
+    One basis for the whole run, so the adapter stays as wide as r; `eps` and learning rates are those of an adapter
+    (1e-2 and 1e-4, not 1e-3 and 1e-7).
+
+    Source: MobiZO (P-RGE), arXiv:2409.15520; LoRA-FA, arXiv:2308.03303.
+    """
+
+    name = "lora-fa"
+    update_spaces = ("bank",)
+    refusals: ClassVar[Mapping[str, str]] = {"fold": "A stays for the whole run: there is no refresh to fold at"}
+
+    rank: int = 8
+    """Rank of the adapter."""
+    alpha: float = 16.0
+    """LoRA's alpha; the adapter counts alpha / rank times."""
+    eps: float = 1e-2
+    queries: int = 4
+
+    def validate(self) -> None:
+        check_int(f"{self.name}.rank", self.rank, 1, MAX_RANK, "vLLM's adapters go no further")
+        check_float(f"{self.name}.alpha", self.alpha, above=0.0, fix="MeZO uses 16 at rank 8")
+        super().validate()
+
+    @property
+    def coordinates(self) -> Coordinates:
+        return LeftFactor(self.rank, v="kaiming", v_scale=self.alpha / self.rank)

@@ -1,0 +1,45 @@
+"""MEAZO: one adaptive step size for all weights, from the second moment of the projected gradient."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from vllm_zo.methods.optimizers.base import Estimate, Optimizer, State, check_beta
+from vllm_zo.validation import check_float
+
+
+@dataclass(frozen=True, kw_only=True)
+class MEAZO(Optimizer):
+    """One number of state.
+
+        v <- b v + (1 - b) c^2;  theta <- theta - lr / (sqrt(v / (1 - b^t)) + zeta) * mean_k c_k Z_k
+
+    With K directions c^2 is the mean of the squared projected gradients K w_k, w_k the coefficients of the estimate.
+
+    Source: MEAZO, arXiv:2605.03869.
+    """
+
+    name = "meazo"
+
+    beta: float = 0.99
+    """Decay of the second moment (b)."""
+    zeta: float = 1e-8
+    """Added to its root."""
+
+    def validate(self) -> None:
+        super().validate()
+        check_beta("meazo.beta", self.beta)
+        check_float("meazo.zeta", self.zeta, above=0.0)
+
+    def init(self, theta_N: Tensor) -> State:
+        return {name: torch.zeros((), dtype=torch.float64, device=theta_N.device) for name in ("v", "steps")}
+
+    def update(self, theta_N: Tensor, estimate: Estimate, state: State, learning_rate: float) -> tuple[Tensor, State]:
+        w_K, steps = estimate.coefficients_K.double(), state["steps"] + 1
+        v = state["v"] * self.beta + (w_K * len(w_K)).square().mean() * (1 - self.beta)
+        root = (v / (1 - self.beta**steps)).sqrt() + self.zeta
+        adapted = replace(estimate, coefficients_K=(w_K / root).float())
+        return adapted.descend(theta_N, learning_rate), {"v": v, "steps": steps}
