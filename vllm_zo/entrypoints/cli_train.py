@@ -133,6 +133,9 @@ def train(
     checkpoint_interval: Annotated[
         int | None, _job(RESULTS, "checkpoint_interval", "Steps between snapshots (the seed log has every step).")
     ] = None,
+    publish_interval: Annotated[
+        int | None, _job(RESULTS, "publish_interval", "Steps between versions that can be served. Unset: evaluations.")
+    ] = None,
     divergence_factor: Annotated[
         float | None, _job(RESULTS, "divergence_factor", "Stop when the loss has grown by about this factor.")
     ] = None,

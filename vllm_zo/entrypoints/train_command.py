@@ -35,7 +35,8 @@ INTERRUPTED = 130
 """Exit status of a program that Ctrl-C ended."""
 JOB_FLAGS = (
     "learning_rate", "lr_schedule", "warmup_steps", "batch_size", "steps", "seed", "update_space", "bases",
-    "target_modules", "eval_interval", "eval_examples", "checkpoint_interval", "divergence_factor", "keep_best",
+    "target_modules", "eval_interval", "eval_examples", "checkpoint_interval", "publish_interval",
+    "divergence_factor", "keep_best",
 )  # fmt: skip
 METHOD_FLAGS = ("rank", "interval", "eps", "queries", "alpha")
 PART_FLAGS = ("estimator", "optimizer")
