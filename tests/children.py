@@ -110,6 +110,25 @@ def train_apart(report: Any, model: str, directory: str) -> None:
     run_job(engine(model, zo_training=True, **ONE_PROCESS), **ENDLESS, output_dir=directory)
 
 
+def train_in_the_v2_runner(report: Any, model: str) -> None:
+    """Jobs and answers of an engine with vLLM's V2 model runner, whose Triton kernels are interpreted on the CPU.
+
+    vLLM takes the V2 runner only with a Triton that can compile for the device; the interpreter needs none.
+    """
+    import types
+
+    import triton.backends
+
+    assert os.environ["TRITON_INTERPRET"] == "1" and os.environ["VLLM_USE_V2_MODEL_RUNNER"] == "1"
+    interpreter = types.SimpleNamespace(driver=types.SimpleNamespace(is_active=lambda: True))
+    triton.backends.backends["cpu"] = interpreter
+
+    from tests import test_v2_runner
+
+    for name, result in test_v2_runner.results(engine(model, zo_training=True, **test_v2_runner.ENGINE)):
+        report(name=name, result=result)
+
+
 def answer_in_stock_vllm(report: Any, *pairs: str) -> None:
     """What a vLLM without this package answers with adapters; `pairs` are "model:adapter"."""
     from vllm import LLM

@@ -308,6 +308,20 @@ def test_pausing_does_not_change_the_trajectory(engines: Engines) -> None:
     assert [r["projected_grad"] for r in run.history] == [r["projected_grad"] for r in unbroken.history]
 
 
+def test_a_job_sleeps_with_the_engine_and_goes_on_when_it_wakes(engines: Engines) -> None:
+    """The CPU worker keeps its memory asleep; what the scheduler does is the same on every platform."""
+    llm = engines.get()
+    unbroken = llm.finetune(reviews(16), steps=12, **RUN)
+    with job_in_progress(llm, steps=12) as run:
+        llm.sleep(level=1)
+        for _ in range(3):
+            llm.llm_engine.engine_core.engine_core.step_fn()
+        assert not scheduler_of(llm).has_requests(), "a sleeping engine must be idle"
+        llm.wake_up()
+        run.wait()
+    assert [r["projected_grad"] for r in run.history] == [r["projected_grad"] for r in unbroken.history]
+
+
 def test_draining_does_not_wait_for_a_training_job(engines: Engines) -> None:
     llm = engines.get()
     scheduler = scheduler_of(llm)

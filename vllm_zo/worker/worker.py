@@ -63,6 +63,9 @@ class ZOWorkerMixin(_Base):
         self.zo_config = ZOTrainingConfig.of_engine(vllm_config.additional_config)
         self._zo_trainer: Trainer | None = None
         self._zo_commands: ZOCommands | None = None
+        self._zo_batch: Any = None
+        """The V2 runner's batch of the step, from the end of its forward to the end of sampling."""
+        self._zo_skips_logits = False
 
     @property
     def zo(self) -> Trainer:
@@ -94,6 +97,9 @@ class ZOWorkerMixin(_Base):
         if commands is None:
             return super().execute_model(scheduler_output)
         self._zo_num_tokens = scheduler_output.num_scheduled_tokens
+        self._zo_batch = None
+        self._zo_members = {member.req_id for member in commands.members}
+        self._zo_skips_logits = bool(commands.members)
         self.zo.run(commands.before)
         with self._members_share_rows(commands.members):
             output = super().execute_model(scheduler_output)
@@ -122,6 +128,7 @@ class ZOWorkerMixin(_Base):
         commands, self._zo_commands = self._zo_commands, None
         if commands is None:
             return super().sample_tokens(*args, **kwargs)
+        self._zo_batch = getattr(self.model_runner.execute_model_state, "input_batch", None)
         if commands.members:
             first_row, hidden = self._rows_of_requests()
             self.zo.score(commands.members, hidden, first_row, self._zo_num_tokens)
@@ -132,7 +139,7 @@ class ZOWorkerMixin(_Base):
     def _rows_of_requests(self) -> tuple[dict[str, int], Tensor]:
         """Where each request's tokens start among the hidden states of the step that just ran."""
         state = self.model_runner.execute_model_state
-        batch = getattr(state, "input_batch", None) or self.model_runner.input_batch
+        batch = self._zo_batch or self.model_runner.input_batch
         first_row, row = {}, 0
         for req_id in batch.req_ids:
             first_row[req_id] = row
@@ -185,15 +192,16 @@ class ZOWorkerMixin(_Base):
         model.compute_logits = compute_serving_logits
 
     def _serving_rows(self, rows: int) -> list[int] | None:
-        """Rows of the sampling batch that are not members; None when there are no members or rows are not requests."""
-        if self._zo_commands is None or not self._zo_commands.members:
+        """Rows of the sampling batch that are not members; None when there are no members or rows are not requests.
+
+        The first logits of a step are those to sample from. Later ones are of prompt tokens (`prompt_logprobs`), whose
+        number may happen to be that of the requests.
+        """
+        skips, self._zo_skips_logits = self._zo_skips_logits, False
+        batch = self._zo_batch or getattr(self.model_runner, "input_batch", None)
+        if not skips or batch is None or len(batch.req_ids) != rows:
             return None
-        batch = getattr(self.model_runner, "input_batch", None)
-        req_ids = list(batch.req_ids) if batch is not None else []
-        if len(req_ids) != rows:
-            return None
-        members = {m.req_id for m in self._zo_commands.members}
-        return [i for i, req_id in enumerate(req_ids) if req_id not in members]
+        return [i for i, req_id in enumerate(batch.req_ids) if req_id not in self._zo_members]
 
 
 class ZOCPUWorker(ZOWorkerMixin, CPUWorker):
