@@ -110,23 +110,25 @@ def train_apart(report: Any, model: str, directory: str) -> None:
     run_job(engine(model, zo_training=True, **ONE_PROCESS), **ENDLESS, output_dir=directory)
 
 
-def train_in_the_v2_runner(report: Any, model: str) -> None:
-    """Jobs and answers of an engine with vLLM's V2 model runner, whose Triton kernels are interpreted on the CPU.
+def train_another_way(report: Any, model: str, road: str) -> None:
+    """Jobs and answers of an engine with vLLM's V2 model runner, or of one on two tensor-parallel workers."""
+    options: dict[str, Any] = {"tensor_parallel_size": 2} if road == "tensor-parallel" else {}
+    if road == "v2-runner":
+        _interpret_triton()
+    from tests.test_runners_and_ranks import ENGINE, results
 
-    vLLM takes the V2 runner only with a Triton that can compile for the device; the interpreter needs none.
-    """
+    for name, result in results(engine(model, zo_training=True, **ENGINE, **options)):
+        report(name=name, result=result)
+
+
+def _interpret_triton() -> None:
+    """vLLM takes the V2 runner only with a Triton that can compile for the device; the interpreter needs none."""
     import types
 
     import triton.backends
 
     assert os.environ["TRITON_INTERPRET"] == "1" and os.environ["VLLM_USE_V2_MODEL_RUNNER"] == "1"
-    interpreter = types.SimpleNamespace(driver=types.SimpleNamespace(is_active=lambda: True))
-    triton.backends.backends["cpu"] = interpreter
-
-    from tests import test_v2_runner
-
-    for name, result in test_v2_runner.results(engine(model, zo_training=True, **test_v2_runner.ENGINE)):
-        report(name=name, result=result)
+    triton.backends.backends["cpu"] = types.SimpleNamespace(driver=types.SimpleNamespace(is_active=lambda: True))
 
 
 def answer_in_stock_vllm(report: Any, *pairs: str) -> None:
