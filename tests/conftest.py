@@ -10,6 +10,7 @@ import pytest
 
 if TYPE_CHECKING:
     from tests.engines import Engines
+    from tests.openai_server import Servers
 
 
 def two_cores() -> str:
@@ -58,3 +59,13 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engines]:
     from tests.engines import Engines
 
     yield Engines(tmp_path_factory.mktemp("engines"))
+
+
+@pytest.fixture(scope="session")
+def servers(engines: Engines, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
+    """The training server in a process of its own, shared by the session. See tests/openai_server.py."""
+    from tests.openai_server import Servers
+
+    servers = Servers(str(engines.model("opt")), tmp_path_factory.mktemp("server") / "state")
+    yield servers
+    servers.end()

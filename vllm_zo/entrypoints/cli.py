@@ -101,6 +101,17 @@ def bench(context: typer.Context) -> None:
     raise typer.Exit(subprocess.run([sys.executable, str(script), *context.args]).returncode)
 
 
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+    add_help_option=False,
+)
+def serve(context: typer.Context) -> None:
+    """Serve a model and fine-tune it at the same time: vLLM's OpenAI server, with the fine-tuning API."""
+    from vllm_zo.entrypoints.openai.launch import serve as run
+
+    run(context.args)
+
+
 @app.command()
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="For programs: a list of checks.")] = False,

@@ -26,20 +26,22 @@ def is_cpu_build() -> bool:
     return torch.version.cuda is None and torch.version.hip is None
 
 
-def apply_cpu_defaults(world_size: int = 1) -> dict[str, str]:
+def apply_cpu_defaults(world_size: int = 1, in_process: bool = True) -> dict[str, str]:
     """Set what is unset of vLLM's CPU settings; returns what was chosen. Does nothing on other platforms.
 
-    The engine core runs in this process: one process fewer to start (20 s), and nothing to keep in step.
+    By default the engine core runs in this process: one fewer to start (20 s), and nothing to keep in step.
 
     Args:
         world_size: CPU workers (tensor parallel). With more than one, binding threads is left to vLLM.
+        in_process: False for a server, whose engine core is another process in any case.
     """
     if not is_cpu_build():
         return {}
     chosen = {"VLLM_CPU_KVCACHE_SPACE": str(kv_cache_gib(free_memory()))}
     cores = sorted(os.sched_getaffinity(0))
     if world_size == 1:
-        chosen["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        if in_process:
+            chosen["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         if len(cores) <= FEW_CORES:
             chosen["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cores))
             chosen["VLLM_CPU_NUM_OF_RESERVED_CPU"] = "0"

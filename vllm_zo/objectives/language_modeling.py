@@ -52,6 +52,8 @@ class LanguageModeling:
     """Put in front of the completion: " " where the prompt does not end with a space."""
     suffix: str = ""
     """Put behind the completion, e.g. a line feed at which generation stops."""
+    special_tokens: bool = True
+    """Start prompts as the tokenizer starts them. False: the text has its BOS written out, as chat templates do."""
 
     def __post_init__(self) -> None:
         for name in ("prompt_field", "completion_field"):
@@ -63,6 +65,7 @@ class LanguageModeling:
         if self.template is not None:
             parse_template(self.template)
         check_bool("append_eos", self.append_eos)
+        check_bool("special_tokens", self.special_tokens)
 
     def encode(self, example: dict[str, Any], tokenizer: Any, where: str) -> EncodedExample:
         """One row of kind "logprobs"."""
@@ -71,7 +74,7 @@ class LanguageModeling:
         else:
             prompt = render(self.template, example, where)
         completion = self.prefix + self._answer(example, where) + self.suffix
-        stem, full = tokenise([prompt, prompt + completion], tokenizer)
+        stem, full = tokenise([prompt, prompt + completion], tokenizer, special_tokens=self.special_tokens)
         if self.append_eos:
             if tokenizer.eos_token_id is None:
                 raise ConfigError("append_eos=True, but the tokenizer has no EOS token; use append_eos=False.")

@@ -76,12 +76,16 @@ def text_of(example: Mapping[str, Any], name: str, where: str) -> str:
     return value
 
 
-def tokenise(texts: Sequence[str], tokenizer: Any, bos_token_id: int | None = None) -> list[list[int]]:
-    """Token ids of every text, with the tokenizer's own special tokens, or with `bos_token_id` in their place."""
-    if bos_token_id is None:
+def tokenise(
+    texts: Sequence[str], tokenizer: Any, bos_token_id: int | None = None, special_tokens: bool = True
+) -> list[list[int]]:
+    """Token ids of every text, with the tokenizer's own special tokens (or without), or `bos_token_id` in their
+    place."""
+    if special_tokens and bos_token_id is None:
         return [list(ids) for ids in tokenizer(list(texts))["input_ids"]]
     plain = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
-    return [[bos_token_id, *ids] for ids in plain]
+    start = [] if bos_token_id is None else [bos_token_id]
+    return [[*start, *ids] for ids in plain]
 
 
 def trim(text: str) -> str:

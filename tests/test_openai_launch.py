@@ -1,0 +1,117 @@
+"""`vllm-zo serve`: flags, environment and refusals, all before an engine is started."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.engines import Engines
+from vllm_zo import ConfigError
+from vllm_zo.entrypoints.openai import launch
+from vllm_zo.entrypoints.openai.plugin import TrainingEndpoints
+from vllm_zo.entrypoints.openai.settings import ServerSettings
+from vllm_zo.entrypoints.openai.state_dir import StateDir
+
+
+@pytest.fixture
+def model(engines: Engines) -> str:
+    return str(engines.model("opt"))
+
+
+def test_nobodys_plugin_is_switched_off() -> None:
+    names = launch.plugin_allow_list({}).split(",")
+    assert {"zo", "zo_server"} <= set(names) and len(names) == len(set(names))
+    assert {point.name for point in entry_points(group="vllm.general_plugins")} <= set(names)
+    assert launch.plugin_allow_list({"VLLM_PLUGINS": "mine,zo"}) == "mine,zo,zo_server", "what the user allows stays"
+
+
+def test_other_peoples_endpoint_plugins_stay_opt_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Point:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+    class Found:
+        groups = frozenset({"vllm.general_plugins", "vllm.endpoint_plugins", "console_scripts"})
+
+        def select(self, group: str) -> list[Point]:
+            return {"vllm.general_plugins": [Point("a")], "vllm.endpoint_plugins": [Point("routes")]}.get(group, [])
+
+    monkeypatch.setattr(launch, "entry_points", Found)
+    assert launch.plugin_allow_list({}) == "a,zo,zo_server"
+
+
+def test_vllm_finds_the_endpoints() -> None:
+    (point,) = entry_points(group="vllm.endpoint_plugins", name="zo_server")
+    plugin = point.load()()
+    assert isinstance(plugin, TrainingEndpoints) and plugin.name == "zo_server"
+
+
+def test_flags_become_engine_options(model: str, tmp_path: Path) -> None:
+    args = launch.parse(
+        [model, "--port", "9000", "--zo-state-dir", str(tmp_path), "--zo-concurrent-jobs", "3", "--zo-slot-rank", "32",
+         "--zo-token-budget", "64", "--zo-upload-limit-mb", "7", "--allow-python-graders", "--max-loras", "2"]
+    )  # fmt: skip
+    zo, server = args.additional_config["zo_training"], args.additional_config["zo_server"]
+    assert (zo["concurrent_jobs"], zo["slots"], zo["slot_rank"], zo["token_budget"]) == (3, 2, 32, 64)
+    assert zo["state_dir"] == str(tmp_path) and server["upload_limit_mb"] == 7 and server["allow_python_graders"]
+    assert args.enable_lora and args.max_loras == 2 + 3 * 2 and args.max_lora_rank == 32 and args.port == 9000
+    assert args.model == model
+
+
+def test_the_printed_command_gives_the_same_engine(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "environ", dict(os.environ))  # `serve` is free to set what it likes
+    launch.serve([model, "--zo-print-flags", "--zo-state-dir", str(tmp_path)])
+    plugins, vllm, serve, *flags = shlex.split(capsys.readouterr().out)
+    assert plugins.startswith("VLLM_PLUGINS=") and "zo_server" in plugins and (vllm, serve) == ("vllm", "serve")
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    plain = make_arg_parser(FlexibleArgumentParser()).parse_args(flags)
+    ours = launch.parse([model, "--zo-state-dir", str(tmp_path)])
+    for name in (*launch.PRINTED, "additional_config"):
+        assert getattr(plain, name) == getattr(ours, name), name
+    assert not list(tmp_path.iterdir()), "nothing was started"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--api-server-count", "2"], "--api-server-count=2: one server owns the jobs; set it to 1"),
+        (["--data-parallel-size", "2"], "--data-parallel-size=2: data-parallel engines would train apart"),
+        (["--headless"], "training needs the HTTP server"),
+        (["--pipeline-parallel-size", "2"], "pipeline_parallel_size=2 with zo_training"),
+        (["--scheduler-cls", "a.b"], "scheduler_cls='a.b' with zo_training"),
+        (["--zo-slots", "1"], "zo_training.slots=1"),
+        (["--zo-slot-rank", "17"], "zo_training.slot_rank=17"),
+        (["--zo-concurrent-jobs", "0"], "zo_training.concurrent_jobs=0"),
+        (["--zo-upload-limit-mb", "0"], "zo_server.upload_limit_mb=0"),
+        (["--zo-learning-rate", "0"], "zo_server.learning_rate=0.0"),
+    ],
+)
+def test_what_cannot_work_is_refused_by_name(model: str, flags: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        launch.parse([model, *flags])
+
+
+def test_a_second_server_on_a_state_directory_is_refused(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    owner = StateDir(tmp_path).acquire()
+    with pytest.raises(ConfigError, match="another server owns it"):
+        launch.serve([model, "--zo-state-dir", str(tmp_path)])
+    owner.release()
+
+
+@pytest.mark.parametrize("config", [{"zo_server": {"upload_limit": 1}}, {"zo_server": {"allow_python_graders": "yes"}}])
+def test_settings_by_hand_are_checked(config: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="did you mean 'upload_limit_mb'|expected True or False"):
+        ServerSettings.from_config(json.loads(json.dumps(config)))

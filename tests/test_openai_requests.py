@@ -1,0 +1,313 @@
+"""Create requests: what is refused and by which name, and what "auto" means. Chats as prompts and completions."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+from transformers import AutoTokenizer
+
+from tests.openai_app import BASE, app_client, upload
+from vllm_zo import Classification, ConfigError, JobConfig, LanguageModeling
+from vllm_zo.data import encode_examples
+from vllm_zo.entrypoints.openai.chat import chat_template, supervised
+from vllm_zo.entrypoints.openai.job_request import (
+    JobRequest,
+    Wanted,
+    clean_suffix,
+    job_options,
+    read_request,
+    shown_hyperparameters,
+)
+from vllm_zo.entrypoints.openai.models import checkpoint_name, final_name
+
+DEMO_MODEL = Path(__file__).parents[1] / "examples" / "demo" / "model"
+SENTIMENT = {"name": "classification", "template": "{sentence} It was", "options": [" terrible", " great"]}
+JOBS = "/v1/fine_tuning/jobs"
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
+    with app_client(tmp_path_factory.mktemp("state")) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def file_id(client: TestClient) -> str:
+    return str(upload(client, b'{"sentence": "good", "label": 1}\n').json()["id"])
+
+
+def zeroth_order(hyperparameters: dict[str, Any] | None = None, **method: Any) -> dict[str, Any]:
+    return {"type": "zeroth_order", "zeroth_order": {"hyperparameters": hyperparameters or {}, **method}}
+
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"model": "gpt-4o"}, "model='gpt-4o': it is not served here; use 'base'"),
+    ({"training_file": "file-none"}, "No such file: 'file-none'"),
+    ({"training_file": "../server.db"}, "No such file: '../server.db'"),
+    ({"validation_file": "file-none"}, "No such file: 'file-none'"),
+    ({"training_file": None}, "training_file=None: Input should be a valid string"),
+    ({"colour": "red"}, "colour: unknown field"),
+    ({"seed": -1}, "seed=-1: Input should be greater than or equal to 0"),
+    ({"suffix": "x" * 65}, "suffix=.*: String should have at most 64 characters"),
+    ({"suffix": ".."}, "suffix='..': expected letters, digits"),
+    ({"metadata": {f"k{i}": "v" for i in range(17)}}, "metadata=.*: Dictionary should have at most 16 items"),
+    ({"metadata": {"k": "v" * 513}}, "String should have at most 512 characters"),
+    ({"method": {"type": "dpo"}}, "method.type='dpo': Input should be"),
+    (
+        {"method": {"type": "supervised", "zeroth_order": {}}},
+        "method.zeroth_order: given, but method.type is 'supervised'",
+    ),
+    ({"method": zeroth_order(algorithm="lozzo")}, "unknown method.zeroth_order.algorithm 'lozzo': did you mean 'lozo'"),
+    (
+        {"method": zeroth_order({"learning_rat": 1.0})},
+        "unknown hyperparameter 'learning_rat': did you mean 'learning_rate'",
+    ),
+    ({"method": zeroth_order({"output_dir": "/etc"})}, "unknown hyperparameter 'output_dir'"),
+    ({"method": zeroth_order({"objective": "x"})}, "unknown hyperparameter 'objective'"),
+    ({"method": zeroth_order({"interval": 5}, algorithm="factorized-mezo")}, "unknown hyperparameter 'interval'"),
+    ({"method": zeroth_order({"rank": 0})}, "rank=0: expected an integer from 1"),
+    ({"method": zeroth_order({"rank": "2"})}, "rank='2': expected an integer"),
+    ({"method": zeroth_order({"rank": 64})}, "rank"),
+    ({"method": zeroth_order({"eps": 0})}, "eps=0: expected a number > 0"),
+    ({"method": zeroth_order({"eps": {"__class__": "x"}})}, "eps=.*: expected a number"),
+    ({"method": zeroth_order({"steps": 0})}, "steps=0: expected an integer from 1"),
+    ({"method": zeroth_order({"steps": 10**12})}, "steps=1000000000000: expected an integer from 1 to"),
+    ({"method": zeroth_order({"steps": True})}, "steps=True: expected an integer"),
+    ({"method": zeroth_order({"batch_size": -4})}, "batch_size=-4: expected an integer >= 1"),
+    ({"method": zeroth_order({"learning_rate": -1.0})}, "learning_rate=-1.0: expected a number >= 0"),
+    ({"method": zeroth_order({"learning_rate_multiplier": 0})}, "learning_rate_multiplier=0: expected a number > 0"),
+    ({"method": zeroth_order({"n_epochs": 1, "steps": 5})}, "n_epochs and steps decide the same"),
+    ({"method": zeroth_order({"n_evals": 0})}, "n_evals=0: expected an integer >= 1"),
+    ({"method": zeroth_order({"lr_schedule": "cyclic"})}, "unknown lr_schedule 'cyclic'"),
+    ({"method": zeroth_order({"update_space": "nowhere"})}, "nowhere"),
+    ({"method": zeroth_order({"target_modules": "("})}, "target_modules"),
+    ({"method": zeroth_order(objective={"template": "{a}"})}, "objective.name=None: expected one of"),
+    ({"method": zeroth_order(objective={"name": "clasification"})}, "did you mean 'classification'"),
+    ({"method": zeroth_order(objective={"name": "classification"})}, "objective.template is missing"),
+    (
+        {"method": zeroth_order(objective={**SENTIMENT, "template": "{sentence.__class__} is"})},
+        "is not a plain field name",
+    ),
+    ({"method": zeroth_order(objective={**SENTIMENT, "template": "{sentence[0]} is"})}, "is not a plain field name"),
+    ({"method": zeroth_order(objective={**SENTIMENT, "options": 3})}, "options=3"),
+    ({"hyperparameters": {"n_epoch": 1}}, "unknown hyperparameter 'n_epoch': did you mean 'n_epochs'"),
+    ({"hyperparameters": {"n_epochs": 2}, "method": zeroth_order({"steps": 2})}, "hyperparameters: given twice"),
+    ({"integrations": [{"type": "comet"}]}, "integrations.0.type='comet'"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), REFUSED, ids=[m for _, m in REFUSED])
+def test_what_cannot_work_is_a_400_that_names_it(client: TestClient, file_id: str, change: Any, message: str) -> None:
+    response = client.post(JOBS, json={"model": BASE, "training_file": file_id, **change})
+    error = response.json()["error"]
+    assert response.status_code in (400, 404) and re.search(message, error["message"]), error
+    assert client.get(JOBS).json()["data"] == [], "nothing was started"
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"null", b'{"model": 1e999}', b"\xff\xfe", b"[" * 100_000])
+def test_a_body_that_is_no_request_is_a_400(client: TestClient, body: bytes) -> None:
+    response = client.post(JOBS, content=body, headers={"content-type": "application/json"})
+    assert response.status_code == 400 and response.json()["error"]["type"] == "invalid_request_error"
+
+
+def test_a_body_without_end_is_refused(client: TestClient) -> None:
+    response = client.post(JOBS, content=b" " * (5 << 20), headers={"content-type": "application/json"})
+    assert response.status_code == 413
+
+
+@pytest.mark.parametrize("path", ["", "/cancel", "/pause", "/resume", "/events", "/checkpoints"])
+def test_an_unknown_job_is_a_404(client: TestClient, path: str) -> None:
+    for job_id in ("ftjob-none", "..", "%2e%2e"):
+        method = client.post if path in ("/cancel", "/pause", "/resume") else client.get
+        assert method(f"{JOBS}/{job_id}{path}").status_code in (404, 405)
+
+
+@pytest.mark.parametrize("name", ["ft:none", "..", "../../server.db", "job:ftjob-none", "job:../..", "%2e%2e%2f%2e%2e"])
+def test_an_unknown_model_is_a_404(client: TestClient, name: str) -> None:
+    urls = [f"/v1/fine_tuning/checkpoints/{name}/{what}" for what in ("content", "permissions")]
+    assert {client.get(url).status_code for url in urls} == {404}
+    assert client.delete(f"/v1/models/{name}").status_code in (404, 405)
+
+
+# --- values -----------------------------------------------------------------------------------------------------------
+
+
+def resolved(rows: int, **hyperparameters: Any) -> tuple[JobConfig, dict[str, Any]]:
+    method = zeroth_order(hyperparameters)
+    wanted = read_request(JobRequest(model=BASE, training_file="f", method=method, seed=3))  # type: ignore[arg-type]
+    wanted = Wanted.from_json(json.loads(json.dumps(wanted.to_json())))
+    config = JobConfig.from_options(job_options(wanted, rows, 1e-5, LanguageModeling()))
+    return config, shown_hyperparameters(wanted, config, rows)
+
+
+def test_auto_resolves_to_the_documented_values_and_shows_them() -> None:
+    every = ("batch_size", "steps", "n_epochs", "learning_rate", "learning_rate_multiplier", "eval_interval", "rank")
+    for given in ({}, {name: "auto" for name in every}):
+        config, shown = resolved(160, **given)
+        assert (config.batch_size, config.steps, config.learning_rate, config.eval_interval) == (16, 1000, 1e-5, 250)
+        assert {name: shown[name] for name in every} == {
+            "batch_size": 16, "steps": 1000, "n_epochs": 100, "learning_rate": 1e-5,
+            "learning_rate_multiplier": 1.0, "eval_interval": 250, "rank": 2,
+        }  # fmt: skip
+        assert not any(value == "auto" for value in shown.values())
+
+
+def test_epochs_count_whole_passes_over_the_data() -> None:
+    assert resolved(100, n_epochs=3, batch_size=16)[0].steps == 21
+    assert resolved(5, n_epochs=2)[0].batch_size == 5
+
+
+def test_the_multiplier_scales_what_auto_means_and_what_is_given() -> None:
+    assert resolved(50, learning_rate_multiplier=3.0)[0].learning_rate == pytest.approx(3e-5)
+    assert resolved(50, learning_rate_multiplier=2.0, learning_rate=0.5)[0].learning_rate == 1.0
+
+
+def test_counts_of_evaluations_become_intervals() -> None:
+    assert resolved(50, steps=100, n_evals=10)[0].eval_interval == 10
+    assert resolved(50, steps=3, n_evals=10)[0].eval_interval == 1
+
+
+def test_a_seed_is_drawn_where_none_is_given() -> None:
+    requests = [JobRequest(model=BASE, training_file="f") for _ in range(2)]  # type: ignore[call-arg]
+    assert len({read_request(request).seed for request in requests}) == 2
+
+
+def test_names_are_made_of_safe_parts() -> None:
+    assert clean_suffix("My model/../v1 (ü)") == "My-model-v1"
+    job = {"id": "ftjob-abc", "model": "/models/opt-125m", "suffix": "tone"}
+    assert final_name(job) == "ft:opt-125m:vllm-zo:tone:abc"
+    assert checkpoint_name({**job, "suffix": None, "model": "facebook/opt"}, 7) == "ft:opt:vllm-zo::abc:ckpt-step-7"
+
+
+# --- chats ------------------------------------------------------------------------------------------------------------
+
+MESSAGES = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
+TEMPLATE = MESSAGES + "{% if add_generation_prompt %}<assistant>{% endif %}"
+CHAT = [
+    {"role": "user", "content": "a film ?"},
+    {"role": "assistant", "content": "good", "weight": 0},
+    {"role": "user", "content": "another ?"},
+    {"role": "assistant", "content": "bad"},
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return AutoTokenizer.from_pretrained(DEMO_MODEL)
+
+
+def test_only_the_assistants_tokens_are_learnt(tokenizer: Any) -> None:
+    pairs, objective = supervised([{"messages": CHAT}], chat_template(tokenizer, TEMPLATE), "training_file")
+    before = "<user>a film ?</s><assistant>good</s><user>another ?</s><assistant>"
+    assert pairs == [{"prompt": before, "completion": "bad</s>"}], "weight 0 is context only"
+    (example,) = encode_examples(pairs, objective, tokenizer, 128, "train")
+    (row,) = example.rows
+    whole = tokenizer(before + "bad</s>", add_special_tokens=False)["input_ids"]
+    learnt = tokenizer("bad</s>", add_special_tokens=False)["input_ids"]
+    assert list(row.token_ids) == whole[:-1], "no second BOS, and the last token is scored but not fed"
+    assert list(row.label_ids) == learnt == whole[-len(learnt) :]
+
+
+def test_every_assistant_message_is_an_example(tokenizer: Any) -> None:
+    chat = [{**message, "weight": 1} for message in CHAT]
+    pairs, _ = supervised([{"messages": chat}], chat_template(tokenizer, TEMPLATE), "training_file")
+    assert [pair["completion"] for pair in pairs] == ["good</s>", "bad</s>"]
+
+
+def test_prompts_and_completions_are_taken_as_they_are(tokenizer: Any) -> None:
+    rows = [{"prompt": "a", "completion": "b"}]
+    assert supervised(rows, chat_template(tokenizer, None), "training_file") == (rows, LanguageModeling())
+
+
+@pytest.mark.parametrize(
+    ("records", "message"),
+    [
+        ([{"messages": CHAT}, {"prompt": "a"}], "row 2: chats .* and prompts are mixed"),
+        ([{"messages": "hello"}], "row 1: messages must be a list"),
+        ([{"messages": []}], "row 1: no assistant message"),
+        ([{"messages": CHAT[:1]}], "row 1: no assistant message"),
+        ([{"messages": CHAT[:2]}], "row 1: no assistant message"),
+        ([{"messages": CHAT[3:]}], "row 1: the first message is the assistant's"),
+    ],
+)
+def test_a_chat_that_cannot_be_learnt_names_its_row(tokenizer: Any, records: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=f"training_file, {message}"):
+        supervised(records, chat_template(tokenizer, TEMPLATE), "training_file")
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ messages.__class__.__mro__ }}",
+        "{{ ''.__class__.__base__.__subclasses__() }}",
+        "{{ cycler.__init__.__globals__ }}",
+        "{{ raise_exception('no such role') }}",
+        "{% for m in messages %}",
+        "{{ messages.append(1) }}",
+    ],
+)
+def test_a_template_that_reaches_into_objects_is_stopped(tokenizer: Any, template: str) -> None:
+    with pytest.raises(ConfigError, match="the chat template does not take this conversation"):
+        supervised([{"messages": CHAT}], chat_template(tokenizer, template), "training_file")
+
+
+def test_a_model_without_a_chat_template_says_so(tokenizer: Any) -> None:
+    with pytest.raises(
+        ConfigError, match=r"row 1: the chat template does not take .*: Cannot use chat template functions"
+    ):
+        supervised([{"messages": CHAT}], chat_template(tokenizer, None), "training_file")
+
+
+def test_a_template_that_rewrites_the_conversation_is_refused(tokenizer: Any) -> None:
+    template = "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    with pytest.raises(ConfigError, match="writes the conversation differently"):
+        supervised([{"messages": CHAT}], chat_template(tokenizer, template), "training_file")
+
+
+def test_classification_data_is_left_to_its_objective() -> None:
+    wanted = read_request(
+        JobRequest(model=BASE, training_file="f", method=zeroth_order(objective=SENTIMENT))  # type: ignore[arg-type]
+    )
+    assert wanted.objective == Classification("{sentence} It was", [" terrible", " great"])
+
+
+# --- graders ----------------------------------------------------------------------------------------------------------
+
+CHECK = {
+    "type": "string_check",
+    "name": "exact",
+    "operation": "eq",
+    "input": "{{sample.output_text}}",
+    "reference": "{{item.answer}}",
+}
+PYTHON = {"type": "python", "name": "code", "source": "def grade(sample, item):\n    return 0.25"}
+GRADERS = "/v1/fine_tuning/alpha/graders"
+
+
+def test_a_grader_can_be_tried(client: TestClient) -> None:
+    assert client.post(f"{GRADERS}/validate", json={"grader": CHECK}).json() == {"grader": CHECK}
+    body = {"grader": CHECK, "model_sample": "yes", "item": {"answer": "yes"}}
+    answer = client.post(f"{GRADERS}/run", json=body).json()
+    assert answer["reward"] == 1.0 and not any(answer["metadata"]["errors"].values())
+    assert client.post(f"{GRADERS}/run", json={**body, "model_sample": "no"}).json()["reward"] == 0.0
+
+
+def test_a_bad_grader_is_a_400_that_names_it(client: TestClient) -> None:
+    for path, more in (("validate", {}), ("run", {"model_sample": "x"})):
+        response = client.post(f"{GRADERS}/{path}", json={"grader": {**CHECK, "operation": "equals"}, **more})
+        assert response.status_code == 400 and "operation" in response.json()["error"]["message"]
+
+
+def test_python_graders_are_off_unless_the_operator_allows_them(client: TestClient, tmp_path: Path) -> None:
+    body = {"grader": PYTHON, "model_sample": "x"}
+    for path in ("validate", "run"):
+        response = client.post(f"{GRADERS}/{path}", json=body if path == "run" else {"grader": PYTHON})
+        assert response.status_code == 400 and "not allowed here" in response.json()["error"]["message"]
+    with app_client(tmp_path, allow_python_graders=True) as trusting:
+        assert trusting.post(f"{GRADERS}/run", json=body).json()["reward"] == 0.25

@@ -1,0 +1,415 @@
+"""The real server in a child process, driven by the real OpenAI SDK, until it is killed: and once more after that.
+
+The tests share one server (with those of the page and of the schema); the last ones take it away.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import tarfile
+import time
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from openai import OpenAI
+from safetensors.torch import load_file
+
+from tests.openai_server import Server, Servers, create, jsonl, upload_reviews, wait_for
+from vllm_zo.checkpoint.seed_log import read_seed_log
+from vllm_zo.entrypoints.openai.store import Store
+
+PROMPT = "a warm and clever story It was"
+LONG = 100_000
+
+
+@pytest.fixture
+def server(servers: Servers) -> Server:
+    return servers.running()
+
+
+@pytest.fixture(scope="module")
+def state_dir(servers: Servers) -> Path:
+    return servers.state_dir
+
+
+@pytest.fixture
+def client(server: Server) -> OpenAI:
+    return server.client()
+
+
+@pytest.fixture(scope="module")
+def data(servers: Servers) -> str:
+    return upload_reviews(servers.running().client(), 24)
+
+
+def answer(client: OpenAI, model: str) -> tuple[str, list[float]]:
+    """Greedy text, and the logarithms of its tokens' probabilities, by which models can be told apart."""
+    choice = client.completions.create(model=model, prompt=PROMPT, max_tokens=6, temperature=0, logprobs=1).choices[0]
+    assert choice.logprobs is not None and choice.logprobs.token_logprobs is not None
+    return choice.text, list(choice.logprobs.token_logprobs)
+
+
+def differs(one: Any, other: Any) -> bool:
+    return max(abs(a - b) for a, b in zip(one[1], other[1], strict=True)) > 1e-3
+
+
+def losses(client: OpenAI, job: Any) -> list[dict[str, str]]:
+    content = client.files.content(job.result_files[0]).text
+    return list(csv.DictReader(io.StringIO(content)))
+
+
+# --- a job from start to end ------------------------------------------------------------------------------------------
+
+
+def test_a_job_from_upload_to_use(client: OpenAI, data: str) -> None:
+    validation = upload_reviews(client, 8, seed=2)
+    before = answer(client, "tiny")
+    job = create(
+        client, data, validation_file=validation, suffix="my tone", seed=7, metadata={"team": "a"},
+        hyperparameters={"steps": 40, "eval_interval": 10, "learning_rate": 3e-2, "keep_best": False},
+    )  # fmt: skip
+    assert job.status == "validating_files" and job.fine_tuned_model is None and job.seed == 7
+    job = wait_for(client, job.id, "succeeded")
+    assert job.error is None and job.finished_at >= job.created_at and job.trained_tokens > 0
+    assert job.hyperparameters.batch_size == 16 and job.hyperparameters.n_epochs == 27
+    assert job.fine_tuned_model == f"ft:tiny:vllm-zo:my-tone:{job.id.removeprefix('ftjob-')}"
+
+    checkpoints = list(client.fine_tuning.jobs.checkpoints.list(job.id, limit=1))
+    assert [c.step_number for c in checkpoints] == [40, 30, 20, 10]
+    assert all(c.metrics.full_valid_loss is not None for c in checkpoints)
+    names = {model.id for model in client.models.list()}
+    assert {job.fine_tuned_model, *(c.fine_tuned_model_checkpoint for c in checkpoints), f"job:{job.id}"} < names
+
+    tuned = answer(client, job.fine_tuned_model)
+    assert differs(tuned, before), "the adapter must change something"
+    assert not differs(tuned, answer(client, checkpoints[0].fine_tuned_model_checkpoint)), "the same step"
+    assert not differs(tuned, answer(client, f"job:{job.id}")), "the newest checkpoint"
+    assert differs(tuned, answer(client, checkpoints[-1].fine_tuned_model_checkpoint))
+    assert not differs(answer(client, "tiny"), before), "a job in `bank` space never changes the base"
+    chat: Any = [{"role": "user", "content": "a film ?"}]
+    assert client.chat.completions.create(model=job.fine_tuned_model, messages=chat, max_tokens=2).choices
+
+    rows = losses(client, job)
+    assert [int(row["step"]) for row in rows] == list(range(41))
+    assert [row["step"] for row in rows if row["valid_loss"]] == ["0", "10", "20", "30", "40"]
+    messages = [event.message for event in client.fine_tuning.jobs.list_events(job.id, limit=7)]
+    assert messages[0] == "The job has successfully completed"
+    assert messages[1] == f"New fine-tuned model created: {job.fine_tuned_model}"
+    assert any(m.startswith("Step 40/40: training loss=") for m in messages)
+    assert messages[-1] == f"Created fine-tuning job: {job.id}", "oldest last, and the pages were followed"
+
+
+def test_events_are_streamed_while_they_happen(client: OpenAI, server: Server, data: str) -> None:
+    job = create(client, data, hyperparameters={"steps": 30})
+    events: list[dict[str, Any]] = []
+    with server.http().stream("GET", f"/v1/fine_tuning/jobs/{job.id}/events?stream=true") as response:
+        assert response.headers["content-type"].startswith("text/event-stream")
+        status_at_first_step = None
+        for line in response.iter_lines():
+            if line == "data: [DONE]":
+                break
+            if line.startswith("data: "):
+                events.append(json.loads(line.removeprefix("data: ")))
+                if status_at_first_step is None and events[-1]["type"] == "metrics":
+                    status_at_first_step = client.fine_tuning.jobs.retrieve(job.id).status
+    assert status_at_first_step == "running"
+    steps = [event["data"]["step"] for event in events if event["type"] == "metrics"]
+    assert steps == list(range(1, 31)), "each once, in order"
+    wanted = {"total_steps", "train_loss", "loss_plus", "loss_minus", "projected_gradient", "eps", "learning_rate"}
+    last = next(event for event in reversed(events) if event["type"] == "metrics")
+    assert wanted | {"steps_per_second", "kv_cache_usage"} <= set(last["data"])
+    listed = [event.id for event in client.fine_tuning.jobs.list_events(job.id, limit=100)]
+    assert [event["id"] for event in events] == listed[::-1]
+    after = events[-3]["id"]
+    again = server.http().get(f"/v1/fine_tuning/jobs/{job.id}/events?stream=true", headers={"Last-Event-ID": after})
+    assert [line[4:] for line in again.text.splitlines() if line.startswith("id: ")] == listed[1::-1]
+
+
+def test_a_running_job_can_be_used_and_its_newest_state_is_served(client: OpenAI, data: str) -> None:
+    job = create(client, data, hyperparameters={"steps": LONG, "publish_interval": 10, "divergence_factor": None})
+    alias = f"job:{job.id}"
+    deadline = time.monotonic() + 60
+    used: list[str] = []
+    while len(set(used)) < 3:
+        assert time.monotonic() < deadline, "no new state was published"
+        try:
+            used.append(client.completions.create(model=alias, prompt=PROMPT, max_tokens=2).model)
+        except openai.NotFoundError:
+            time.sleep(0.05)
+    assert client.fine_tuning.jobs.retrieve(job.id).status == "running"
+    steps = [int(name.rpartition("-")[2]) for name in used]
+    assert steps == sorted(steps), "it only ever moves forward"
+    cancelled = client.fine_tuning.jobs.cancel(job.id)
+    assert cancelled.status == "cancelled" and cancelled.fine_tuned_model is None
+    last = client.fine_tuning.jobs.checkpoints.list(job.id).data[0]
+    assert answer(client, last.fine_tuned_model_checkpoint)[0], "what it had learnt stays usable"
+    with pytest.raises(openai.ConflictError, match="has ended already"):
+        client.fine_tuning.jobs.cancel(job.id)
+
+
+def test_requests_in_flight_keep_the_state_they_began_with(client: OpenAI, data: str) -> None:
+    """The same request under a name that never changes gives the same answer however much is published meanwhile."""
+    job = create(client, data, hyperparameters={"steps": LONG, "publish_interval": 5, "divergence_factor": None})
+    wait_for(client, job.id, "running", step=6)
+    while not (page := client.fine_tuning.jobs.checkpoints.list(job.id).data):
+        time.sleep(0.05)
+    name = page[-1].fine_tuned_model_checkpoint
+    first = answer(client, name)
+    stream = client.completions.create(model=name, prompt=PROMPT, max_tokens=60, temperature=0, stream=True)
+    text = "".join(chunk.choices[0].text for chunk in stream)
+    assert len(client.fine_tuning.jobs.checkpoints.list(job.id, limit=100).data) > len(page), "published meanwhile"
+    client.fine_tuning.jobs.cancel(job.id)
+    alone = client.completions.create(model=name, prompt=PROMPT, max_tokens=60, temperature=0)
+    assert alone.choices[0].text == text and not differs(answer(client, name), first)
+
+
+# --- several jobs, pausing --------------------------------------------------------------------------------------------
+
+
+def test_a_paused_job_takes_the_steps_of_an_unbroken_one(client: OpenAI, data: str) -> None:
+    options: Any = {"seed": 3, "hyperparameters": {"steps": 120, "publish_interval": 1000}}
+    unbroken = wait_for(client, create(client, data, **options).id, "succeeded")
+    job = create(client, data, **options)
+    wait_for(client, job.id, "running", step=20)
+    assert client.fine_tuning.jobs.pause(job.id).status in ("pausing", "paused")
+    paused = wait_for(client, job.id, "paused")
+    step = paused.model_extra["step"]
+    time.sleep(0.5)
+    assert client.fine_tuning.jobs.retrieve(job.id).model_extra["step"] == step < 120
+    with pytest.raises(openai.ConflictError, match="only a queued or running job can be paused"):
+        client.fine_tuning.jobs.pause(job.id)
+    assert client.fine_tuning.jobs.resume(job.id).status == "queued"
+    resumed = wait_for(client, job.id, "succeeded")
+    assert losses(client, resumed) == losses(client, unbroken)
+    with pytest.raises(openai.ConflictError, match="only a paused job can be resumed"):
+        client.fine_tuning.jobs.resume(job.id)
+
+
+def test_two_jobs_run_together_and_the_third_waits(client: OpenAI, server: Server, data: str) -> None:
+    endless = {"steps": LONG, "divergence_factor": None}
+    jobs = [create(client, data, hyperparameters=endless, metadata={"n": str(n)}) for n in range(3)]
+    for job in jobs[:2]:
+        wait_for(client, job.id, "running", step=5)
+    assert client.fine_tuning.jobs.retrieve(jobs[2].id).status == "queued"
+    wanted = [f'vllm_zo:job_step{{job="{job.id}"}}' for job in jobs[:2]]
+    wanted += ['vllm_zo:slots{state="in_use"} 4.0', 'vllm_zo:tokens_total{use="training"}']
+    deadline = time.monotonic() + 10  # they are asked for once a second
+    while not all(name in (metrics := server.http().get("/metrics").text) for name in wanted):
+        assert time.monotonic() < deadline, [line for line in metrics.splitlines() if "vllm_zo" in line]
+        time.sleep(0.1)
+    assert client.fine_tuning.jobs.pause(jobs[2].id).status == "paused", "a queued job pauses at once"
+    client.fine_tuning.jobs.pause(jobs[0].id)
+    wait_for(client, jobs[0].id, "paused")
+    client.fine_tuning.jobs.resume(jobs[2].id)
+    wait_for(client, jobs[2].id, "running", step=5)  # in the slots of the paused one
+    assert [j.id for j in client.fine_tuning.jobs.list(metadata={"n": "1"})] == [jobs[1].id]
+    assert {client.fine_tuning.jobs.cancel(job.id).status for job in jobs} == {"cancelled"}
+    listed = [job.id for job in client.fine_tuning.jobs.list(limit=2)]
+    assert listed[:3] == [job.id for job in reversed(jobs)] and len(listed) == len(set(listed)) >= 4
+
+
+# --- what OpenAI's own scripts do -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [{"messages": [{"role": "user", "content": "a film ?"}, {"role": "assistant", "content": "great"}]}] * 5,
+        [{"prompt": "a film ?", "completion": " great"}] * 5,
+    ],
+    ids=["chat", "completion"],
+)
+def test_a_supervised_script_runs_unchanged(client: OpenAI, rows: Any) -> None:
+    file = client.files.create(file=("data.jsonl", jsonl(rows)), purpose="fine-tune")
+    job = client.fine_tuning.jobs.create(
+        training_file=file.id,
+        model="tiny",
+        method={"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 4, "batch_size": 2}}},
+    )
+    job = wait_for(client, job.id, "succeeded")
+    assert (job.model_extra or {})["total_steps"] == 12 and job.method and job.method.type == "supervised"
+    assert job.hyperparameters.learning_rate_multiplier == 1.0 and job.fine_tuned_model
+    assert answer(client, job.fine_tuned_model)[0]
+
+
+def test_a_row_that_cannot_be_used_fails_the_job_and_is_named(client: OpenAI) -> None:
+    rows = [{"sentence": "good", "label": 1}, {"sentence": "odd", "label": 7}]
+    file = client.files.create(file=("data.jsonl", jsonl(rows)), purpose="fine-tune")
+    job = create(client, file.id, hyperparameters={"batch_size": 1})
+    while (job := client.fine_tuning.jobs.retrieve(job.id)).status == "validating_files":
+        time.sleep(0.05)
+    assert job.status == "failed" and job.error and job.error.code == "invalid_training_file"
+    assert "row 2" in job.error.message and "7" in job.error.message
+
+
+# --- models -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_model_can_be_downloaded_unloaded_and_deleted(client: OpenAI, server: Server, data: str) -> None:
+    job = wait_for(client, create(client, data, hyperparameters={"steps": 4}).id, "succeeded")
+    assert job.fine_tuned_model is not None
+    archive = server.http().get(f"/v1/fine_tuning/checkpoints/{job.fine_tuned_model}/content")
+    with tarfile.open(fileobj=io.BytesIO(archive.content)) as tar:
+        assert {Path(name).name for name in tar.getnames()} >= {"adapter_config.json", "adapter_model.safetensors"}
+    assert client.fine_tuning.checkpoints.permissions.list(job.fine_tuned_model).data == []
+    with pytest.raises(openai.InternalServerError, match="not shared") as refused:
+        client.fine_tuning.checkpoints.permissions.create(job.fine_tuned_model, project_ids=["p"])
+    assert refused.value.status_code == 501
+
+    assert client.models.retrieve(job.fine_tuned_model).owned_by == "vllm-zo"
+    assert client.models.delete(job.fine_tuned_model).deleted
+    with pytest.raises(openai.NotFoundError):
+        answer(client, job.fine_tuned_model)
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve(job.fine_tuned_model)
+    assert server.http().get(f"/v1/fine_tuning/checkpoints/{job.fine_tuned_model}/content").status_code == 200
+    names = [c.fine_tuned_model_checkpoint for c in client.fine_tuning.jobs.checkpoints.list(job.id)]
+    for name in (*names, job.fine_tuned_model):
+        assert server.http().delete(f"/v1/models/{name}?delete_files=true").json()["deleted"]
+    deadline = time.monotonic() + 10
+    while server.http().get(f"/v1/fine_tuning/checkpoints/{names[-1]}/content").status_code != 404:
+        assert time.monotonic() < deadline
+    with pytest.raises(openai.APIStatusError):
+        client.models.delete("tiny")
+
+
+def test_a_fold_job_has_the_engine_to_itself(client: OpenAI, server: Server, data: str) -> None:
+    fold: Any = {"update_space": "fold", "bases": None, "interval": 5}
+    other = create(client, data, hyperparameters={"steps": LONG, "divergence_factor": None})
+    wait_for(client, other.id, "running", step=1)
+    with pytest.raises(openai.ConflictError, match="needs the engine to itself"):
+        create(client, data, hyperparameters={**fold, "steps": 10})
+    client.fine_tuning.jobs.cancel(other.id)
+    before = answer(client, "tiny")
+    job = create(client, data, hyperparameters={**fold, "steps": 150})
+    wait_for(client, job.id, "running", step=5)
+    for model in ("tiny", "job:any"):
+        with pytest.raises(openai.ConflictError, match="is changing the base weights"):
+            answer(client, model)
+    with pytest.raises(openai.ConflictError, match="let it end, or cancel it"):
+        client.fine_tuning.jobs.pause(job.id)
+    job = wait_for(client, job.id, "succeeded")
+    deadline = time.monotonic() + 20
+    while True:
+        try:
+            after = answer(client, "tiny")
+            break
+        except openai.ConflictError:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+    assert not differs(after, before), "the base is as it was"
+    archive = server.http().get(f"/v1/fine_tuning/checkpoints/{job.fine_tuned_model}/content").content
+    with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
+        assert "model.safetensors" in {Path(name).name for name in tar.getnames()}, "a whole model"
+
+
+# --- security ---------------------------------------------------------------------------------------------------------
+
+
+def test_no_route_of_ours_answers_without_the_key(server: Server, client: OpenAI) -> None:
+    schema = server.http().get("/openapi.json").json()
+    ours = {"files", "fine-tuning", "models", "graders"}
+    checked = 0
+    stranger = OpenAI(base_url=f"{server.url}/v1", api_key="wrong", max_retries=0)
+    for path, methods in schema["paths"].items():
+        for method, operation in methods.items():
+            if ours & set(operation.get("tags", [])):
+                url = path.replace("{", "").replace("}", "")
+                assert stranger._client.request(method, f"{server.url}{url}").status_code == 401, (method, path)
+                checked += 1
+    assert checked >= 22
+    page = stranger._client.get(f"{server.url}/fine-tuning")
+    assert page.status_code == 200 and "ftjob" not in page.text, "the page holds no data"
+
+
+# --- the end of the server --------------------------------------------------------------------------------------------
+
+
+def reference_steps(state_dir: Path, client: OpenAI, data: str, **options: Any) -> tuple[Any, ...]:
+    job = wait_for(client, create(client, data, **options).id, "succeeded")
+    return read_seed_log(state_dir / "jobs" / job.id / "seeds.log").records
+
+
+def test_killed_at_any_moment_it_goes_on_where_it_was(
+    servers: Servers, client: OpenAI, data: str, state_dir: Path
+) -> None:
+    options: Any = {"seed": 11, "hyperparameters": {"steps": 400, "publish_interval": 50, "checkpoint_interval": 60}}
+    done = wait_for(client, create(client, data, hyperparameters={"steps": 4}).id, "succeeded")
+    answered = answer(client, done.fine_tuned_model)
+    unbroken = reference_steps(state_dir, client, data, **options)
+    endless: Any = {"hyperparameters": {"steps": LONG, "divergence_factor": None}}
+    paused = create(client, data, **endless)
+    wait_for(client, paused.id, "running", step=1)
+    client.fine_tuning.jobs.pause(paused.id)
+    wait_for(client, paused.id, "paused")
+    running = create(client, data, **options)
+    beside = create(client, data, **endless)
+    queued = create(client, data, hyperparameters={"steps": 5})
+    wait_for(client, running.id, "running", step=130)
+    known = {job.id: job.status for job in client.fine_tuning.jobs.list(limit=100)}
+    events = [event.id for event in client.fine_tuning.jobs.list_events(running.id, limit=1000)]
+    servers.running().kill()
+
+    client = servers.running().client()
+    now = {job.id: job.status for job in client.fine_tuning.jobs.list(limit=100)}
+    assert set(now) == set(known), "everything is listed"
+    ended = ("succeeded", "failed", "cancelled")
+    assert all(now[job] == status for job, status in known.items() if status in ended)
+    assert now[paused.id] == "paused" and not {now[running.id], now[beside.id], now[queued.id]} & set(ended)
+    assert not differs(answer(client, done.fine_tuned_model), answered), "what was served is served"
+    client.fine_tuning.jobs.cancel(beside.id)
+    finished = wait_for(client, running.id, "succeeded")
+    log = read_seed_log(state_dir / "jobs" / running.id / "seeds.log")
+    assert [r.step for r in log.records] == list(range(400))
+    assert finished.fine_tuned_model is not None
+    adapter = state_dir / "adapters" / running.id / "step-400" / "adapter_model.safetensors"
+    assert load_file(adapter), "exported"
+    told = [event.id for event in client.fine_tuning.jobs.list_events(running.id, limit=1000)]
+    assert told[-len(events) :] == events, "nothing that was told is taken back"
+    steps = [
+        e.data["step"]  # type: ignore[index]
+        for e in client.fine_tuning.jobs.list_events(running.id, limit=1000)
+        if e.type == "metrics"
+    ]
+    assert steps == list(range(400, 0, -1)), "each step is told once"
+    assert any("goes on from step" in e.message for e in client.fine_tuning.jobs.list_events(running.id, limit=1000))
+    wait_for(client, queued.id, "succeeded")
+    # Another job ran beside this one, so that losses may differ by rounding: the first steps by nothing else.
+    for ours, theirs in zip(log.records[:100], unbroken[:100], strict=True):
+        assert ours.coefficients == pytest.approx(theirs.coefficients, rel=1e-2, abs=1e-2)
+    client.fine_tuning.jobs.resume(paused.id)
+    wait_for(client, paused.id, "running", step=3)
+    client.fine_tuning.jobs.cancel(paused.id)
+
+
+def test_a_server_that_is_asked_to_stop_leaves_its_jobs_to_go_on(
+    servers: Servers, client: OpenAI, data: str, state_dir: Path
+) -> None:
+    job = create(client, data, hyperparameters={"steps": LONG, "divergence_factor": None, "publish_interval": 20})
+    wait_for(client, job.id, "running", step=50)
+    servers.running().stop()
+    store = Store(state_dir / "server.db")
+    record = store.find("jobs", job.id)
+    assert record is not None and record["status"] == "running" and record["error"] is None, "not failed"
+    store.close()
+
+
+def test_a_crash_of_the_engine_fails_its_jobs_with_the_reason(servers: Servers, state_dir: Path) -> None:
+    server = servers.running()
+    client = server.client()
+    (job,) = [job for job in client.fine_tuning.jobs.list(limit=100) if job.status in ("queued", "running")]
+    wait_for(client, job.id, "running", step=60)
+    server.engine.kill()
+    deadline = time.monotonic() + 30
+    while server.process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    store = Store(state_dir / "server.db")
+    record = store.find("jobs", job.id)
+    store.close()
+    assert record is not None and record["status"] == "failed", server.tail()
+    assert record["error"]["code"] == "engine_died"
+    assert record["error"]["message"].startswith("The engine process died. Its last checkpoint is ft:tiny:vllm-zo:")

@@ -1,0 +1,135 @@
+"""Half an hour of a server's life: jobs created, paused, cancelled and finished under load, adapters that come and go.
+
+Between rounds the server is idle and is measured: what it holds then must not grow. ZO_SOAK_MINUTES shortens it.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openai
+import psutil
+import pytest
+from openai import OpenAI
+
+from tests.engines import Engines
+from tests.openai_server import FLAGS, Server, create, upload_reviews, wait_for
+
+MINUTES = float(os.environ.get("ZO_SOAK_MINUTES", "30"))
+WARM_UP = 0.3
+"""Share of the rounds in which allocators and caches may still grow."""
+MIB = 1 << 20
+GROWTH_MIB = 24.0
+"""What the whole measured time may add beyond noise: jobs leave their records (steps are on disk), some KB each."""
+JOBS_A_ROUND = 5
+SETTLE_S = 2.0
+
+
+class Load(threading.Thread):
+    """Completions on whatever is served, one after another; an answer that is an error ends the test."""
+
+    def __init__(self, client: OpenAI) -> None:
+        super().__init__(daemon=True)
+        self.client, self.stop, self.answered = client, threading.Event(), 0
+        self.error: Exception | None = None
+
+    def run(self) -> None:
+        rng = random.Random(id(self))
+        while not self.stop.is_set():
+            try:
+                name = rng.choice([model.id for model in self.client.models.list()])
+                self.client.completions.create(model=name, prompt="a warm story", max_tokens=rng.randint(1, 24))
+                self.answered += 1
+            except openai.NotFoundError:
+                pass  # unloaded since it was listed
+            except openai.OpenAIError as error:
+                self.error = error
+                return
+
+
+def one_round(client: OpenAI, server: Server, data: str, rng: random.Random) -> list[str]:
+    """Some jobs with some fate each; returns the statuses they ended with."""
+    jobs = [
+        create(client, data, hyperparameters={"steps": rng.randint(30, 120), "eps": 1e-2}) for _ in range(JOBS_A_ROUND)
+    ]
+    for job in jobs:
+        fate = rng.random()
+        try:
+            if fate < 0.3:
+                client.fine_tuning.jobs.cancel(job.id)
+            elif fate < 0.6:
+                client.fine_tuning.jobs.pause(job.id)
+                wait_for(client, job.id, "paused", "succeeded")
+                client.fine_tuning.jobs.resume(job.id)
+        except openai.ConflictError:
+            pass  # it was not as far yet, or further already
+    ended = [wait_for(client, job.id, "succeeded", "cancelled").status for job in jobs]
+    for model in client.models.list():
+        if model.id.startswith("ft:"):
+            server.http().delete(f"/v1/models/{model.id}?delete_files=true").raise_for_status()
+    return ended
+
+
+def measure(server: Server) -> dict[str, float]:
+    processes = [psutil.Process(server.process.pid), server.engine]
+    metrics = dict(
+        line.rsplit(" ", 1) for line in server.http().get("/metrics").text.splitlines() if not line.startswith("#")
+    )
+    of = {name.partition("{")[0] if "vllm:" in name else name: float(value) for name, value in metrics.items()}
+    return {
+        "MiB": sum(process.memory_info().rss for process in processes) / MIB,
+        "handles": float(sum(process.num_fds() for process in processes)),
+        "slots": of['vllm_zo:slots{state="in_use"}'],
+        "kv": of["vllm:kv_cache_usage_perc"],
+        "models": float(len(server.client().models.list().data)),
+    }
+
+
+@pytest.mark.slow
+def test_a_server_stays_as_it_was(engines: Engines, tmp_path: Path) -> None:
+    server = Server(str(engines.model("opt")), tmp_path / "state", *FLAGS).wait_until_ready()
+    try:
+        found, ended, answered = soak(server)
+    finally:
+        server.kill()
+    print(f"{len(found)} rounds, {len(ended)} jobs, {answered} answers; first {found[0]}, last {found[-1]}")
+    assert {"succeeded", "cancelled"} <= set(ended)
+    assert all(m["slots"] == 0 and m["models"] == 1 for m in found), "slots and adapters are given back"
+    assert all(m["kv"] == 0 for m in found), "and KV blocks"
+    later = found[int(len(found) * WARM_UP) :]
+    assert len(later) >= 3, "too few rounds to judge: give it more minutes"
+    for name, allowed in (("MiB", GROWTH_MIB), ("handles", 4.0)):
+        values = np.array([m[name] for m in later])
+        rounds = np.arange(len(values))
+        slope, start = np.polyfit(rounds, values, 1)
+        noise = float(np.std(values - (slope * rounds + start)))
+        growth = float(slope) * (len(values) - 1)
+        assert growth < allowed + 2 * noise, f"{name} grew by {growth:.1f} (noise {noise:.1f}): {values.tolist()}"
+
+
+def soak(server: Server) -> tuple[list[dict[str, float]], list[str], int]:
+    client, rng = server.client(), random.Random(0)
+    data = upload_reviews(client, 24)
+    end = time.monotonic() + 60 * MINUTES
+    found: list[dict[str, float]] = []
+    ended: list[str] = []
+    answered = 0
+    while time.monotonic() < end:
+        loads: list[Any] = [Load(server.client()) for _ in range(3)]
+        for load in loads:
+            load.start()
+        ended += one_round(client, server, data, rng)
+        for load in loads:
+            load.stop.set()
+            load.join(60)
+            assert load.error is None, load.error
+            answered += load.answered
+        time.sleep(SETTLE_S)
+        found.append(measure(server))
+    return found, ended, answered
