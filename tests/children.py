@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 LONG_JOB: dict[str, Any] = {"steps": 120, "checkpoint_interval": 40}
@@ -144,6 +145,92 @@ def answer_in_stock_vllm(report: Any, *pairs: str) -> None:
         report(answers=scores.of_vllm(llm, model, lora_request=LoRARequest("adapter", 1, adapter)))
         llm.llm_engine.engine_core.shutdown()  # vLLM keeps what its workers share in globals: one engine at a time
     assert not any(name.partition(".")[0] == "vllm_zo" for name in sys.modules), "not a stock vLLM"
+
+
+def train_on_patched_tree(report: Any, model: str, directory: str) -> None:
+    """A job on a vLLM that has the series of `patches/`, started as its user would: without importing vllm_zo."""
+    import vllm
+    from vllm import LLM
+
+    report(vllm=vllm.__file__, clean_start=not any(name.partition(".")[0] == "vllm_zo" for name in sys.modules))
+    llm = LLM(model, max_model_len=128, dtype="float32", block_size=32, zo_training=True)
+
+    from tests.engines import scheduler_of, worker_of
+    from tests.trajectories import train as run_job
+
+    run = run_job(llm, output_dir=directory)
+    report(answer=first_logprob(llm, run.lora_request), replaced=sorted(replaced_in_vllm()))
+    manager = worker_of(llm).model_runner.lora_manager
+    replaced = {
+        "cache_blocks": scheduler_of(llm).kv_cache_manager.coordinator,
+        "_load_adapter": manager,
+        "_apply_adapters": manager,
+        "remove_all_adapters": manager._adapter_manager,
+    }
+    report(replaced_on_objects=[name for name, owner in replaced.items() if name in vars(owner)])
+    report(wrapper=type(next(iter(manager._adapter_manager.punica_wrapper_mapping.values()))).__name__)
+
+
+def first_logprob(llm: Any, adapter: Any) -> float:
+    """One number that moves when any weight does."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(max_tokens=1, temperature=0.0, logprobs=1)
+    (output,) = llm.generate(["the story is dull"], params, use_tqdm=False, lora_request=adapter)
+    return float(next(iter(output.outputs[0].logprobs[0].values())).logprob)
+
+
+class Endpoints:
+    """An endpoint plugin of somebody."""
+
+    name, required_tasks = "other", None
+
+
+def patched_command_line(report: Any, model: str) -> None:
+    """What the flag of a patched vLLM means, and which endpoint plugins it opts into."""
+    from argparse import Namespace
+
+    from fastapi import FastAPI
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.plugins import load_endpoint_plugins
+    from vllm.plugins.endpoint_plugins.interface import attach_endpoint_plugins
+    from vllm.plugins.training import configure_training
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
+    for text in ("", "--zo-training", '--zo-training={"slots": 4}'):
+        report(flag=text, means=parser.parse_args(["--model", model, *([text] if text else [])]).zo_training)
+    args = EngineArgs.from_cli_args(parser.parse_args(["--model", model, '--zo-training={"slots": 4}']))
+    for _ in range(2):  # the second time changes nothing
+        configure_training(args, "zo", args.zo_training)
+    report(max_loras=args.max_loras, enable_lora=args.enable_lora, slots=args.additional_config["zo_training"]["slots"])
+    for allowed in (None, "zo"):
+        os.environ.pop("VLLM_PLUGINS", None)
+        if allowed is not None:
+            os.environ["VLLM_PLUGINS"] = allowed
+        for opted_in in ((), ("other",)):
+            names = [plugin.name for plugin in load_endpoint_plugins(("generate",), opted_in)]
+            report(allowed=allowed, opted_in=bool(opted_in), loaded=names)
+    os.environ.pop("VLLM_PLUGINS")
+    for flag in (False, True):
+        app = FastAPI()
+        app.state.args = Namespace(zo_training=flag)
+        attach_endpoint_plugins(app, ("generate",))
+        report(zo_training=flag, attached=[plugin.name for plugin in app.state.endpoint_plugins])
+
+
+def replaced_in_vllm() -> set[str]:
+    """Targets of run-time patches that were applied in this process, found by their mark on what vLLM has loaded."""
+    found = set()
+    for name, module in list(sys.modules.items()):
+        if name.partition(".")[0] != "vllm":
+            continue
+        owners = [module, *(value for value in vars(module).values() if isinstance(value, type))]
+        for value in [value for owner in owners for value in list(vars(owner).values())]:
+            function = value.__func__ if isinstance(value, classmethod | staticmethod) else value
+            if isinstance(function, FunctionType) and (mark := getattr(function, "_vllm_zo_patch", None)) is not None:
+                found.add(mark)
+    return found
 
 
 def main(name: str, *arguments: str) -> None:

@@ -27,7 +27,7 @@ from tests.trajectories import steps_of
 from vllm_zo.checkpoint.seed_log import read_seed_log
 from vllm_zo.checkpoint.snapshot import TENSOR
 from vllm_zo.config import JobConfig, ZOTrainingConfig
-from vllm_zo.entrypoints import cli, doctor
+from vllm_zo.entrypoints import cli
 from vllm_zo.entrypoints.progress import PLAIN_LINES, ProgressBar
 from vllm_zo.methods import METHODS
 
@@ -257,7 +257,7 @@ def test_a_damaged_log_is_used_as_far_as_it_goes_and_that_is_said(job: Path, tmp
     assert beyond.status == 2 and re.search(rf"upto=6: .* holds 5 intact steps. .*{note}", beyond.error)
 
 
-# --- bench and doctor -------------------------------------------------------------------------------------------------
+# --- bench ------------------------------------------------------------------------------------------------------------
 
 
 def test_bench_hands_its_arguments_and_its_status_through(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -274,16 +274,6 @@ def test_bench_hands_its_arguments_and_its_status_through(capsys: Capture, monke
     monkeypatch.setattr(cli, "BENCHMARK", Path("benchmarks") / "not-shipped.py")
     missing = vllm_zo(capsys, "bench")
     assert missing.status == 2 and "clone the repository" in missing.error
-
-
-def test_doctor_ends_with_1_only_where_something_is_missing(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
-    healthy = vllm_zo(capsys, "doctor")
-    assert healthy.status == 0 and re.search(r"^ok +vllm +vllm\S* 0\.32\.0$", healthy.out, re.M)
-    monkeypatch.setattr(doctor, "EXTENDED", {"vllm.v1.core.sched.scheduler:Scheduler": ("no_such_method",)})
-    ill = vllm_zo(capsys, "doctor", "--json")
-    missing = [check for check in json.loads(ill.out) if check["status"] == "missing"]
-    assert ill.status == 1 and [check["fix"] for check in missing] == [doctor.MOVED]
-    assert "no_such_method" in missing[0]["value"]
 
 
 # --- wandb ------------------------------------------------------------------------------------------------------------

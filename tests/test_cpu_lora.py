@@ -7,6 +7,7 @@ import torch
 from vllm.lora.layers import LoRAMapping
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
+from benchmarks.cpu_lora import patched_wrapper
 from vllm_zo.worker.kernels.cpu_lora import GroupedPunicaWrapper
 
 SLOTS, RANK, IN, OUTS = 4, 8, 48, (32, 16, 16)
@@ -53,8 +54,9 @@ def test_grouped_lora_equals_the_dense_product_and_the_stock_path(dtype: torch.d
     tokens = [lora_id for lora_id, count in batch for _ in range(count)]
     mapping = LoRAMapping(tuple(tokens), tuple(i for i, _ in batch), is_prefill=True)
     grouped, stock = GroupedPunicaWrapper(64, 16, "cpu"), PunicaWrapperCPU(64, 16, "cpu")
+    upstream = patched_wrapper()(64, 16, "cpu")  # patches/0005
     grouped.pool = SharedPair(used=5) if pooled else None
-    for wrapper in (grouped, stock):
+    for wrapper in (grouped, stock, upstream):
         wrapper.update_metadata(mapping, list(IDS), SLOTS + 1, 100)
     a, b = factors(dtype, used=5)
     x = torch.randn(len(tokens), IN).to(dtype)
@@ -68,14 +70,16 @@ def test_grouped_lora_equals_the_dense_product_and_the_stock_path(dtype: torch.d
                 x[t].double() @ a_i[slot, 0].double().T @ b_i[slot, 0].double().T for a_i, b_i in zip(a, b, strict=True)
             ]
             expected[t] += 0.5 * torch.cat(delta)
-    ours, theirs = base.clone(), base.clone()
+    ours, theirs, offered = base.clone(), base.clone(), base.clone()
     grouped.add_lora_linear(ours, x, a, b, 0.5, OUTS)
     stock.add_lora_linear(theirs, x, a, b, 0.5, OUTS)
+    upstream.add_lora_linear(offered, x, a, b, 0.5, OUTS)
 
     # Both round the shrunk row and the sum to `dtype`; entries are ~30, so a few ulp of that.
     tolerance = 60 * torch.finfo(dtype).eps
     assert (ours.double() - expected).abs().max() < tolerance * 4
     assert (ours.double() - expected).abs().max() <= (theirs.double() - expected).abs().max() + tolerance * 2
+    assert (offered.double() - expected).abs().max() <= (theirs.double() - expected).abs().max() + tolerance * 2
 
 
 def test_add_inputs_false_overwrites() -> None:

@@ -121,6 +121,8 @@ def test_members_of_several_kv_blocks_run_with_prefix_caching_on(engines: Engine
 def test_without_our_guard_long_members_crash_the_block_pool(engines: Engines) -> None:
     llm = engines.get(enable_prefix_caching=True)
     coordinator = scheduler_of(llm).kv_cache_manager.coordinator
+    if "cache_blocks" not in vars(coordinator):
+        pytest.skip("this vLLM keeps background requests out of the prefix cache by itself (patches/0004)")
     guard = coordinator.cache_blocks
     coordinator.cache_blocks = type(coordinator).cache_blocks.__get__(coordinator)
     try:
@@ -362,7 +364,7 @@ def test_commands_are_plain_data_that_can_cross_a_process(engines: Engines) -> N
         output = step_with(llm, [])
         commands = getattr(output, COMMANDS_ATTR)
         assert len(pickle.dumps(commands)) < 20_000, "seeds and scalars, not tensors"
-        assert pickle.loads(pickle.dumps(output)).zo_commands.members == commands.members
+        assert getattr(pickle.loads(pickle.dumps(output)), COMMANDS_ATTR).members == commands.members
 
 
 def test_client_calls_reach_the_scheduler_by_name(engines: Engines) -> None:

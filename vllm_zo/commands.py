@@ -1,8 +1,7 @@
 """What the scheduler tells the workers, and what they answer. Plain dataclasses: the leaf both sides import.
 
-Commands ride on the `SchedulerOutput` of the engine step they belong to (attribute `zo_commands`), so that every rank
-sees the same list with the step itself; results ride back on the step's model output (`zo_results`). Seeds and scalars
-travel, never tensors.
+Commands ride on the `SchedulerOutput` of the engine step they belong to, so that every rank sees the same list with the
+step itself; results ride back on the step's model output. Seeds and scalars travel, never tensors.
 """
 
 from __future__ import annotations
@@ -12,8 +11,13 @@ from dataclasses import dataclass, field
 from vllm_zo.methods.base import Method, ModuleShape, ProbePlan
 from vllm_zo.objectives.base import EncodedExample, Objective
 
-COMMANDS_ATTR = "zo_commands"
-RESULTS_ATTR = "zo_results"
+COMMANDS_ATTR = "worker_commands"
+RESULTS_ATTR = "worker_results"
+"""Attributes of vLLM's two messages: fields where `patches/0002` is in, plain attributes where it is not."""
+UTILITY_METHODS = (
+    "zo_start", "zo_status", "zo_stop", "zo_pause", "zo_resume", "zo_stats", "zo_restore_base",
+)  # fmt: skip
+"""Methods of the scheduler that a front end calls by name, as EngineCore utility calls."""
 ADAPTER_SCHEME = "zo://"
 """`lora_path` of a published version: zo://<job_id>/<step>."""
 SLOT_LORA_ID_BASE = 1 << 30

@@ -14,6 +14,8 @@ ZO_TRAINING_ARGS = Patch(
     how="turns zo_training into the engine options it stands for",
     upstream="none yet",
     remove_when="EngineArgs has zo_training",
+    series="0001-zo-training-option.patch",
+    built_in="vllm.engine.arg_utils:EngineArgs.zo_training",
 )
 ASYNC_TRAINING = Patch(
     target="vllm.v1.engine.async_llm:AsyncLLM.*",
@@ -21,6 +23,8 @@ ASYNC_TRAINING = Patch(
     how="gives the class finetune(), evaluate() and restore_base(), to be awaited",
     upstream="none yet",
     remove_when="AsyncLLM has training calls",
+    series="0006-training-calls.patch",
+    built_in="vllm.plugins.training:TrainingMixin",
 )
 
 

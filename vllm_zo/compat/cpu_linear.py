@@ -12,6 +12,7 @@ WIDENED_LINEAR = Patch(
     how="such layers get our product, which widens the weight block by block; all others are left to vLLM",
     upstream="none yet",
     remove_when="vLLM's CPU backend widens 16-bit weights where the CPU cannot multiply them",
+    series="none: a choice of kernel for old CPUs; upstream would want numbers from more of them first",
 )
 
 

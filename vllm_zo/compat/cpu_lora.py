@@ -10,13 +10,27 @@ GROUPED_LORA = Patch(
     how="names our wrapper, a subclass of PunicaWrapperCPU with one GEMM per run of tokens that share an adapter",
     upstream="none yet",
     remove_when="vLLM's CPU backend groups tokens by adapter",
+    series="0005-cpu-grouped-lora.patch",
+    built_in="vllm.lora.punica_wrapper.punica_selector:choose_punica_wrapper",
 )
+
+
+WRAPPER = "vllm_zo.worker.kernels.cpu_lora.GroupedPunicaWrapper"
 
 
 def install() -> None:
     from vllm.platforms.cpu import CpuPlatform
 
     def get_punica_wrapper(cls: type) -> str:
-        return "vllm_zo.worker.kernels.cpu_lora.GroupedPunicaWrapper"
+        return WRAPPER
 
     GROUPED_LORA.apply(CpuPlatform, "get_punica_wrapper", classmethod(get_punica_wrapper))
+
+
+def choose_wrapper() -> None:
+    """For a training worker, before its model is loaded: where vLLM groups tokens by itself the patch has stepped
+    aside, but only our wrapper knows what the slots of a probe share."""
+    if GROUPED_LORA.unneeded():
+        from vllm.lora.punica_wrapper.punica_selector import choose_punica_wrapper
+
+        choose_punica_wrapper(WRAPPER)

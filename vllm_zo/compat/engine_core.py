@@ -7,8 +7,10 @@ import multiprocessing
 import os
 import signal
 import threading
+from collections.abc import Callable
 from typing import Any
 
+from vllm_zo.commands import UTILITY_METHODS
 from vllm_zo.compat.registry import Patch
 from vllm_zo.errors import ConfigError
 
@@ -18,6 +20,8 @@ UTILITIES = Patch(
     how="adds utility methods that delegate to the scheduler; EngineCore utility calls reach any method by name",
     upstream="none yet",
     remove_when="EngineCore has training utility calls",
+    series="0006-training-calls.patch",
+    built_in="vllm.v1.core.sched.interface:SchedulerInterface.utility_methods",
 )
 EXCLUSIVE = Patch(
     target="vllm.v1.engine.core:EngineCore.add_request",
@@ -27,6 +31,8 @@ EXCLUSIVE = Patch(
     "prepared: that is another thread's, and may come before a job whose start is in the queue ahead of it",
     upstream="none",
     remove_when="the scheduler interface has a way to reject a request with a message",
+    series="0004-background-requests.patch",
+    built_in="vllm.v1.engine.core:EngineCoreProc._send_refusal",
 )
 EXCLUSIVE_IN_PROCESS = Patch(
     target="vllm.v1.engine.llm_engine:LLMEngine.add_request",
@@ -35,6 +41,8 @@ EXCLUSIVE_IN_PROCESS = Patch(
     how="asks the in-process scheduler before vLLM registers anything",
     upstream="none",
     remove_when="LLMEngine.add_request unregisters a request that the engine core refused",
+    series="0004-background-requests.patch",
+    built_in="vllm.v1.engine.llm_engine:LLMEngine._add_to_core",
 )
 DRAINING = Patch(
     target="vllm.v1.engine.core:EngineCoreProc._handle_shutdown",
@@ -44,6 +52,8 @@ DRAINING = Patch(
     "before anything is torn down",
     upstream="none",
     remove_when="the scheduler interface is told about shutdown",
+    series="0004-background-requests.patch",
+    built_in="vllm.v1.core.sched.interface:SchedulerInterface.start_shutdown",
 )
 ORPHANED = Patch(
     target="vllm.v1.engine.core:EngineCoreProc.run_busy_loop",
@@ -51,6 +61,8 @@ ORPHANED = Patch(
     how="a thread waits for the end of the parent process, then asks for the same shutdown that the parent would have",
     upstream="none",
     remove_when="an engine process ends with the process that started it",
+    series="0008-engine-ends-with-parent.patch",
+    built_in="vllm.v1.engine.core:EngineCoreProc.end_with_parent",
 )
 
 
@@ -59,29 +71,8 @@ def install() -> None:
     from vllm.v1.engine.core import EngineCore, EngineCoreProc
     from vllm.v1.engine.llm_engine import LLMEngine
 
-    def zo_start(self: Any, job_dir: str) -> dict[str, Any]:
-        return self.scheduler.zo_start(job_dir)
-
-    def zo_status(self: Any, job_id: str, since: int = 0) -> dict[str, Any]:
-        return self.scheduler.zo.table.status(job_id, since)
-
-    def zo_stop(self: Any, job_id: str, cancel: bool) -> None:
-        self.scheduler.zo.finish_early(job_id, cancel=cancel)
-
-    def zo_pause(self: Any, job_id: str) -> None:
-        self.scheduler.zo.table.pause(job_id)
-
-    def zo_resume(self: Any, job_id: str) -> None:
-        self.scheduler.zo.table.resume(job_id)
-
-    def zo_stats(self: Any) -> dict[str, Any]:
-        return self.scheduler.zo_stats()
-
-    def zo_restore_base(self: Any, job_id: str) -> None:
-        self.scheduler.zo_restore_base(job_id)
-
-    for method in (zo_start, zo_status, zo_stop, zo_pause, zo_resume, zo_stats, zo_restore_base):
-        UTILITIES.apply(EngineCore, method.__name__, method, adds=True)
+    for name in UTILITY_METHODS:
+        UTILITIES.apply(EngineCore, name, _call_of_scheduler(name), adds=True)
 
     original_core_add_request = EngineCore.add_request
 
@@ -112,12 +103,12 @@ def install() -> None:
     original_handle_shutdown = EngineCoreProc._handle_shutdown
 
     def _handle_shutdown(self: Any) -> bool:
-        trains = hasattr(self.scheduler, "zo_draining")
+        trains = hasattr(self.scheduler, "start_shutdown")
         if trains and not self.is_running():
-            self.scheduler.zo_draining = True
+            self.scheduler.start_shutdown()
         goes_on: bool = original_handle_shutdown(self)
         if trains and not goes_on:
-            self.scheduler.zo.table.close()
+            self.scheduler.finish_shutdown()
         return goes_on
 
     DRAINING.apply(EngineCoreProc, "_handle_shutdown", _handle_shutdown)
@@ -130,6 +121,13 @@ def install() -> None:
         original_run_busy_loop(self)
 
     ORPHANED.apply(EngineCoreProc, "run_busy_loop", run_busy_loop)
+
+
+def _call_of_scheduler(name: str) -> Callable[..., Any]:
+    def call(self: Any, *args: Any) -> Any:
+        return getattr(self.scheduler, name)(*args)
+
+    return call
 
 
 def _end_with_parent() -> None:

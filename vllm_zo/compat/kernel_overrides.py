@@ -15,10 +15,15 @@ SAFE_VARS = Patch(
     how="gives that module a `vars` that answers {} for such objects",
     upstream="none yet: _rebind_kernels should check isinstance(vars(value), dict)",
     remove_when="the scan skips objects whose __dict__ is not a dictionary",
+    series="0007-kernel-scan.patch",
+    built_in="vllm.triton_utils.dispatcher:_instance_dict",
+    optional=True,  # there is no such scan in 0.30
 )
 
 
 def install() -> None:
+    if SAFE_VARS.unneeded():
+        return
     from vllm.triton_utils import dispatcher
 
     def safe_vars(value: Any) -> dict[str, Any]:

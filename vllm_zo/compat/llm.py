@@ -10,9 +10,20 @@ from vllm_zo.compat.registry import Patch
 ZO_TRAINING = Patch(
     target="vllm.entrypoints.llm:LLM.__init__",
     why="LLM passes unknown keyword arguments to EngineArgs, which rejects zo_training",
-    how="turns zo_training into the engine options it stands for, and gives the class finetune() and evaluate()",
+    how="turns zo_training into the engine options it stands for",
     upstream="none yet",
     remove_when="EngineArgs has zo_training",
+    series="0001-zo-training-option.patch",
+    built_in="vllm.engine.arg_utils:EngineArgs.zo_training",
+)
+TRAINING_CALLS = Patch(
+    target="vllm.entrypoints.llm:LLM.*",
+    why="LLM has no training calls",
+    how="gives the class finetune(), evaluate() and restore_base()",
+    upstream="vllm#3159 (fine-tuning, closed as out of scope)",
+    remove_when="LLM has training calls",
+    series="0006-training-calls.patch",
+    built_in="vllm.plugins.training:TrainingMixin",
 )
 
 
@@ -32,4 +43,4 @@ def install() -> None:
 
     ZO_TRAINING.apply(LLM, "__init__", __init__)
     for name in ("finetune", "evaluate", "restore_base"):
-        ZO_TRAINING.apply(LLM, name, getattr(TrainingMixin, name), adds=True)
+        TRAINING_CALLS.apply(LLM, name, getattr(TrainingMixin, name), adds=True)

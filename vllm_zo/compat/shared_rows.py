@@ -5,6 +5,7 @@ from __future__ import annotations
 from vllm_zo.compat.registry import Patch
 
 _WHY = "members of a probe that begin alike are computed alike again and again, and the last layer runs for every token"
+_SERIES = "none: of use only to requests that a scheduler makes for itself, so 0004 has to be there first"
 _REMOVE = "vLLM shares prefixes inside a batch and prunes the last layer to the rows that are read"
 
 MODEL_FORWARD = Patch(
@@ -13,6 +14,7 @@ MODEL_FORWARD = Patch(
     how="in a step with members, the model gets the distinct rows only; what it returns is expanded again",
     upstream="none yet",
     remove_when=_REMOVE,
+    series=_SERIES,
 )
 ATTENTION = Patch(
     target="vllm.model_executor.layers.attention.attention:Attention.forward",
@@ -20,6 +22,7 @@ ATTENTION = Patch(
     how="inside such a forward, query, key and value are expanded to all rows and the output is cut down again",
     upstream="none yet",
     remove_when=_REMOVE,
+    series=_SERIES,
 )
 LORA_LINEAR = Patch(
     target="vllm.lora.layers.base_linear:BaseLinearLayerWithLoRA.apply",
@@ -27,6 +30,7 @@ LORA_LINEAR = Patch(
     how="inside such a forward and past its last attention, only the needed rows are multiplied",
     upstream="none yet",
     remove_when=_REMOVE,
+    series=_SERIES,
 )
 
 

@@ -9,7 +9,8 @@ prefix-cache keys never see them; the slot's LoRA request is attached to the `Sc
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+import inspect
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_zo import compat
-from vllm_zo.commands import ADAPTER_SCHEME, COMMANDS_ATTR, RESULTS_ATTR, SLOT_LORA_ID_BASE
+from vllm_zo.commands import ADAPTER_SCHEME, COMMANDS_ATTR, RESULTS_ATTR, SLOT_LORA_ID_BASE, UTILITY_METHODS
 from vllm_zo.config import ZOTrainingConfig
 from vllm_zo.engine.admission import Capacity, Demand, capacity_for_training
 from vllm_zo.engine.controller import Controller
@@ -46,6 +47,8 @@ def slot_lora_request(slot: int) -> LoRARequest:
     return LoRARequest(f"zo-slot-{slot}", SLOT_LORA_ID_BASE + slot, f"zo-slot://{slot}")
 
 
+_HAS_BACKGROUND = "background" in inspect.signature(Request.__init__).parameters
+"""Whether this vLLM knows requests that nobody waits for (`patches/0004`), and keeps them out of the prefix cache."""
 _Base: Any = object
 """Stands for Scheduler or AsyncScheduler: the mixin goes in front of either."""
 
@@ -67,7 +70,8 @@ class ZOSchedulerMixin(_Base):
         self._zo_params = SamplingParams(
             max_tokens=1, temperature=0.0, detokenize=False, skip_reading_prefix_cache=True
         )
-        self._keep_members_out_of_prefix_cache()
+        if not _HAS_BACKGROUND:
+            self._keep_members_out_of_prefix_cache()
 
     def _keep_members_out_of_prefix_cache(self) -> None:
         """Members have no block hashes; caching their full blocks would index past them (and poison the cache)."""
@@ -147,6 +151,7 @@ class ZOSchedulerMixin(_Base):
                 pooling_params=None,
                 client_index=MEMBER_CLIENT,
                 priority=MEMBER_PRIORITY,
+                **({"background": True} if _HAS_BACKGROUND else {}),
             )
         self._zo_members[member.req_id] = member
         self.requests[member.req_id] = request
@@ -256,11 +261,22 @@ class ZOSchedulerMixin(_Base):
                 "other requests until it ends. Wait for it, cancel it, or train with update_space='bank'."
             )
 
+    def start_shutdown(self) -> None:
+        """The engine drains: a job would keep it busy for ever, so nothing new starts."""
+        self.zo_draining = True
+
+    def finish_shutdown(self) -> None:
+        """The last step is done, and vLLM has not begun to tear down workers: close the jobs' logs."""
+        self.zo.table.close()
+
     def shutdown(self) -> None:
         self.zo.table.close()
         super().shutdown()
 
     # --- calls from the front end (EngineCore utility calls) ------------------------------------------------------
+
+    def utility_methods(self) -> dict[str, Callable[..., Any]]:
+        return {name: getattr(self, name) for name in UTILITY_METHODS}
 
     def zo_start(self, job_dir: str) -> dict[str, Any]:
         """Start the job that the front end wrote to `job_dir`; returns its summary."""
@@ -273,6 +289,18 @@ class ZOSchedulerMixin(_Base):
             )
         self.zo.start_job(job, recorder, start)
         return job.summary()
+
+    def zo_status(self, job_id: str, since: int = 0) -> dict[str, Any]:
+        return self.zo.table.status(job_id, since)
+
+    def zo_stop(self, job_id: str, cancel: bool) -> None:
+        self.zo.finish_early(job_id, cancel=cancel)
+
+    def zo_pause(self, job_id: str) -> None:
+        self.zo.table.pause(job_id)
+
+    def zo_resume(self, job_id: str) -> None:
+        self.zo.table.resume(job_id)
 
     def zo_stats(self) -> dict[str, Any]:
         """What `JobTable.stats` knows, and tokens scheduled since the engine started."""

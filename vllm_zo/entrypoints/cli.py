@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 import vllm_zo
+from vllm_zo.config import ZOTrainingConfig
 from vllm_zo.entrypoints.cli_train import train
 from vllm_zo.errors import ConfigError, ZOError
 
@@ -115,10 +116,18 @@ def serve(context: typer.Context) -> None:
 @app.command()
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="For programs: a list of checks.")] = False,
+    model: Annotated[str | None, typer.Option(help="Also say what training reserves for this model.")] = None,
+    slots: Annotated[int, typer.Option(help="Adapter slots of a running job.")] = ZOTrainingConfig.slots,
+    slot_rank: Annotated[int, typer.Option(help="Rank of a slot.")] = ZOTrainingConfig.slot_rank,
+    concurrent_jobs: Annotated[int, typer.Option(help="Jobs that run together.")] = ZOTrainingConfig.concurrent_jobs,
+    dtype: Annotated[str, typer.Option(help="As for train.")] = "auto",
 ) -> None:
     """Say whether this machine and the installed vLLM can train; exit status 1 when something is missing."""
+    from vllm_zo.entrypoints import doctor as examination
     from vllm_zo.entrypoints.doctor import MISSING, as_text, examine, to_json
 
-    checks = examine()
+    zo = ZOTrainingConfig(slots=slots, slot_rank=slot_rank, concurrent_jobs=concurrent_jobs)
+    memory = [] if model is None else list(examination.slots(model, zo, dtype))
+    checks = [*examine(), *memory]
     print(to_json(checks) if as_json else as_text(checks))
     raise typer.Exit(any(check.status == MISSING for check in checks))

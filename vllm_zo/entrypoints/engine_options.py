@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from vllm_zo.compat.seams import check_vllm
 from vllm_zo.config import ZOTrainingConfig
 from vllm_zo.errors import ConfigError
 
@@ -40,6 +41,7 @@ def engine_options(
     zo = ZOTrainingConfig.from_user(zo_training)
     if zo is None:
         return dict(options)
+    check_vllm()
     _refuse(options)
     from vllm.platforms import current_platform
 

@@ -58,6 +58,9 @@ class SlotPool:
     def _reserve(self) -> None:
         manager, worker_manager = self.manager, self.worker_manager
         ids = [SLOT_LORA_ID_BASE + slot for slot in range(self.num_slots)]
+        if hasattr(manager, "reserve_slots"):  # `patches/0003`
+            manager.reserve_slots(ids, self)
+            return
         config = copy.copy(manager.lora_config)
         config.max_loras = self.first
         config.max_cpu_loras = max(manager.lora_config.max_cpu_loras - self.num_slots, self.first)

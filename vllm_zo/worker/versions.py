@@ -106,13 +106,22 @@ class VersionStore:
 
 def serve_versions(lora_manager: Any, store: VersionStore) -> None:
     """Adapters whose path is `zo://<job>/<version>` come from `store`; anything else goes vLLM's own way."""
+
+    def version(request: LoRARequest) -> LoRAModel:
+        return store.adapter(request.lora_path).clone(request.lora_int_id)
+
+    def refuse(request: LoRARequest) -> LoRAModel:
+        raise SlotError(f"{request.lora_path}: ZO slots are materialised by the engine and cannot be loaded")
+
+    sources = {ADAPTER_SCHEME.removesuffix("://"): version, "zo-slot": refuse}
+    if hasattr(lora_manager, "register_adapter_source"):  # `patches/0003`
+        for scheme, source in sources.items():
+            lora_manager.register_adapter_source(scheme, source)
+        return
     load = lora_manager._load_adapter
 
     def _load_adapter(request: LoRARequest) -> LoRAModel:
-        if not request.lora_path.startswith("zo"):
-            return load(request)
-        if not request.lora_path.startswith(ADAPTER_SCHEME):
-            raise SlotError(f"{request.lora_path}: ZO slots are materialised by the engine and cannot be loaded")
-        return store.adapter(request.lora_path).clone(request.lora_int_id)
+        scheme, separator, _ = request.lora_path.partition("://")
+        return sources.get(scheme, load)(request) if separator else load(request)
 
     lora_manager._load_adapter = _load_adapter

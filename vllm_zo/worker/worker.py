@@ -25,6 +25,7 @@ from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_zo import compat
 from vllm_zo.commands import COMMANDS_ATTR, RESULTS_ATTR, ScoreMember, ZOCommands, ZOResults
+from vllm_zo.compat import cpu_lora
 from vllm_zo.config import ZOTrainingConfig
 from vllm_zo.worker.kernels.shared_rows import SharedRows
 from vllm_zo.worker.scoring import Head
@@ -206,6 +207,10 @@ class ZOWorkerMixin(_Base):
 
 class ZOCPUWorker(ZOWorkerMixin, CPUWorker):
     """On CPU."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        cpu_lora.choose_wrapper()
+        super().__init__(*args, **kwargs)
 
 
 class ZOGPUWorker(ZOWorkerMixin, Worker):

@@ -1,0 +1,139 @@
+"""The run-time patches as a set: recorded, matched by the series in `patches/`, refused where they would collide."""
+
+from __future__ import annotations
+
+import re
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vllm_zo import compat
+from vllm_zo.compat.registry import Patch, PatchConflictError, exists, patches_in
+
+PATCHES = Path(__file__).parents[1] / "patches"
+RECORDED = list(patches_in(compat))
+
+
+def named_patches() -> list[tuple[str, str, Patch]]:
+    """(file, constant, patch) of all of them, read from the source: that is how the table names them."""
+    found = []
+    for path in sorted(Path(compat.__path__[0]).glob("*.py")):
+        for constant in re.findall(r"^([A-Z_]+) = Patch\(", path.read_text(), re.M):
+            patch = getattr(__import__(f"vllm_zo.compat.{path.stem}", fromlist=["_"]), constant)
+            found.append((f"compat/{path.name}", constant, patch))
+    return found
+
+
+@pytest.mark.parametrize(
+    "file, constant, patch", named_patches(), ids=lambda value: value if type(value) is str else ""
+)
+def test_every_run_time_patch_has_its_counterpart_or_says_why_not(file: str, constant: str, patch: Patch) -> None:
+    with_series, without = (PATCHES / "README.md").read_text().split("## Run-time patches without a counterpart")
+    if patch.series.startswith("none: "):
+        assert patch.built_in is None
+        rows = [row for row in without.splitlines() if f"`{file}`" in row]
+        assert any(constant in row for row in rows), "missing in the table of those without a counterpart"
+        return
+    source = (PATCHES / patch.series).read_text()
+    rows = [row for row in with_series.splitlines() if f"({patch.series})" in row]
+    assert len(rows) == 1 and re.search(rf"`{file}`[^`|]*\b{constant}\b", rows[0]), "the table names another patch"
+    assert re.search(rf"{Path(file).name} [^.]*\b{constant}\b", source), "the header of the patch does not name it"
+    assert patch.built_in is not None
+    added = "\n".join(line[1:] for line in source.splitlines() if re.match(r"\+(?!\+\+)", line))
+    feature = patch.built_in.rpartition(".")[2].rpartition(":")[2]
+    assert re.search(rf"\b{feature}\b", added), f"{patch.series} does not add {feature}, so it would never be noticed"
+    assert not exists(patch.built_in), "the installed release has it: delete the run-time patch"
+
+
+def test_the_series_is_numbered_without_gaps_and_every_header_is_complete() -> None:
+    files = sorted(PATCHES.glob("*.patch"))
+    assert [f.name[:4] for f in files] == [f"{n:04}" for n in range(1, len(files) + 1)]
+    for number, file in enumerate(files, 1):
+        header, _, diff = file.read_text().partition("\n---\n")
+        assert header.startswith(f"Subject: [PATCH {number}/{len(files)}] ")
+        for part in ("Against", "What", "Why", "How it was tested", "Upstream", "Makes unnecessary in vllm_zo"):
+            assert re.search(rf"^{part}:\s*\S", header, re.M), f"{file.name} has no {part!r}"
+        assert "diff --git a/vllm/" in diff
+
+
+def patch_of(target: str, **fields: Any) -> Patch:
+    return Patch(target=target, why="w", how="h", upstream="u", remove_when="r", series="none: a test", **fields)
+
+
+def vllm_class(**methods: Any) -> type:
+    """A class whose methods look as if they were written in vLLM."""
+    made = {}
+    for name, function in methods.items():
+        namespace = {**function.__globals__, "__name__": "vllm.somewhere"}
+        made[name] = types.FunctionType(function.__code__, namespace, name)
+    return type("Engine", (), made)
+
+
+def test_a_patch_is_applied_once_however_often_it_is_asked_for() -> None:
+    owner = vllm_class(step=lambda self: "vllm")
+    patch = patch_of("vllm.somewhere:Engine.step")
+    calls = []
+
+    def wrap() -> Any:
+        original = owner.step
+
+        def step(self: Any) -> str:
+            calls.append(1)
+            return original(self) + "+zo"
+
+        return step
+
+    patch.apply(owner, "step", wrap())
+    patch.apply(owner, "step", wrap())
+    assert owner().step() == "vllm+zo" and calls == [1]
+
+
+def test_two_patches_of_ours_do_not_replace_the_same_attribute() -> None:
+    owner = vllm_class(step=lambda self: None)
+    patch_of("vllm.somewhere:Engine.step").apply(owner, "step", lambda self: None)
+    with pytest.raises(PatchConflictError, match="vllm_zo itself has replaced Engine.step already"):
+        patch_of("another").apply(owner, "step", lambda self: None)
+
+
+@pytest.mark.parametrize("module", ["vllm_ascend.patch", "somebody.plugin"])
+def test_what_another_plugin_has_replaced_is_refused_with_who_and_what_to_do(module: str) -> None:
+    owner = vllm_class(step=lambda self: None)
+    theirs = types.FunctionType((lambda self: None).__code__, {"__name__": module}, "step")
+    theirs.__module__ = "vllm.somewhere"  # as functools.wraps leaves it
+    owner.step = theirs  # type: ignore[attr-defined]
+    with pytest.raises(PatchConflictError, match=rf"{module} has replaced Engine.step.*VLLM_PLUGINS"):
+        patch_of("vllm.somewhere:Engine.step").apply(owner, "step", lambda self: None)
+    assert owner.step is theirs  # type: ignore[attr-defined]
+
+
+def test_an_attribute_that_is_not_where_it_should_be_is_refused() -> None:
+    with pytest.raises(PatchConflictError, match="not found in the installed vLLM; run `vllm-zo doctor`"):
+        patch_of("vllm.somewhere:Engine.gone").apply(vllm_class(), "gone", lambda self: None)
+    owner = vllm_class(finetune=lambda self: None)
+    with pytest.raises(PatchConflictError, match="Engine.finetune exists already"):
+        patch_of("vllm.somewhere:Engine.*").apply(owner, "finetune", lambda self: None, adds=True)
+
+
+def test_a_patch_steps_aside_where_vllm_has_the_feature() -> None:
+    owner = vllm_class(step=lambda self: "vllm")
+    patch = patch_of("vllm.somewhere:Engine.step", built_in="vllm.v1.core.sched.interface:SchedulerInterface.schedule")
+    patch.apply(owner, "step", lambda self: "zo")
+    assert patch.unneeded() and owner().step() == "vllm"
+
+
+def test_every_patch_in_this_process_is_marked_as_ours() -> None:
+    """After an engine was made, nothing of ours is in vLLM that is not recorded, and what is recorded is there."""
+    compat.install()
+    from vllm.v1.engine.core import EngineCore, EngineCoreProc
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    marked = {
+        getattr(getattr(value, "__func__", value), "_vllm_zo_patch", None)
+        for owner in (EngineCore, EngineCoreProc, LLMEngine)
+        for value in vars(owner).values()
+    } - {None}
+    assert marked == {
+        p.target for p in RECORDED if p.target.startswith("vllm.v1.engine.") and "async_llm" not in p.target
+    }

@@ -1,0 +1,107 @@
+"""The series in `patches/` on a copy of the installed vLLM: it applies, jobs run on it, run-time patches step aside.
+
+The copy holds the Python files; compiled libraries and data are links. Child processes find it before the original.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import vllm
+
+from tests.children import Child, first_logprob
+from tests.engines import Engines
+from tests.trajectories import steps_of, train
+from vllm_zo import compat
+from vllm_zo.compat.registry import patches_in
+
+ROOT = Path(__file__).parents[1]
+SERIES = sorted((ROOT / "patches").glob("*.patch"))
+ENGINE_TESTS = ("tests/test_seams.py", "tests/test_serving.py", "tests/test_multiprocess.py")
+
+
+def copy_of_vllm(directory: Path) -> Path:
+    """`directory/vllm`, a package of its own with the installed one's libraries."""
+    source = Path(vllm.__file__).parent
+
+    def copy(file: str, to: str) -> None:
+        if file.endswith(".py"):
+            shutil.copyfile(file, to)
+        else:
+            os.symlink(file, to)
+
+    shutil.copytree(source, directory / "vllm", copy_function=copy, ignore=shutil.ignore_patterns("__pycache__"))
+    return directory
+
+
+def apply(patch: Path, tree: Path) -> None:
+    environment = {**os.environ, "GIT_CEILING_DIRECTORIES": str(tree)}  # a repository around it is none of its business
+    subprocess.run(["git", "apply", "--whitespace=error", str(patch)], cwd=tree, check=True, env=environment)
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    tree = copy_of_vllm(tmp_path_factory.mktemp("patched"))
+    for patch in SERIES:
+        apply(patch, tree)
+    return tree
+
+
+def environment(tree: Path) -> dict[str, str]:
+    return {"PYTHONPATH": f"{tree}{os.pathsep}{ROOT}"}
+
+
+def test_a_job_on_the_patched_tree_is_the_same_job_without_the_run_time_patches(
+    engines: Engines, tree: Path, tmp_path: Path
+) -> None:
+    directory = tmp_path / "run"
+    child = Child("train_on_patched_tree", str(engines.model("opt")), str(directory), **environment(tree))
+    report: dict[str, Any] = {}
+    for part in child.finish():
+        report |= part
+    assert report["vllm"] == str(tree / "vllm" / "__init__.py")
+    assert report["clean_start"], "vllm_zo was imported before LLM(zo_training=True)"
+    here = train(engines.get(), output_dir=str(tmp_path / "here"))
+    assert steps_of(directory) == steps_of(Path(here.directory)), "the same steps, bit for bit"
+    assert report["answer"] == pytest.approx(first_logprob(engines.get(), here.lora_request), abs=1e-6)
+    assert set(report["replaced"]) == {p.target for p in patches_in(compat) if p.built_in is None}
+    assert report["replaced_on_objects"] == [] and report["wrapper"] == "GroupedPunicaWrapper"
+
+
+def test_the_flag_and_the_endpoint_plugins_it_opts_into(engines: Engines, tree: Path, tmp_path: Path) -> None:
+    package = tmp_path / "other-1.0.dist-info"
+    package.mkdir()
+    (package / "METADATA").write_text("Name: other\nVersion: 1.0\n")
+    (package / "entry_points.txt").write_text("[vllm.endpoint_plugins]\nother = tests.children:Endpoints\n")
+    path = os.pathsep.join([environment(tree)["PYTHONPATH"], str(tmp_path)])
+    reports = Child("patched_command_line", str(engines.model("opt")), PYTHONPATH=path).finish()
+    meanings = {r["flag"]: r["means"] for r in reports if "flag" in r}
+    assert meanings == {"": False, "--zo-training": True, '--zo-training={"slots": 4}': {"slots": 4}}
+    assert [r for r in reports if "max_loras" in r] == [{"max_loras": 1 + 4, "enable_lora": True, "slots": 4}]
+    loaded = {(r["allowed"], r["opted_in"]): r["loaded"] for r in reports if "loaded" in r}
+    assert loaded == {(None, False): [], (None, True): ["other"], ("zo", False): [], ("zo", True): []}
+    assert {r["zo_training"]: r["attached"] for r in reports if "attached" in r} == {False: [], True: ["zo_server"]}
+
+
+def test_each_patch_stands_on_the_ones_before_it(tmp_path: Path) -> None:
+    """One by one, as they would be merged: each applies and leaves files that Python can read."""
+    tree = copy_of_vllm(tmp_path)
+    for patch in SERIES:
+        apply(patch, tree)
+        touched = [line[6:] for line in patch.read_text().splitlines() if line.startswith("+++ b/")]
+        for file in touched:
+            compile((tree / file).read_text(), file, "exec")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", ENGINE_TESTS)
+def test_the_engine_tests_pass_on_the_patched_tree(tree: Path, path: str) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", path]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, **environment(tree)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
