@@ -110,9 +110,14 @@ class JobResult:
         return _scores(record)
 
     @property
+    def published(self) -> list[int]:
+        """Steps whose state the engine can serve, oldest first; as of the last `poll`."""
+        return list(self._summary.get("published") or [])
+
+    @property
     def version(self) -> int:
         """Step of the state that is given back: the best evaluation's, or the newest published one."""
-        published = self._summary.get("published") or []
+        published = self.published
         if not published:
             raise ConfigError(
                 f"job {self.job_id} has published no state yet (it does at every evaluation and at the end)."

@@ -1,0 +1,52 @@
+"""Every example runs as it is printed, with fewer steps. The quickest here; the others with `make test-slow`."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+RUNS = {  # script -> (argument: steps or requests, what it must print)
+    "finetune.py": (
+        6,
+        r"accuracy 0\.\d+ -> 0\.\d+\n.*told \. It was .+\n.*nobody came \. It was .+\nlog and snapshots",
+    ),
+    "custom_method.py": (6, r"\d+ of 6 steps were clipped\naccuracy 0\.\d+ -> 0\.\d+"),
+    "many_directions.py": (4, r"1 directions: \d+ ms a step.*\n4 directions: \d+ ms a step"),
+    "resume_and_replay.py": (
+        6,
+        r"equals the unbroken one.*\n(.*\n)*step 6: equals .*, which the job wrote, bit for bit",
+    ),
+    "export.py": (4, r"logits moved by up to [\d.]+; adapter and merged model differ by up to \d\.\de-0[3-9]"),
+    "training_under_load.py": (3, r"meanwhile \d+ training steps.*\nits newest version: median \d+ ms"),
+}
+QUICKEST = "export.py"
+OTHERS = {"demo.py", "pretrain_demo_model.py"}
+"""Tested elsewhere (`make demo`), or not meant to be run again."""
+
+
+def example(name: str) -> object:
+    return pytest.param(name, marks=() if name == QUICKEST else pytest.mark.slow)
+
+
+@pytest.mark.parametrize("name", [example(name) for name in RUNS])
+def test_an_example_runs_as_printed(name: str, tmp_path: Path) -> None:
+    argument, printed = RUNS[name]
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)  # the tests' own choice; an example makes its own
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / name), str(argument)],
+        cwd=EXAMPLES.parent, env=environment, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-5000:]
+    assert re.search(printed, done.stdout), done.stdout[-3000:]
+
+
+def test_every_example_of_this_list_is_there_and_says_how_to_run_it() -> None:
+    for name in RUNS:
+        assert f"python examples/{name}" in (EXAMPLES / name).read_text().split('"""')[1]
