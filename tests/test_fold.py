@@ -88,6 +88,8 @@ def test_folding_in_chunks_changes_nothing(monkeypatch: pytest.MonkeyPatch, dtyp
     monkeypatch.setitem(fold._CHUNK_ELEMENTS, "cpu", elements)
     assert torch.equal(fold_into(weight, u, v, 5, "m"), expected)
     assert torch.equal(weight, before)
+    assert fold_into(weight, u, v, 5, "m", out=weight) is weight
+    assert torch.equal(weight, expected)
 
 
 def test_float32_folds_by_plain_addition() -> None:
@@ -95,7 +97,10 @@ def test_float32_folds_by_plain_addition() -> None:
     weight, u, v = (torch.randn(shape, generator=generator) for shape in ((30, 20), (30, 2), (20, 2)))
     reference = weight.double() + u.double() @ v.double().T
     # three float32 roundings of numbers below 16
-    torch.testing.assert_close(fold_into(weight, u, v, 0, "m").double(), reference, rtol=0, atol=3e-6)
+    folded = fold_into(weight, u, v, 0, "m")
+    torch.testing.assert_close(folded.double(), reference, rtol=0, atol=3e-6)
+    assert torch.equal(fold_into(weight, u, v, 0, "m", out=weight), folded)
+    assert torch.equal(weight, folded)
 
 
 @pytest.mark.parametrize("dtype", HALVES)

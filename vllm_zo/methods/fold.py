@@ -18,17 +18,21 @@ _CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}
 float32 copy of a large matrix. Smaller chunks cost more in calls, larger ones gain nothing."""
 
 
-def fold_into(weight_OI: Tensor, u_OR: Tensor, v_IR: Tensor, key: int, module: str) -> Tensor:
+def fold_into(
+    weight_OI: Tensor, u_OR: Tensor, v_IR: Tensor, key: int, module: str, out: Tensor | None = None
+) -> Tensor:
     """`weight + u v^T` in the weight's dtype: addition in float32, then seeded stochastic rounding.
 
     Args:
         weight_OI: (O, I) float32, bfloat16 or float16; the *whole* module (rounding noise counts its elements from 0).
         u_OR, v_IR: float32 factors.
         key: 64-bit key of this fold; equal keys, equal rounding.
+        out: where the result goes; may be the weight itself.
     """
     if weight_OI.dtype == torch.float32:
-        return torch.addmm(weight_OI, u_OR, v_IR.T)
-    out = torch.empty(weight_OI.shape, dtype=weight_OI.dtype, device=weight_OI.device)
+        return torch.addmm(weight_OI, u_OR, v_IR.T, out=out)
+    if out is None:
+        out = torch.empty_like(weight_OI)
     outs, ins = weight_OI.shape
     rows = max(1, _CHUNK_ELEMENTS.get(weight_OI.device.type, 1 << 24) // max(1, ins))
     for first in range(0, outs, rows):

@@ -1,4 +1,4 @@
-"""The one seam through which base weights are read and written: `read`, `write`, `restore`, per platform.
+"""The one seam through which base weights are read and written: `read`, `edit`, `restore`, per platform.
 
 On CPU the weight vLLM multiplies with may be a prepacked copy, and writing `layer.weight` then changes nothing at all
 (the attribute is an empty tensor). Which packer a layer got is decided at load by
@@ -7,6 +7,8 @@ On CPU the weight vLLM multiplies with may be a prepacked copy, and writing `lay
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.platforms import current_platform
 
 from vllm_zo.errors import ConfigError
+from vllm_zo.worker.kernels.cpu_linear import plain_linear
 
 
 def check_writable(layer: Any, name: str) -> None:
@@ -28,10 +31,11 @@ def check_writable(layer: Any, name: str) -> None:
 
 
 class BaseWeights:
-    """Reads and writes the base weights of linear layers; keeps the originals of what it wrote, on the host.
+    """Reads and changes the base weights of linear layers; keeps the originals of what it changed, on the host.
 
-    From its first write until `restore`, a layer that vLLM packs keeps its plain weight beside the packed one: to read
-    one back by multiplication takes longer than a training step. So a fold job on CPU holds three copies of a weight.
+    From its first `edit` until `restore`, a layer that vLLM packs keeps its plain weight: to read one back by
+    multiplication takes longer than a training step. In float32 it multiplies with that one, in 16 bits it is packed
+    again after each `edit`.
 
     A layer here is vLLM's (possibly packed) `LinearBase`; its weight is (all slices' outputs, inputs) of this rank.
     """
@@ -45,26 +49,35 @@ class BaseWeights:
             return layer.weight.detach().clone()
         return _unpack(layer)
 
-    def write(self, layer: Any, weight_OI: Tensor) -> None:
-        """Replace the weight. The original is kept on the first write, for `restore`."""
+    @contextmanager
+    def edit(self, layer: Any) -> Iterator[Tensor]:
+        """The (O, I) weight, to be changed in place; the layer multiplies with the result after the block.
+
+        The original is kept the first time, for `restore`.
+        """
         if id(layer) not in self._originals:
-            self._originals[id(layer)] = (layer, self.read(layer).cpu())
-        _store(layer, weight_OI, keep_plain=True)
+            original = self.read(layer)
+            self._originals[id(layer)] = (layer, original.cpu())
+            if not layer.weight.numel():
+                layer.weight = torch.nn.Parameter(original.clone(), requires_grad=False)
+        yield layer.weight.data
+        if current_platform.is_cpu() and _is_packed(layer):
+            if layer.weight.dtype == torch.float32:
+                layer.cpu_linear = plain_linear
+            else:
+                utils.dispatch_cpu_unquantized_gemm(layer, remove_weight=False)
 
     def restore(self) -> int:
-        """Bring every original back; returns how many layers were written."""
+        """Bring every original back; returns how many layers were changed."""
         for layer, original in self._originals.values():
-            _store(layer, original, keep_plain=False)
+            if current_platform.is_cpu():  # vLLM chooses the packer again, as at load
+                layer.weight = torch.nn.Parameter(original, requires_grad=False)
+                utils.dispatch_cpu_unquantized_gemm(layer, remove_weight=True)
+            else:
+                layer.weight.data.copy_(original)
         count = len(self._originals)
         self._originals.clear()
         return count
-
-
-def _store(layer: Any, weight_OI: Tensor, keep_plain: bool) -> None:
-    if not current_platform.is_cpu() or not _is_packed(layer):
-        layer.weight.data.copy_(weight_OI)
-    else:
-        _pack(layer, weight_OI, keep_plain)
 
 
 def _is_packed(layer: Any) -> bool:
@@ -84,9 +97,3 @@ def _unpack(layer: Any) -> Tensor:
     dtype = layer.weight.dtype
     eye = torch.eye(width, dtype=dtype)
     return layer.cpu_linear(eye, None, None).T.contiguous()
-
-
-def _pack(layer: Any, weight_OI: Tensor, keep_plain: bool) -> None:
-    """Let vLLM choose the packer again, as at load. The AMX packer moved the bias to float32; that is kept."""
-    layer.weight = torch.nn.Parameter(weight_OI.to(layer.weight.dtype), requires_grad=False)
-    utils.dispatch_cpu_unquantized_gemm(layer, remove_weight=not keep_plain)

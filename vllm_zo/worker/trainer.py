@@ -8,6 +8,7 @@ after(commands)     close groups: losses -> coefficients -> update; publish, sna
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -224,21 +225,15 @@ class Trainer:
             self._fold_factors(job, *taken, command.key)
 
     def _fold_factors(self, job: JobState, basis: int, acc: Tensor, key: int) -> None:
-        """`W += U_acc V^T`, module by module in unfused coordinates, then packed layers are written back once."""
-        state = job.state
-        u_parts, v_parts = state.factors(basis, acc)
-        layers: dict[int, tuple[Any, Tensor]] = {}
-        for target, u_OR, v_IR in zip(job.targets, u_parts, v_parts, strict=True):
-            layer = target.module.base_layer
-            if id(layer) not in layers:
-                layers[id(layer)] = layer, self.base.read(layer)
-            weight = layers[id(layer)][1]
-            rows = _slice_rows(target, weight)
-            weight[rows] = fold_into(
-                weight[rows], u_OR[target.out_slice], v_IR[target.in_slice], key, target.shape.name
-            )
-        for layer, weight in layers.values():
-            self.base.write(layer, weight)
+        """`W += U_acc V^T` in place, layer by layer; a packed layer holds several modules."""
+        parts = zip(job.targets, *job.state.factors(basis, acc), strict=True)
+        for _, of_layer in itertools.groupby(parts, key=lambda part: id(part[0].module)):
+            modules = list(of_layer)
+            with self.base.edit(modules[0][0].module.base_layer) as weight:
+                for target, u_OR, v_IR in modules:
+                    rows = weight[_slice_rows(target, weight)]
+                    u, v = u_OR[target.out_slice], v_IR[target.in_slice]
+                    fold_into(rows, u, v, key, target.shape.name, out=rows)
 
     @execute.register
     def _publish(self, command: Publish) -> None:

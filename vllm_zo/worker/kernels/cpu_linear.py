@@ -30,6 +30,11 @@ def is_emulated(dtype: torch.dtype) -> bool:
     return dtype in _NATIVE and not any(capabilities.get(name, False) for name in _NATIVE[dtype])
 
 
+def plain_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`x W^T + bias` with the weight as it is, not packed: a weight that changes every few steps is not worth it."""
+    return F.linear(x, weight, bias)
+
+
 def widened_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`x W^T + bias` in float32, rounded once to x's dtype. x: (..., I), weight: (O, I), bias: (O,) -> (..., O)."""
     tokens = x.numel() // x.shape[-1]
