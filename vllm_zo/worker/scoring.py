@@ -143,24 +143,33 @@ def score_members(head: Head, hidden: Tensor, members: Sequence[tuple[ScoreMembe
 
 def _scores(head: Head, hidden: Tensor, kind: str, index: list[int], labels: list[int]) -> Tensor:
     """Flat: the label's score per entry; for kind "logprobs" followed by the likeliest token's."""
-    rows = torch.tensor(index, device=hidden.device)
-    ids = torch.tensor(labels, device=hidden.device)
+    device = hidden.device
     if kind == "logprobs":
-        return head.log_probs(hidden[rows], ids).flatten()
-    unique_rows, row_of = rows.unique(return_inverse=True)
-    unique_ids, id_of = ids.unique(return_inverse=True)
-    return head.label_logits(hidden[unique_rows], unique_ids)[row_of, id_of]
+        return head.log_probs(hidden[_upload(index, device)], _upload(labels, device)).flatten()
+    rows, row_of = _distinct(index)
+    ids, id_of = _distinct(labels)
+    logits_TL = head.label_logits(hidden[_upload(rows, device)], _upload(ids, device))
+    wanted = [row * len(ids) + column for row, column in zip(row_of, id_of, strict=True)]
+    return logits_TL.view(-1)[_upload(wanted, device)]
+
+
+def _distinct(values: list[int]) -> tuple[list[int], list[int]]:
+    """The distinct values in order of first appearance, and for each entry which of them it is."""
+    place: dict[int, int] = {}
+    return [*dict.fromkeys(values)], [place.setdefault(value, len(place)) for value in values]
+
+
+def _upload(values: list[int], device: torch.device) -> Tensor:
+    """int64 on the device; the host does not wait for the copy (from pageable memory it would)."""
+    return torch.tensor(values, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
 
 def _write(values: Tensor, cells: list[tuple[LossTable, int, int]]) -> None:
-    by_table: dict[int, tuple[LossTable, list[int], list[int], list[int]]] = {}
+    by_table: dict[int, tuple[LossTable, list[int], list[int]]] = {}
     for i, (table, probe, cell) in enumerate(cells):
-        _, source, probes, columns = by_table.setdefault(id(table), (table, [], [], []))
+        _, source, places = by_table.setdefault(id(table), (table, [], []))
         source.append(i)
-        probes.append(probe)
-        columns.append(cell)
-    for table, source, probes, columns in by_table.values():
-        device = values.device
-        table.cells_PC[torch.tensor(probes, device=device), torch.tensor(columns, device=device)] = values[
-            torch.tensor(source, device=device)
-        ]
+        places.append(probe * table.cells_PC.shape[1] + cell)
+    for table, source, places in by_table.values():
+        chosen = values if len(by_table) == 1 else values[_upload(source, values.device)]
+        table.cells_PC.view(-1)[_upload(places, values.device)] = chosen

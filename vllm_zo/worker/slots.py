@@ -24,6 +24,7 @@ from vllm_zo.errors import SlotError
 from vllm_zo.methods.base import ProbePlan
 from vllm_zo.methods.state import AdapterState
 from vllm_zo.worker.modules import Target
+from vllm_zo.worker.pages import JobPages, wants_one_launch
 
 if TYPE_CHECKING:
     from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
@@ -51,6 +52,7 @@ class SlotPool:
         self._b_tags: list[dict[int, object]] = [{} for _ in range(num_slots)]
         self._owner: list[str | None] = [None] * num_slots
         self._rank = [0] * num_slots
+        self._pages: dict[str, JobPages] = {}
         self._reserve()
 
     # --- keeping the slots out of vLLM's LRU ------------------------------------------------------------------------
@@ -108,6 +110,7 @@ class SlotPool:
         self._b_tags[slot].clear()
 
     def evict_owner(self, owner: str) -> None:
+        self._pages.pop(owner, None)
         for slot in range(self.num_slots):
             if self._owner[slot] == owner:
                 self.evict(slot)
@@ -119,14 +122,18 @@ class SlotPool:
     ) -> None:
         """Write probe `probe` of `plan` into `slot`: only the blocks whose content there is another."""
         self._prepare(slot, job_id, state.layout.rank)
+        if job_id not in self._pages:
+            self._pages[job_id] = JobPages.of(state.layout, targets, one_launch=wants_one_launch(state.device))
+        pages, index = self._pages[job_id], self.first + slot
         blocks = state.blocks(plan, probe)
-        self._clear_stale(slot, {block.index for block in blocks}, state, targets)
+        self._clear_stale(slot, {block.index for block in blocks}, state, pages)
         for block in blocks:
             if self._a_tags[slot].get(block.index) != block.v_tag:
-                self._write_a(slot, block.index, block.v(), state, targets)
+                pages.a.write(block.v(), index, block.index, 2.0**-self.exponent)
                 self._a_tags[slot][block.index] = block.v_tag
             if self._b_tags[slot].get(block.index, "zero") != block.u_tag:
-                self._write_b(slot, block.index, block.u() if block.u else None, state, targets)
+                u_N = block.u() if block.u else _zeros(state)
+                pages.b.write(u_N, index, block.index, 2.0**self.exponent)
                 self._b_tags[slot][block.index] = block.u_tag
         self.manager._last_mapping = None  # the kernel's view of ranks and shared A is stale
 
@@ -138,31 +145,13 @@ class SlotPool:
             module.reset_lora(self.first + slot)
         self._owner[slot], self._rank[slot] = job_id, rank
 
-    def _clear_stale(self, slot: int, live: set[int], state: AdapterState, targets: tuple[Target, ...]) -> None:
+    def _clear_stale(self, slot: int, live: set[int], state: AdapterState, pages: JobPages) -> None:
         """Zero blocks that are no part of the state any more: an accumulator that has been folded since would count its
         update twice."""
         for block in [b for b in self._a_tags[slot] if b not in live]:
-            self._write_b(slot, block, None, state, targets)
+            pages.b.write(_zeros(state), self.first + slot, block, 1.0)
             self._b_tags[slot].pop(block, None)
             del self._a_tags[slot][block]
-
-    def _write_a(self, slot: int, block: int, v_N: Tensor, state: AdapterState, targets: tuple[Target, ...]) -> None:
-        r = state.layout.rank
-        flat = v_N * 2.0**-self.exponent
-        for target, v_IR in zip(targets, state.layout.split_v(flat), strict=True):
-            page = target.module.lora_a_stacked[target.slice_index][self.first + slot, 0]
-            page[block * r : (block + 1) * r].copy_(v_IR[target.in_slice].T)
-
-    def _write_b(
-        self, slot: int, block: int, u_N: Tensor | None, state: AdapterState, targets: tuple[Target, ...]
-    ) -> None:
-        r = state.layout.rank
-        if u_N is None:
-            u_N = torch.zeros(state.layout.u_ranges.total, device=state.device)
-        flat = u_N * 2.0**self.exponent
-        for target, u_OR in zip(targets, state.layout.split_u(flat), strict=True):
-            page = target.module.lora_b_stacked[target.slice_index][self.first + slot, 0]
-            page[:, block * r : (block + 1) * r].copy_(u_OR[target.out_slice])
 
     # --- what the CPU kernel may share --------------------------------------------------------------------------------
 
@@ -179,3 +168,7 @@ class SlotPool:
         if slot < 0 or self._owner[slot] is None:
             return int(self.slot_rank)
         return (max(self._a_tags[slot], default=0) + 1) * self._rank[slot]
+
+
+def _zeros(state: AdapterState) -> Tensor:
+    return torch.zeros(state.layout.u_ranges.total, device=state.device)

@@ -1,0 +1,85 @@
+"""Where a job's factors lie in vLLM's stacked LoRA tensors, and how a flat vector gets there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from vllm_zo.methods.layout import FactorLayout
+from vllm_zo.worker.modules import Target
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Where one module's factor goes.
+
+    Attributes:
+        pages: (slots, rows, columns) view of the module's stacked tensor, of any strides: a row is an output (of B) or
+            an input (of A), a column is a rank.
+        offset: index in the flat vector of the factor's first element that belongs to this rank.
+    """
+
+    pages: Tensor
+    offset: int
+
+
+class PageWriter(Protocol):
+    def write(self, flat: Tensor, slot: int, block: int, factor: float) -> None:
+        """`pages[slot][row, block * r + j] = factor * flat[offset + row * r + j]`, for every module.
+
+        Args:
+            flat: (N,) float32.
+        """
+
+
+class LoopWriter:
+    """Module by module. On a CPU a call costs less than the copy."""
+
+    def __init__(self, pieces: Sequence[Piece], rank: int) -> None:
+        self.pieces, self.rank = pieces, rank
+
+    def write(self, flat: Tensor, slot: int, block: int, factor: float) -> None:
+        if factor != 1.0:
+            flat = flat * factor
+        columns = slice(block * self.rank, (block + 1) * self.rank)
+        for piece in self.pieces:
+            page = piece.pages[slot, :, columns]
+            page.copy_(flat[piece.offset : piece.offset + page.numel()].view_as(page))
+
+
+@dataclass(frozen=True)
+class JobPages:
+    """Writers of a job's A (from flat V) and B (from flat U)."""
+
+    a: PageWriter
+    b: PageWriter
+
+    @classmethod
+    def of(cls, layout: FactorLayout, targets: tuple[Target, ...], *, one_launch: bool) -> JobPages:
+        """Args: one_launch: by a Triton kernel, all modules together."""
+        r = layout.rank
+        firsts_v = accumulate(layout.v_ranges.counts, initial=0)
+        firsts_u = accumulate(layout.u_ranges.counts, initial=0)
+        a = [
+            Piece(t.module.lora_a_stacked[t.slice_index][:, 0].transpose(1, 2), first + t.in_slice.start * r)
+            for t, first in zip(targets, firsts_v, strict=False)
+        ]
+        b = [
+            Piece(t.module.lora_b_stacked[t.slice_index][:, 0], first + t.out_slice.start * r)
+            for t, first in zip(targets, firsts_u, strict=False)
+        ]
+        if not one_launch:
+            return cls(LoopWriter(a, r), LoopWriter(b, r))
+        from vllm_zo.worker.kernels.triton_pages import OneLaunchWriter  # triton is there on GPU machines only
+
+        return cls(OneLaunchWriter(a, r), OneLaunchWriter(b, r))
+
+
+def wants_one_launch(device: torch.device) -> bool:
+    """A 13B model has 240 linear modules: on a GPU as many launches cost more than everything else a slot needs."""
+    return device.type == "cuda"
