@@ -20,6 +20,7 @@ from vllm.distributed.parallel_state import get_pp_group
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import AttentionType
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from vllm_zo.worker.kernels.cpu_lora import GroupedPunicaWrapper, Span
 from vllm_zo.worker.rows import Chunk, RowPlan, plan_rows
@@ -47,6 +48,8 @@ class SharedRows:
 
     def _why_not(self) -> str | None:
         runner = self.runner
+        if not isinstance(runner, GPUModelRunner):
+            return "the V2 model runner calls the model elsewhere"
         if not all(isinstance(wrapper, GroupedPunicaWrapper) for wrapper in self.wrappers):
             return "another LoRA implementation is in use"
         if runner.lora_config.fully_sharded_loras:
