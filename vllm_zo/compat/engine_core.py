@@ -127,6 +127,8 @@ def _call_of_scheduler(name: str) -> Callable[..., Any]:
     def call(self: Any, *args: Any) -> Any:
         return getattr(self.scheduler, name)(*args)
 
+    # vLLM counts the parameters of a utility method before it calls it, and takes *args for a single one.
+    call.__signature__ = inspect.signature(lambda self, first=None, second=None: None)  # type: ignore[attr-defined]
     return call
 
 
