@@ -24,6 +24,7 @@ from vllm_zo.objectives import (
     LanguageModeling,
     MultipleChoice,
     Objective,
+    Reward,
     ScoringRow,
     build_objective,
     describe,
@@ -541,6 +542,10 @@ EXAMPLES_OF_EACH: list[Objective] = [
     LanguageModeling(template="{q}", completion_field="a", append_eos=False, prefix=" ", suffix="\n"),
     MultipleChoice("{q}", ["a", "b"], loss_kind="likelihood"),
     MultipleChoice("{q}"),
+    Reward("{q}", reward="vllm_zo.rewards:token_f1", stop=["\n"], samples=2, shaping="rank"),
+    Reward(
+        "{q}", grader={"type": "string_check", "name": "n", "operation": "eq", "input": "{{item.a}}", "reference": "x"}
+    ),
 ]
 
 

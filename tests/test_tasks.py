@@ -119,7 +119,7 @@ def test_splits_are_those_of_the_official_code(tmp_path: Path) -> None:
     assert [row["i"] for row in task.train] == order[:20].tolist()
     assert [row["i"] for row in task.validation] == order[20:28].tolist()
     assert [row["i"] for row in task.test] == np.random.RandomState(3).permutation(10)[:6].tolist()
-    assert isinstance(task, Task) and (task.name, task.metric) == ("sst2", "accuracy")
+    assert isinstance(task, Task) and (task.name, task.final_objective) == ("sst2", task.objective)
 
 
 def test_a_small_set_gives_up_training_rows_and_test_takes_what_there_is(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_zo.compat.import_hook import when_imported
 from vllm_zo.config import JobConfig, ZOTrainingConfig
-from vllm_zo.errors import ConfigError, CorruptLogError, JobError, SlotError, ZOError
+from vllm_zo.errors import ConfigError, CorruptLogError, JobError, RewardError, SlotError, ZOError
 from vllm_zo.methods import (
     EGGROLL,
     FZOO,
@@ -36,7 +36,7 @@ from vllm_zo.methods import (
     TeZO,
     ZOMuon,
 )
-from vllm_zo.objectives import Classification, LanguageModeling, MultipleChoice
+from vllm_zo.objectives import Classification, LanguageModeling, MultipleChoice, Reward
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -64,11 +64,13 @@ __all__ = [
     "Classification",
     "LanguageModeling",
     "MultipleChoice",
+    "Reward",
     "JobConfig",
     "ZOTrainingConfig",
     "ZOError",
     "ConfigError",
     "JobError",
+    "RewardError",
     "SlotError",
     "CorruptLogError",
 ]

@@ -94,6 +94,9 @@ class CloseGroup:
 
     group_id: str
     learning_rate: float | None
+    cells: tuple[tuple[float, ...], ...] | None = None
+    """(probes, cells) of a group whose members generated: the rewards, which the scheduler knows and the worker does
+    not. None: the worker has scored the cells itself."""
 
 
 @dataclass(frozen=True)
@@ -134,9 +137,11 @@ class ZOCommands:
     before: list[Command] = field(default_factory=list)
     members: list[ScoreMember] = field(default_factory=list)
     after: list[Command] = field(default_factory=list)
+    generates: bool = False
+    """Members that generate have tokens in this step. vLLM samples for them as for any request."""
 
     def __bool__(self) -> bool:
-        return bool(self.before or self.members or self.after)
+        return bool(self.before or self.members or self.after or self.generates)
 
 
 @dataclass

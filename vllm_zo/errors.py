@@ -16,6 +16,10 @@ class JobError(ZOError, RuntimeError):
     """A fine-tuning job that started and could not go on. The last good state was saved; the message says where."""
 
 
+class RewardError(ZOError, RuntimeError):
+    """A reward that raised, or answered something else than a finite number per completion. It fails its job."""
+
+
 class SlotError(ZOError, RuntimeError):
     """An adapter slot was used in a way that would have scored wrong weights (never silently zeros)."""
 

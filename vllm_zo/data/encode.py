@@ -18,7 +18,8 @@ def encode_examples(
     """Tokenise every record of a data set.
 
     Args:
-        max_model_len: tokens the engine allows; a row of n tokens needs n + 1 (vLLM samples one, which is thrown away).
+        max_model_len: tokens the engine allows; a row of n tokens needs n + 1 (vLLM samples one, which is thrown away),
+            and a prompt what it may generate.
         source_name: what messages call the data, e.g. "train.jsonl". Rows count from 1.
 
     Raises:
@@ -42,11 +43,13 @@ def encode_examples(
 
 
 def _check_length(example: EncodedExample, max_model_len: int, where: str) -> None:
-    longest = max(len(row.token_ids) for row in example.rows)
-    if longest + 1 > max_model_len:
+    longest = max(example.rows, key=lambda row: len(row.token_ids) + row.max_new_tokens)
+    limit = max_model_len - longest.max_new_tokens
+    if len(longest.token_ids) > limit:
+        less = "the one vLLM samples" if longest.generation is None else f"max_tokens={longest.max_new_tokens}"
         raise ConfigError(
-            f"{where}: {longest} tokens, the limit is {max_model_len - 1} (max_model_len={max_model_len} less the one "
-            "vLLM samples); shorten the text or raise max_model_len."
+            f"{where}: {len(longest.token_ids)} tokens, the limit is {limit} (max_model_len={max_model_len} less "
+            f"{less}); shorten the text or raise max_model_len."
         )
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from vllm_zo.checkpoint.replay import fold_key
@@ -36,7 +37,8 @@ from vllm_zo.engine.job import CANCELLED, FAILED, FINAL_STATES, RUNNING, SUCCEED
 from vllm_zo.engine.job_table import JobTable
 from vllm_zo.engine.lane import Lane, by_need
 from vllm_zo.engine.recorder import JobRecorder
-from vllm_zo.errors import ConfigError, ZOError
+from vllm_zo.engine.rewarder import Cells
+from vllm_zo.errors import ConfigError, RewardError, ZOError
 from vllm_zo.methods.base import ModuleShape
 
 logger = logging.getLogger("vllm.zo")
@@ -49,6 +51,8 @@ class Controller:
         self.table = JobTable(concurrent_jobs, slots_per_job)
         self.block_size = block_size
         self._work: dict[str, tuple[Job, Work]] = {}
+        self._rewards: dict[str, Cells] = {}
+        """Of closed groups whose members generated, until their results are back."""
         self._commands = ZOCommands()
         self._group_count = 0
         self.folds_since_reset = False
@@ -90,6 +94,7 @@ class Controller:
 
         The lane that was given the fewest tokens chooses first; what it leaves is the next one's.
         """
+        self._collect_rewards()
         self.table.fill_lanes()
         offered: list[Member] = []
         for lane in by_need(self.table.lanes):
@@ -129,9 +134,19 @@ class Controller:
         self._work[group_id] = (job, work)
         if work.learning_rate is not None:
             job.meter.open(group_id)
-        self._commands.before.append(OpenGroup(group_id, job.job_id, work.plan, work.examples))
+        shown = tuple(
+            replace(example, columns=None) for example in work.examples
+        )  # rewards are not the workers' business
+        self._commands.before.append(OpenGroup(group_id, job.job_id, work.plan, shown))
         return PerturbationGroup(
-            group_id, job.job_id, work.plan, work.examples, work.learning_rate, len(lane.slots), self.block_size
+            group_id,
+            job.job_id,
+            work.plan,
+            work.examples,
+            work.learning_rate,
+            len(lane.slots),
+            self.block_size,
+            work.seeds,
         )
 
     def _fold(self, job: Job, step: int) -> None:
@@ -156,35 +171,74 @@ class Controller:
             lane.group.put_back(member)
 
     def score(self, member: Member, num_computed_tokens: int, num_tokens: int, *, last_chunk: bool) -> None:
-        """A member has `num_tokens` tokens in this step. With its last chunk it stops pinning its slot."""
-        self._commands.members.append(
-            ScoreMember(member.req_id, member.group_id, member.probe, member.row, num_computed_tokens)
-        )
+        """A member has `num_tokens` tokens in this step. With its last chunk it stops pinning its slot; one that
+        generates goes on."""
         lane = self.table.lane_with(member.group_id)
         assert lane is not None and lane.group is not None
         lane.tokens += num_tokens
+        if member.generation is not None:
+            self._commands.generates = True
+            return
+        self._commands.members.append(
+            ScoreMember(member.req_id, member.group_id, member.probe, member.row, num_computed_tokens)
+        )
         if last_chunk:
             lane.group.finish(member)
             lane.slots.unpin(member.slot)
 
+    def generated(self, member: Member, token_ids: Sequence[int], *, finished: bool) -> None:
+        """A member has written `token_ids`. When all of its group have finished, their rewards are asked for."""
+        member.output += token_ids
+        lane = self.table.lane_with(member.group_id)
+        if not finished or lane is None:
+            return
+        assert lane.group is not None and lane.job is not None and lane.job.rewarder is not None
+        lane.group.finish(member)
+        lane.slots.unpin(member.slot)
+        lane.job.tokens += len(member.output)
+        if lane.group.done:
+            lane.group.scoring = lane.job.rewarder.start(lane.group)
+
+    def _collect_rewards(self) -> None:
+        """Close groups whose rewards are there. A reward that fails, or takes too long, fails its job."""
+        for lane in self.table.lanes:
+            if lane.group is None or lane.group.scoring is None:
+                continue
+            assert lane.job is not None
+            try:
+                cells = lane.group.scoring.outcome()
+            except RewardError as error:
+                self._end(lane.job, FAILED, str(error))
+                continue
+            if cells is not None:
+                self._rewards[lane.group.group_id] = cells
+                self._close(lane, lane.group, self._commands.before, cells)
+
+    def wait_for_rewards(self, seconds: float) -> None:
+        """Let the threads work that compute rewards, if there are any: the engine has nothing else to do."""
+        scorings = [lane.group.scoring for lane in self.table.lanes if lane.group is not None and lane.group.scoring]
+        if scorings:
+            scorings[0].wait(seconds)
+
     def take_commands(self) -> ZOCommands:
         """Close groups whose last member is scheduled, and hand over everything collected for this step."""
         for lane in self.table.lanes:
-            if lane.group is not None and lane.group.done:
-                self._close(lane, lane.group)
+            if lane.group is not None and lane.group.done and not lane.group.generates:
+                self._close(lane, lane.group, self._commands.after)
         commands, self._commands = self._commands, ZOCommands()
         return commands
 
-    def _close(self, lane: Lane, group: PerturbationGroup) -> None:
+    def _close(self, lane: Lane, group: PerturbationGroup, commands: list[Command], cells: Cells | None = None) -> None:
+        """Close a group: behind the forward that scores it; one with rewards before any forward of its successor."""
         job, work = self._work[group.group_id]
-        self._commands.after.append(CloseGroup(group.group_id, group.learning_rate))
+        commands.append(CloseGroup(group.group_id, group.learning_rate, cells))
         lane.slots.release(group.group_id)
         lane.group = None
         steps = work.plan.step + (work.learning_rate is not None)
         if job.publish_due(work):
-            self._publish(job, steps, self._commands.after)
+            self._publish(job, steps, commands)
         if job.snapshot_due(work):
-            self._commands.after.append(Snapshot(job.job_id, str(job.directory / "snapshot.safetensors"), steps))
+            commands.append(Snapshot(job.job_id, str(job.directory / "snapshot.safetensors"), steps))
 
     def _publish(self, job: Job, version: int, commands: list[Command]) -> None:
         if version not in job.published:
@@ -214,6 +268,8 @@ class Controller:
             self._open_log(self.table.jobs[job_id], modules)
         for result in results.groups:  # before failures: the update of a group that answered is in the state
             job, work = self._work.pop(result.group_id, (None, None))
+            if (cells := self._rewards.pop(result.group_id, None)) is not None and work is not None:
+                result = replace(result, losses=_unshaped_losses(cells, len(work.examples)))
             if job is not None and work is not None and job.status not in FINAL_STATES:
                 self._on_group(job, work, result)
         for failure in results.failures:
@@ -276,6 +332,12 @@ class Controller:
         job.forget_examples()
         log = logger.error if status == FAILED else logger.info
         log("job %s %s at step %d%s", job.job_id, status, job.recorded, f": {error}" if error else "")
+
+
+def _unshaped_losses(cells: Cells, examples: int) -> list[list[float]]:
+    """(probes, examples) minus the mean reward of each example's samples: what records show, whatever is optimised."""
+    samples = len(cells[0]) // examples
+    return [[-sum(row[e * samples : (e + 1) * samples]) / samples for e in range(examples)] for row in cells]
 
 
 def version_path(directory: Path, version: int) -> Path:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from vllm_zo.engine.admission import Unit, plan_waves
 from vllm_zo.methods.base import ProbePlan
-from vllm_zo.objectives.base import EncodedExample, ScoringRow
+from vllm_zo.objectives.base import EncodedExample, Generation, ScoringRow
+
+if TYPE_CHECKING:
+    from vllm_zo.engine.rewarder import Scoring
 
 
 @dataclass
@@ -20,8 +24,19 @@ class Member:
     row: int
     token_ids: tuple[int, ...]
     slot: int
+    generation: Generation | None = None
+    seed: int = 0
+    """Of sampling; the same for all probes of a row."""
+    output: list[int] = field(default_factory=list)
+    """What a member that generates has written so far."""
     scored: bool = False
-    """Its last prompt token has been scheduled: its cells are written by the end of that engine step."""
+    """Its last prompt token has been scheduled: its cells are written by the end of that engine step. One that
+    generates has finished."""
+
+    @property
+    def kv_tokens(self) -> int:
+        """Tokens it may come to."""
+        return len(self.token_ids) + (1 if self.generation is None else self.generation.max_tokens)
 
 
 @dataclass
@@ -29,7 +44,7 @@ class PerturbationGroup:
     """Tracks which members are pending and which have been scheduled to the end of their prefill.
 
     The group closes when its last member is *scheduled*, not when outputs are back: what runs on the device is in
-    order.
+    order. One whose members generate is done when the last of them has finished, and closes when it has its rewards.
     """
 
     group_id: str
@@ -39,15 +54,25 @@ class PerturbationGroup:
     learning_rate: float | None
     slots: int
     block_size: int
+    seeds: tuple[int, ...] = ()
+    """One a row, where rows are generated from."""
     rows: list[ScoringRow] = field(init=False)
     waves: list[tuple[int, ...]] = field(init=False)
     wave: int = field(init=False, default=-1)
     pending: dict[tuple[int, int], Member] = field(init=False, default_factory=dict)
     unfinished: int = field(init=False, default=0)
+    completions: dict[tuple[int, int], list[int]] = field(init=False, default_factory=dict)
+    """(probe, row) -> token ids, of members that have generated."""
+    scoring: Scoring | None = field(init=False, default=None)
+    """The rewards in the making, once all members have generated."""
 
     def __post_init__(self) -> None:
         self.rows = [row for example in self.examples for row in example.rows]
         self.waves = plan_waves(self.plan.probes, self.slots)
+
+    @property
+    def generates(self) -> bool:
+        return bool(self.seeds)
 
     @property
     def wave_done(self) -> bool:
@@ -67,9 +92,17 @@ class PerturbationGroup:
         for probe, slot in placement.items():
             for index, row in enumerate(self.rows):
                 req_id = f"{self.group_id}/{probe}/{index}"
-                self.pending[probe, index] = Member(req_id, self.group_id, probe, index, row.token_ids, slot)
+                self.pending[probe, index] = Member(
+                    req_id, self.group_id, probe, index, row.token_ids, slot, self._generation_of(row),
+                    self.seeds[index] if self.seeds else 0,
+                )  # fmt: skip
         self.unfinished = len(self.pending)
         return placement
+
+    def _generation_of(self, row: ScoringRow) -> Generation | None:
+        if row.generation is None or self.learning_rate is not None:
+            return row.generation
+        return replace(row.generation, temperature=0.0)  # an evaluation is greedy
 
     def _units(self) -> Iterator[list[Member]]:
         """Pending members by (direction, row)."""
@@ -85,8 +118,8 @@ class PerturbationGroup:
         return [
             Unit(
                 members=len(unit),
-                tokens=sum(len(m.token_ids) for m in unit),
-                kv_blocks=sum(-(-(len(m.token_ids) + 1) // self.block_size) for m in unit),
+                tokens=sum(len(m.token_ids) + len(m.output) for m in unit),
+                kv_blocks=sum(-(-m.kv_tokens // self.block_size) for m in unit),
             )
             for unit in members
         ], members
@@ -103,3 +136,5 @@ class PerturbationGroup:
         assert not member.scored and (member.probe, member.row) not in self.pending
         member.scored = True
         self.unfinished -= 1
+        if self.generates:
+            self.completions[member.probe, member.row] = member.output

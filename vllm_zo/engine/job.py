@@ -13,10 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vllm_zo import noise
 from vllm_zo.commands import GroupResult
 from vllm_zo.config import JobConfig
 from vllm_zo.data.batches import BatchOrder
 from vllm_zo.engine.meter import JobMeter
+from vllm_zo.engine.rewarder import Rewarder
 from vllm_zo.methods.base import Probe, ProbePlan
 from vllm_zo.methods.schedules import learning_rate_at
 from vllm_zo.methods.spaces import basis_of
@@ -25,6 +27,7 @@ from vllm_zo.objectives.base import EncodedExample
 QUEUED, RUNNING, PAUSING, PAUSED = "queued", "running", "pausing", "paused"
 SUCCEEDED, FAILED, CANCELLED = "succeeded", "failed", "cancelled"
 FINAL_STATES = (SUCCEEDED, FAILED, CANCELLED)
+COMPLETION_STREAM, EVALUATION_STREAM = "completion", "evaluation"
 DIVERGENCE_WINDOW = 10
 """Steps averaged for the divergence guard: enough that one unlucky batch does not stop a run."""
 
@@ -38,6 +41,8 @@ class Work:
     examples: tuple[EncodedExample, ...]
     learning_rate: float | None
     last_of_evaluation: bool = False
+    seeds: tuple[int, ...] = ()
+    """Of sampling, one a row, where the objective generates. All probes share them."""
 
 
 @dataclass
@@ -108,6 +113,8 @@ class Job:
         self._started = time.monotonic()
         self._num_recorded = 0
         self._first_losses: list[float] = []
+        self.rewarder: Rewarder | None = None
+        """What scores completions, where the objective generates."""
         self._last_losses: deque[float] = deque(maxlen=DIVERGENCE_WINDOW)
 
     # --- issuing work ---------------------------------------------------------------------------------------------
@@ -142,7 +149,9 @@ class Job:
         self.outstanding += 1
         basis = self.basis if self.basis is not None else 0
         plan = ProbePlan(step=self.step, probes=(Probe(seed=0, sign=0, eps=0.0),), basis=basis)
-        return Work(plan, ids, tuple(self.validation[i] for i in ids), None, last_of_evaluation=not self._eval_queue)
+        examples = tuple(self.validation[i] for i in ids)
+        seeds = self._seeds(EVALUATION_STREAM, 0, ids, examples)
+        return Work(plan, ids, examples, None, last_of_evaluation=not self._eval_queue, seeds=seeds)
 
     def _train_work(self) -> Work:
         config, step = self.config, self.step
@@ -153,7 +162,18 @@ class Job:
         rate = learning_rate_at(config.lr_schedule, config.learning_rate, step, config.steps, config.warmup_steps)
         self.step += 1
         self.outstanding += 1
-        return Work(plan, ids, tuple(self.train[i] for i in ids), rate)
+        examples = tuple(self.train[i] for i in ids)
+        return Work(plan, ids, examples, rate, seeds=self._seeds(COMPLETION_STREAM, step, ids, examples))
+
+    def _seeds(self, stream: str, step: int, ids: Sequence[int], examples: Sequence[EncodedExample]) -> tuple[int, ...]:
+        """A function of (job, step, example, sample), so that a resumed job samples what the unbroken one did."""
+        if self.rewarder is None:
+            return ()
+        return tuple(
+            noise.derive_key(self.config.seed, stream, step, i, sample) >> 1  # vLLM's seeds are signed
+            for i, example in zip(ids, examples, strict=True)
+            for sample in range(len(example.rows))
+        )
 
     def fold_due(self, work: Work) -> bool:
         """Whether the accumulator must go into the base before `work`; call once, when the work is opened."""
@@ -203,6 +223,8 @@ class Job:
             "tokens": self.tokens,
             "seconds": time.monotonic() - self._started,
         }
+        if self.rewarder is not None:
+            record["reward"] = -loss
         self._note_loss(loss if result.finite else float("nan"))
         self._num_recorded += 1
         self.latest = record
@@ -234,13 +256,14 @@ class Job:
         return record
 
     def divergence(self) -> str | None:
-        """Why the run should stop, if it should (window and factor: see JobConfig.divergence_factor)."""
+        """Why the run should stop, if it should (window and factor: see JobConfig.divergence_factor). Rewards have no
+        scale on which one could say that they diverge."""
         if len(self._last_losses) < DIVERGENCE_WINDOW:
             return None
         if all(x != x for x in self._last_losses):
             return f"the training loss was not finite in {DIVERGENCE_WINDOW} steps in a row"
         limit = self.config.divergence_factor
-        if limit is None or self._num_recorded < 2 * DIVERGENCE_WINDOW:
+        if limit is None or self.rewarder is not None or self._num_recorded < 2 * DIVERGENCE_WINDOW:
             return None
         first, last = _finite_mean(self._first_losses), _finite_mean(self._last_losses)
         if last > limit * first + 1.0:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +34,16 @@ from vllm_zo.engine.admission import Capacity, Demand, capacity_for_training
 from vllm_zo.engine.controller import Controller
 from vllm_zo.engine.group import Member
 from vllm_zo.engine.job_dir import load_job
+from vllm_zo.engine.rewarder import Rewarder
 from vllm_zo.errors import ConfigError
+from vllm_zo.objectives import Reward
 
 logger = init_logger("vllm.zo.scheduler")
 
 MEMBER_CLIENT = -1
 MEMBER_PRIORITY = 1 << 30
+REWARD_POLL_S = 1e-3
+"""How long an engine step without anything to do waits for rewards; a request that arrives meanwhile waits with it."""
 
 
 def slot_lora_request(slot: int) -> LoRARequest:
@@ -63,6 +67,7 @@ class ZOSchedulerMixin(_Base):
         self._zo_members: dict[str, Member] = {}
         self._zo_preempted: dict[str, Request] = {}
         self.zo_draining = False
+        self._zo_tokenizer: Any = None
         self._zo_tokens = {"training": 0, "serving": 0}
         # The stacked tensors hold the user's slots and ours; the limit for serving adapters stays what the user set.
         self.lora_config: LoRAConfig = copy.copy(vllm_config.lora_config)
@@ -106,6 +111,8 @@ class ZOSchedulerMixin(_Base):
                 self.zo.score(member, request.num_computed_tokens - num_tokens, num_tokens, last_chunk=done)
         if commands := self.zo.take_commands():
             setattr(output, COMMANDS_ATTR, commands)
+        elif not output.total_num_scheduled_tokens:
+            self.zo.wait_for_rewards(REWARD_POLL_S)
         return output
 
     def _forget_stale_kv(self) -> None:
@@ -119,7 +126,7 @@ class ZOSchedulerMixin(_Base):
         total = Capacity(
             sequences=self.max_num_active_reqs - len(self.running),
             tokens=self.max_num_scheduled_tokens - members_left,
-            kv_blocks=self.kv_cache_manager.block_pool.get_num_free_blocks(),
+            kv_blocks=self.kv_cache_manager.block_pool.get_num_free_blocks() - self._blocks_to_come(),
         )
         capacity = capacity_for_training(total, serving, self.zo_config.token_budget)
         offered = self.zo.offer(capacity, engine_is_empty=not serving.requests and not members_left)
@@ -141,13 +148,21 @@ class ZOSchedulerMixin(_Base):
             blocks += 1 + max(left, 0) // self.block_size
         return Demand(requests, tokens, blocks, waiting=len(waiting)), members_left
 
+    def _blocks_to_come(self) -> int:
+        """KV blocks that members which generate will still fill; given to others, they would be preempted."""
+        return sum(
+            -(-(r.num_prompt_tokens + r.max_tokens) // self.block_size) - -(-r.num_computed_tokens // self.block_size)
+            for r in self.running
+            if r.client_index == MEMBER_CLIENT and r.max_tokens > 1
+        )
+
     def _enqueue(self, member: Member) -> None:
         request = self._zo_preempted.pop(member.req_id, None)
         if request is None:
             request = Request(
                 request_id=member.req_id,
                 prompt_token_ids=list(member.token_ids),
-                sampling_params=self._zo_params,
+                sampling_params=self._params_of(member),
                 pooling_params=None,
                 client_index=MEMBER_CLIENT,
                 priority=MEMBER_PRIORITY,
@@ -156,6 +171,20 @@ class ZOSchedulerMixin(_Base):
         self._zo_members[member.req_id] = member
         self.requests[member.req_id] = request
         self.waiting.add_request(request)
+
+    def _params_of(self, member: Member) -> SamplingParams:
+        generation = member.generation
+        if generation is None:
+            return self._zo_params
+        return SamplingParams(
+            max_tokens=generation.max_tokens,
+            temperature=generation.temperature,
+            top_p=generation.top_p if generation.temperature else 1.0,
+            seed=member.seed if generation.temperature else None,
+            stop_token_ids=list(generation.stop_token_ids),
+            detokenize=False,
+            skip_reading_prefix_cache=True,
+        )
 
     def _withdraw(self, members: Iterable[Member]) -> None:
         members = list(members)
@@ -191,6 +220,7 @@ class ZOSchedulerMixin(_Base):
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
         outputs = super().update_from_output(scheduler_output, model_runner_output)
+        self._collect_generated(outputs)
         for req_id in scheduler_output.num_scheduled_tokens:
             if req_id in self._zo_members and req_id not in self.requests:
                 del self._zo_members[req_id]
@@ -198,6 +228,13 @@ class ZOSchedulerMixin(_Base):
         if (results := getattr(model_runner_output, RESULTS_ATTR, None)) is not None:
             self.zo.on_results(results)
         return outputs
+
+    def _collect_generated(self, outputs: dict[int, EngineCoreOutputs]) -> None:
+        """Hand what members have written to the controller."""
+        for output in outputs[MEMBER_CLIENT].outputs if MEMBER_CLIENT in outputs else ():
+            member = self._zo_members.get(output.request_id)
+            if member is not None and member.generation is not None:
+                self.zo.generated(member, output.new_token_ids, finished=output.finish_reason is not None)
 
     def _drop_member_outputs(self, outputs: dict[int, EngineCoreOutputs]) -> None:
         """No client asked for member outputs. Scheduler stats ride on whichever output comes first: keep those."""
@@ -287,8 +324,24 @@ class ZOSchedulerMixin(_Base):
                 "train "
                 "with update_space='bank'."
             )
+        if isinstance(job.config.objective, Reward):
+            job.rewarder = Rewarder(job.config.objective, self._decode)
         self.zo.start_job(job, recorder, start)
         return job.summary()
+
+    def _decode(self, completions: Sequence[Sequence[int]]) -> list[str]:
+        """Texts of completions. Called in threads; the front end's own tokenizer may be in use in another."""
+        if self._zo_tokenizer is None:
+            from vllm.tokenizers import get_tokenizer
+
+            config = self.vllm_config.model_config
+            self._zo_tokenizer = get_tokenizer(
+                config.tokenizer,
+                tokenizer_mode=config.tokenizer_mode,
+                revision=config.tokenizer_revision,
+                trust_remote_code=config.trust_remote_code,
+            )
+        return [self._zo_tokenizer.decode(list(ids), skip_special_tokens=True) for ids in completions]
 
     def zo_status(self, job_id: str, since: int = 0) -> dict[str, Any]:
         return self.zo.table.status(job_id, since)

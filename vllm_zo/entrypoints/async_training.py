@@ -80,7 +80,7 @@ class AsyncTrainingMixin:
     ) -> AsyncFineTuneRun:
         """Fine-tune the model inside the engine. Cancelling the task that waits here cancels the job."""
         options = {"objective": objective, **options}
-        job = await asyncio.to_thread(prepare_job, self, train, validation, resume_from, options)
+        job = await asyncio.to_thread(prepare_job, self, train, validation, resume_from, options, allow_python=True)
         run = await _start(self, job, with_progress(callbacks, job.config) if progress else callbacks)
         job.log_start()
         if not wait:
@@ -96,7 +96,7 @@ class AsyncTrainingMixin:
         self, data: Any, objective: Objective | None = None, *, run: JobResult | None = None
     ) -> dict[str, float]:
         """Loss and accuracy on `data`, scored inside the engine."""
-        job = await asyncio.to_thread(prepare_evaluation, self, data, objective, run)
+        job = await asyncio.to_thread(prepare_evaluation, self, data, objective, run, allow_python=True)
         return (await (await _start(self, job)).wait()).last_evaluation()
 
     async def restore_base(self, run: JobResult) -> None:

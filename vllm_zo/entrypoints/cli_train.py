@@ -18,7 +18,8 @@ from vllm_zo.methods import ESTIMATORS, OPTIMIZERS, LoZO, known_methods
 from vllm_zo.methods.schedules import LR_SCHEDULES
 from vllm_zo.methods.spaces import SPACES
 from vllm_zo.methods.targets import PRESETS
-from vllm_zo.objectives import OBJECTIVES
+from vllm_zo.objectives import OBJECTIVES, Reward
+from vllm_zo.objectives.shaping import SHAPINGS
 from vllm_zo.tasks import PRESETS as TASKS
 
 
@@ -36,6 +37,10 @@ def _option(panel: str, text: str, default: Any = None, flag: str | None = None,
 
 def _data(text: str, flag: str | None = None, metavar: str | None = None) -> Any:
     return _option("Data and objective", text, flag=flag, metavar=metavar)
+
+
+def _generation(name: str, text: str) -> Any:
+    return _option("Data and objective", f"reward: {text}", _default(Reward, name))
 
 
 def _method(name: str, text: str) -> Any:
@@ -96,6 +101,16 @@ def train(
     ] = None,
     prompt_field: Annotated[str | None, _data("language-modeling: field with the prompt.")] = None,
     completion_field: Annotated[str | None, _data("language-modeling: field with the text to learn.")] = None,
+    reward: Annotated[
+        str | None,
+        _data("reward: function that scores completions, reward(completions, **columns).", metavar="MODULE:FUNCTION"),
+    ] = None,
+    grader: Annotated[Path | None, _data("reward: JSON file with a grader instead.", metavar="FILE")] = None,
+    max_tokens: Annotated[int | None, _generation("max_tokens", "longest completion.")] = None,
+    stop: Annotated[list[str] | None, _data("reward: text that ends a completion; may be repeated.")] = None,
+    temperature: Annotated[float | None, _generation("temperature", "of sampling; evaluations are greedy.")] = None,
+    samples: Annotated[int | None, _generation("samples", "completions per prompt and probe.")] = None,
+    shaping: Annotated[str | None, _generation("shaping", f"of rewards: {', '.join(SHAPINGS)}.")] = None,
     method: Annotated[str | None, _option("Method", f"{', '.join(known_methods())}.", LoZO.name)] = None,
     rank: Annotated[int | None, _method("rank", "Rank of a direction.")] = None,
     interval: Annotated[int | None, _method("interval", "Steps for which V is kept.")] = None,

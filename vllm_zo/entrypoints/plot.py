@@ -15,7 +15,7 @@ SMOOTHING = 20
 def plot_run(
     history: Sequence[dict[str, Any]], evaluations: Sequence[dict[str, Any]], path: str | Path, title: str = ""
 ) -> None:
-    """Loss (left) and accuracy (right) over steps: raw and smoothed on training batches, points on validation data."""
+    """Loss or reward (left) and accuracy (right) over steps: batches raw and smoothed, validation as points."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -23,7 +23,9 @@ def plot_run(
     figure = Figure(figsize=(10, 4), layout="constrained")
     axes = figure.subplots(1, 2)
     steps = [r["step"] for r in history]
-    for axis, key, label in zip(axes, ("loss", "accuracy"), ("loss (nats)", "accuracy"), strict=True):
+    rewarded = bool(history) and "reward" in history[0]
+    left = ("reward", "reward") if rewarded else ("loss", "loss (nats)")
+    for axis, (key, label) in zip(axes, (left, ("accuracy", "accuracy")), strict=True):
         values = [r[key] for r in history]
         axis.plot(steps, values, color="tab:blue", alpha=0.25, linewidth=0.8, label="training batch")
         axis.plot(steps, _smooth(values), color="tab:blue", label=f"mean of {SMOOTHING} steps")

@@ -39,7 +39,8 @@ class ProgressBar:
         if self._bar is not None:
             self._bar.start()
         if "eval_loss" in record:
-            text = f"validation loss {record['eval_loss']:.4f}, accuracy {record['eval_accuracy']:.4f}"
+            shown = "reward" if "eval_reward" in record else "loss"
+            text = f"validation {shown} {record[f'eval_{shown}']:.4f}, accuracy {record['eval_accuracy']:.4f}"
             self._print(f"step {record['step']}: {text}")
         else:
             self._on_step(run, record["step"])
@@ -80,10 +81,11 @@ def _make_bar(console: Console) -> Progress:
 
 
 def _describe(recent: list[dict[str, Any]], rate: float | None) -> str:
-    loss = sum(record["loss"] for record in recent) / len(recent)
+    shown = "reward" if "reward" in recent[0] else "loss"
+    value = sum(record[shown] for record in recent) / len(recent)
     accuracy = sum(record["accuracy"] for record in recent) / len(recent)
     speed = "-" if rate is None else f"{rate:.1f}"
-    return f"loss {loss:.4f}, accuracy {accuracy:.3f}, {speed} steps/s"
+    return f"{shown} {value:.4f}, accuracy {accuracy:.3f}, {speed} steps/s"
 
 
 def _clock(seconds: float) -> str:

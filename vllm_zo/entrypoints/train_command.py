@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import time
 from collections.abc import Iterable, Mapping
@@ -43,6 +44,8 @@ PART_FLAGS = ("estimator", "optimizer")
 OBJECTIVE_FLAGS = {
     "template": "template", "option": "options", "label": "labels", "label_field": "label_field",
     "choices": "choices", "prompt_field": "prompt_field", "completion_field": "completion_field",
+    "reward": "reward", "grader": "grader", "max_tokens": "max_tokens", "stop": "stop", "temperature": "temperature",
+    "samples": "samples", "shaping": "shaping",
 }  # fmt: skip
 """Flag -> field of the objective."""
 
@@ -74,7 +77,7 @@ def run_training(params: Params) -> None:
     directory = Path(resume_from or str(config.output_dir))
     try:
         run = _finetune(llm, config, train, validation, params, callbacks)
-        lines = save_results(run, llm.evaluate(task.test, run=run) if task else {})
+        lines = save_results(run, llm.evaluate(task.test, task.final_objective, run=run) if task else {})
     except JobError as error:
         left = f" To use what it learnt: vllm-zo export {directory} OUT"
         raise JobError(f"{error}{left if (directory / 'seeds.log').exists() else ''}") from error
@@ -140,7 +143,18 @@ def _objective_settings(params: Params) -> dict[str, Any]:
     settings = {OBJECTIVE_FLAGS[flag]: value for flag, value in _given(params, OBJECTIVE_FLAGS).items()}
     if len(settings.get("choices", ())) == 1:  # one field that holds the list
         (settings["choices"],) = settings["choices"]
+    if "reward" in settings:
+        sys.path.insert(0, os.getcwd())  # as `python -m` has it, and the engine's process takes it over
+    if "grader" in settings:
+        settings["grader"] = _read_grader(settings["grader"])
     return settings
+
+
+def _read_grader(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--grader {path}: cannot be read as JSON: {error}.") from None
 
 
 def _method_settings(params: Params) -> dict[str, Any]:

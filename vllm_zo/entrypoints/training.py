@@ -6,7 +6,7 @@ import logging
 import tempfile
 import uuid
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from vllm_zo.entrypoints.engine_client import EngineClient
 from vllm_zo.entrypoints.run import Callback, FineTuneRun, JobResult
 from vllm_zo.errors import ConfigError
 from vllm_zo.methods.spaces import describe_space, resolve_bases
+from vllm_zo.objectives import Reward
 from vllm_zo.objectives.base import EncodedExample, Objective
 
 logger = logging.getLogger("vllm.zo")
@@ -65,7 +66,8 @@ class TrainingMixin:
                 "wait=False needs the engine in a child process, where training goes on by itself: unset "
                 "VLLM_ENABLE_V1_MULTIPROCESSING=0, or call finetune with wait=True."
             )
-        job = prepare_job(self.llm_engine, train, validation, resume_from, {"objective": objective, **options})
+        options = {"objective": objective, **options}
+        job = prepare_job(self.llm_engine, train, validation, resume_from, options, allow_python=True)
         callbacks = with_progress(callbacks, job.config) if progress else callbacks
         run = FineTuneRun(client, job.directory, job.config, job.model, callbacks)
         client.call("zo_start", str(job.directory))
@@ -86,7 +88,7 @@ class TrainingMixin:
             what else the objective measures, e.g. "macro_f1" or "token_accuracy"}
         """
         client = EngineClient(self.llm_engine)
-        job = prepare_evaluation(self.llm_engine, data, objective, run)
+        job = prepare_evaluation(self.llm_engine, data, objective, run, allow_python=True)
         evaluation = FineTuneRun(client, job.directory, job.config, job.model)
         client.call("zo_start", str(job.directory))
         return evaluation.wait().last_evaluation()
@@ -114,15 +116,24 @@ class PreparedJob:
 
 
 def prepare_job(
-    engine: Any, train: Any, validation: Any, resume_from: str | Path | None, options: Mapping[str, Any]
+    engine: Any,
+    train: Any,
+    validation: Any,
+    resume_from: str | Path | None,
+    options: Mapping[str, Any],
+    *,
+    allow_python: bool = False,
 ) -> PreparedJob:
     """Check everything that can be checked before work starts, tokenise, and write the job's directory.
 
     Args:
         engine: vLLM's `LLMEngine` or `AsyncLLM`.
+        allow_python: whether a reward may be code that the job names or brings along. Yes for who calls from Python,
+            who can run anything anyway; not for who comes over a network.
     """
     zo = _training_config(engine)
     config = JobConfig.from_options(options)
+    _check_trust(config.objective, allow_python)
     bases = resolve_bases(config.method, config.space, config.steps, zo.slot_rank, config.bases)
     directory = _job_directory(engine, zo, config, resume_from)
     train_examples = _encode(engine, train, config.objective, "train")
@@ -139,21 +150,32 @@ def prepare_job(
     return PreparedJob(directory, config, model, bases)
 
 
-def prepare_evaluation(engine: Any, data: Any, objective: Objective | None, run: JobResult | None) -> PreparedJob:
+def prepare_evaluation(
+    engine: Any, data: Any, objective: Objective | None, run: JobResult | None, *, allow_python: bool = False
+) -> PreparedJob:
     """`prepare_job` for a job that scores `data` once, in the state of `run` or of the base."""
     zo = _training_config(engine)
     objective = objective or (run.config.objective if run else None)
     if objective is None:
         raise ConfigError("objective=None: evaluate needs an objective, or a run to take it from.")
+    _check_trust(objective, allow_python)
     examples = _encode(engine, data, objective, "data")
     directory = _state_dir(zo) / f"evaluate-{uuid.uuid4().hex[:8]}"
     if run is None or run.config.space == "fold":
         config, initial = JobConfig(objective=objective, steps=0), None
     else:
-        config, initial = run.config, run.version_file
+        config, initial = replace(run.config, objective=objective), run.version_file
     model = engine.model_config.model
     write_job(directory, config, [], examples, model, evaluate_only=True, initial=initial)
     return PreparedJob(directory, config, model, num_bases=1)
+
+
+def _check_trust(objective: Objective, allow_python: bool) -> None:
+    if isinstance(objective, Reward) and objective.needs_trust and not allow_python:
+        raise ConfigError(
+            f"reward={objective.reward!r}, grader={objective.grader!r:.60}: runs Python code in the engine, which is "
+            "not allowed here. Use a grader without python, or a reward of vllm_zo.rewards."
+        )
 
 
 def with_progress(callbacks: Iterable[Callback], config: JobConfig) -> list[Callback]:

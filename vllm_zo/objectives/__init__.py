@@ -11,12 +11,14 @@ from vllm_zo.objectives.cells import candidate_scores, flatten_rows, row_offsets
 from vllm_zo.objectives.classification import Classification
 from vllm_zo.objectives.language_modeling import LanguageModeling
 from vllm_zo.objectives.multiple_choice import MultipleChoice
+from vllm_zo.objectives.reward import Reward
 from vllm_zo.validation import check_keys, check_known
 
 OBJECTIVES: dict[str, type[Any]] = {
     Classification.name: Classification,
     LanguageModeling.name: LanguageModeling,
     MultipleChoice.name: MultipleChoice,
+    Reward.name: Reward,
 }
 
 
@@ -53,6 +55,7 @@ __all__ = [
     "LanguageModeling",
     "MultipleChoice",
     "Objective",
+    "Reward",
     "ScoringRow",
     "build_objective",
     "candidate_scores",

@@ -8,6 +8,7 @@ token ids whose score is wanted there. Scoring a row yields one float32 *cell* p
     kind "logprobs"  cell i of the first n is log p(label_ids[i] | tokens up to positions[i]), normalised over the whole
                      vocabulary; cell n + i is the largest log p of any token there, so that equal cells mean: the model
                      would have chosen this one.
+    kind "generate"  the row is a prompt that is continued under the probe; its only cell is that completion's reward.
 
 The cells of all rows of a mini-batch lie one after another in a table; `Objective.loss` reads it.
 """
@@ -22,6 +23,19 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
+class Generation:
+    """How a row of kind "generate" is continued: until `max_tokens`, or one of `stop_token_ids` (the last token then).
+
+    Training samples with `temperature` and `top_p`; an evaluation takes the likeliest token (temperature 0).
+    """
+
+    max_tokens: int
+    temperature: float
+    top_p: float
+    stop_token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class ScoringRow:
     """One sequence to run through the model.
 
@@ -29,18 +43,28 @@ class ScoringRow:
         token_ids: the sequence, including a leading BOS where the tokenizer wants one.
         positions: indices into `token_ids` of the tokens whose *next-token* scores are read.
         label_ids: token ids scored there: all at the single position (kind "labels"), or one per position ("logprobs").
+        generation: of kind "generate", whose positions and labels are empty.
     """
 
     token_ids: tuple[int, ...]
     positions: tuple[int, ...]
     label_ids: tuple[int, ...]
-    kind: Literal["labels", "logprobs"]
+    kind: Literal["labels", "logprobs", "generate"]
+    generation: Generation | None = None
 
     @property
     def num_cells(self) -> int:
-        return len(self.label_ids) * (1 if self.kind == "labels" else 2)
+        return {"labels": len(self.label_ids), "logprobs": 2 * len(self.label_ids), "generate": 1}[self.kind]
+
+    @property
+    def max_new_tokens(self) -> int:
+        """Tokens vLLM adds to the row: of a row that is only scored it samples one, which nobody reads."""
+        return 1 if self.generation is None else self.generation.max_tokens
 
     def __post_init__(self) -> None:
+        assert (self.generation is None) == (self.kind != "generate")
+        if self.generation is not None:
+            return
         assert self.positions and self.label_ids, "a row without anything to score"
         assert self.kind == "labels" or len(self.positions) == len(self.label_ids)
         assert self.kind == "logprobs" or len(self.positions) == 1
@@ -48,10 +72,15 @@ class ScoringRow:
 
 @dataclass(frozen=True)
 class EncodedExample:
-    """An example ready to score: its rows, and which candidate is right (`gold` is 0 where there is only one)."""
+    """An example ready to score: its rows, and which candidate is right (`gold` is 0 where there is only one).
+
+    Attributes:
+        columns: of an example with rows of kind "generate": what its reward may read, by name.
+    """
 
     rows: tuple[ScoringRow, ...]
     gold: int = 0
+    columns: dict[str, Any] | None = None
 
     @property
     def num_tokens(self) -> int:

@@ -2,7 +2,7 @@
 
 task = load_task("sst2", data="data/sst2")          # or data=None: from the Hugging Face hub
 run = llm.finetune(task.train, task.validation, objective=task.objective, ...)
-llm.evaluate(task.test, run=run)
+llm.evaluate(task.test, task.final_objective, run=run)
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ class Task:
     Attributes:
         train, validation: disjoint samples of the data set's training split; validation chooses the checkpoint.
         test: a sample of its validation split, for the final figure.
-        metric: what the papers report of it.
+        final_objective: what measures the papers' figure on `test`: `objective` and its accuracy, or of SQuAD the F1 of
+            generated answers, as a reward.
     """
 
     name: str
@@ -36,7 +37,7 @@ class Task:
     train: list[dict[str, Any]]
     validation: list[dict[str, Any]]
     test: list[dict[str, Any]]
-    metric: str
+    final_objective: Objective
 
 
 def load_task(
@@ -75,7 +76,7 @@ def load_task(
     held_out = _load(name, data, "validation")
     count = len(held_out) if test is None else min(test, len(held_out))
     (test_rows,) = sample_split(held_out, (count,), seed)
-    return Task(name, preset.objective, train_rows, dev_rows, test_rows, preset.metric)
+    return Task(name, preset.objective, train_rows, dev_rows, test_rows, preset.final or preset.objective)
 
 
 def _load(name: str, data: str | Path | None, split: str) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm_zo.errors import ConfigError
-from vllm_zo.objectives import Classification, LanguageModeling, MultipleChoice, Objective
+from vllm_zo.objectives import Classification, LanguageModeling, MultipleChoice, Objective, Reward
 
 Record = dict[str, Any]
 
@@ -33,8 +33,8 @@ class Preset:
     """A record of the data set, and where it stands -> one that the objective can encode."""
     dev: int = 500
     """Rows of the training set kept for validation; MeZO takes 100 of the small sets."""
-    metric: str = "accuracy"
-    """What the papers report."""
+    final: Objective | None = None
+    """What measures the papers' figure, where that is not what trains. None: the accuracy of `objective`."""
 
 
 def _boolq(record: Record, where: str) -> Record:
@@ -45,6 +45,7 @@ def _boolq(record: Record, where: str) -> Record:
     return record | {"question": question[:1].upper() + question[1:], "label": label}
 
 
+SQUAD_PROMPT = "Title: {title}\nContext: {context}\nQuestion: {question}\nAnswer:"
 CONJUNCTIONS = {"cause": "because", "effect": "so"}
 
 
@@ -133,7 +134,7 @@ PRESETS: dict[str, Preset] = {
     ),
     "squad": Preset(
         objective=LanguageModeling(
-            template="Title: {title}\nContext: {context}\nQuestion: {question}\nAnswer:",
+            template=SQUAD_PROMPT,
             completion_field="answers",
             prefix=" ",
             suffix="\n",
@@ -141,6 +142,6 @@ PRESETS: dict[str, Preset] = {
         ),
         hub=("hf:squad:train", "hf:squad:validation"),
         prepare=_squad,
-        metric="f1",
+        final=Reward(SQUAD_PROMPT, reward="vllm_zo.rewards:token_f1", stop=["\n"], max_tokens=50, temperature=0.0),
     ),
 }

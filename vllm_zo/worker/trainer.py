@@ -206,6 +206,8 @@ class Trainer:
         if opened.command.job_id in self._failed:
             return
         plan, job = opened.command.plan, self.jobs[opened.command.job_id]
+        if command.cells is not None:
+            opened.table.cells_PC.copy_(torch.tensor(command.cells))
         losses, predictions = job.start.objective.loss(opened.table.cells_PC, opened.command.examples)
         finite = torch.isfinite(losses).all()
         coefficients = torch.zeros(0, device=self.device)

@@ -133,7 +133,8 @@ class ZOWorkerMixin(_Base):
         if commands.members:
             first_row, hidden = self._rows_of_requests()
             self.zo.score(commands.members, hidden, first_row, self._zo_num_tokens)
-            self._clean_kv_cache(hidden)
+        if commands.members or commands.generates:
+            self._clean_kv_cache(self.model_runner.execute_model_state.hidden_states)
         self.zo.run(commands.after)
         return self._with_results(super().sample_tokens(*args, **kwargs))
 

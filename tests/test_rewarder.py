@@ -1,0 +1,187 @@
+"""A group that generates, as the controller sees it: no engine, members are "run" by the test."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from vllm_zo import JobConfig, LoZO, Reward, RewardError
+from vllm_zo.commands import CloseGroup, GroupResult, Materialise, OpenGroup, StartJob, ZOCommands, ZOResults
+from vllm_zo.engine.admission import Capacity
+from vllm_zo.engine.controller import Controller
+from vllm_zo.engine.group import Member
+from vllm_zo.engine.job import FAILED, Job
+from vllm_zo.engine.rewarder import Rewarder, Scoring
+from vllm_zo.objectives.base import EncodedExample, Generation, ScoringRow
+
+PLENTY = Capacity(sequences=1000, tokens=10_000, kv_blocks=1000)
+ROWS = 3
+
+
+class Recorder:
+    """Keeps in memory what the real one writes to disk."""
+
+    waiting = False
+    error = None
+
+    def __init__(self) -> None:
+        self.records: list[dict[str, Any]] = []
+        self.steps: list[Any] = []
+
+    def metrics(self, record: dict[str, Any]) -> None:
+        self.records.append(record)
+
+    def step(self, *step: Any) -> None:
+        self.steps.append(step)
+
+    def close(self) -> None: ...
+    def forget(self) -> None: ...
+    def summarise(self, summary: dict[str, Any]) -> None: ...
+
+
+def make(tmp_path: Path, reward: Any, samples: int = 1, **options: Any) -> tuple[Controller, Job, Recorder]:
+    objective = Reward("{q}", reward=reward, samples=samples, **options)
+    row = ScoringRow((1, 2, 3), (), (), "generate", Generation(4, 1.0, 1.0, (2,)))
+    train = [EncodedExample((row,) * samples, columns={"i": i, "prompts": f"p{i}"}) for i in range(ROWS)]
+    config = JobConfig(objective=objective, method=LoZO(interval=1), steps=5, batch_size=ROWS)
+    job = Job("job", tmp_path, config, num_bases=5, train=train, validation=[], eval_batch=8)
+    job.rewarder = Rewarder(objective, lambda completions: ["".join(map(chr, ids)) for ids in completions])
+    controller, recorder = Controller(slots_per_job=2, block_size=16), Recorder()
+    start = StartJob("job", 0, config.method, objective, "bank", 5, "all-linear")
+    controller.start_job(job, recorder, start)  # type: ignore[arg-type]
+    return controller, job, recorder
+
+
+def generate(controller: Controller, members: list[Member]) -> None:
+    """Two engine steps: every member writes its probe's letter, then its row's, and ends."""
+    for member in members:
+        controller.score(member, 0, 3, last_chunk=True)
+        controller.generated(member, [ord("a") + member.probe], finished=False)
+    for member in members:
+        controller.generated(member, [ord("A") + member.row], finished=True)
+
+
+def until_closed(controller: Controller) -> ZOCommands:
+    """Commands of the step that closes the group."""
+    for _ in range(1000):
+        controller.offer(PLENTY, engine_is_empty=True)
+        commands = controller.take_commands()
+        if any(isinstance(c, CloseGroup) for c in commands.before):
+            return commands
+        controller.wait_for_rewards(0.01)
+    raise AssertionError("the group never closed")
+
+
+def test_rewards_close_the_group_before_anything_of_the_next_is_written(tmp_path: Path) -> None:
+    calls = []
+
+    def reward(completions: list[str], i: list[int]) -> list[float]:
+        calls.append((completions, i))
+        return [ord(text[0]) - ord("a") + index / 10 for text, index in zip(completions, i, strict=True)]
+
+    controller, job, recorder = make(tmp_path, reward)
+    members = controller.offer(PLENTY, engine_is_empty=True)
+    assert [(m.probe, m.row) for m in members] == [(p, r) for p in (0, 1) for r in range(ROWS)]
+    assert [m.seed for m in members[:ROWS]] == [m.seed for m in members[ROWS:]], "common random numbers"
+    assert len({m.seed for m in members}) == ROWS and all(0 <= m.seed < 2**63 for m in members)
+    opened = controller.take_commands()
+    assert all(e.columns is None for c in opened.before if isinstance(c, OpenGroup) for e in c.examples)
+    generate(controller, members)
+    running = controller.take_commands()
+    assert running.generates and not running.members and not running.after
+    commands = until_closed(controller)
+    ids = calls[0][1]
+    assert calls == [(["aA", "aB", "aC", "bA", "bB", "bC"], ids)] and ids[:ROWS] == ids[ROWS:]
+    closing = next(c for c in commands.before if isinstance(c, CloseGroup))
+    order = [type(c) for c in commands.before]
+    assert order.index(CloseGroup) < order.index(OpenGroup) < order.index(Materialise)
+    assert closing.cells == (tuple(i / 10 for i in ids[:3]), tuple(1 + i / 10 for i in ids[:3]))
+    losses = [[-7.0] * 3, [7.0] * 3]  # shaped, as the worker applies them
+    controller.on_results(ZOResults(groups=[GroupResult(closing.group_id, losses, [[1] * 3] * 2, [0.5], True)]))
+    (record,) = recorder.records
+    assert record["loss_plus"] == pytest.approx(-0.1) and record["loss_minus"] == pytest.approx(-1.1)
+    assert record["reward"] == pytest.approx(0.6) and recorder.steps == [(0, 1e-7, [0.5], True)]
+    assert job.tokens == 2 * ROWS * 2 + 2 * ROWS * 3, "prompts and completions of every probe"
+
+
+def test_samples_of_a_prompt_have_their_own_seeds_and_share_its_columns(tmp_path: Path) -> None:
+    seen: list[Any] = []
+
+    def reward(completions: list[str], prompts: list[str]) -> list[float]:
+        seen.append(prompts)
+        return [0.0] * len(completions)
+
+    controller, _, _ = make(tmp_path, reward, samples=2)
+    members = controller.offer(PLENTY, engine_is_empty=True)
+    assert len({m.seed for m in members}) == 2 * ROWS and len(members) == 4 * ROWS
+    controller.take_commands()
+    generate(controller, members)
+    until_closed(controller)
+    assert seen[0][0::2] == seen[0][1::2] and len(set(seen[0])) == ROWS
+
+
+def test_a_reward_that_fails_ends_its_job_and_frees_its_slots(tmp_path: Path) -> None:
+    controller, job, _ = make(tmp_path, lambda completions: [0.0])
+    members = controller.offer(PLENTY, engine_is_empty=True)
+    controller.take_commands()
+    generate(controller, members)
+    for _ in range(1000):
+        controller.wait_for_rewards(0.01)
+        controller.offer(PLENTY, engine_is_empty=True)
+        if job.status == FAILED:
+            break
+    assert job.status == FAILED and "returned 1 numbers for 6 completions" in str(job.error)
+    assert job.recorded == 0 and job.outstanding == 0
+    (lane,) = controller.table.lanes
+    assert lane.job is None and lane.slots.free == [0, 1]
+
+
+def test_an_open_group_that_is_dropped_forgets_its_rewards_and_runs_again(tmp_path: Path) -> None:
+    release = threading.Event()
+
+    def reward(completions: list[str]) -> list[float]:
+        assert release.wait(10)
+        return [0.0] * len(completions)
+
+    controller, _, _ = make(tmp_path, reward)
+    first = controller.offer(PLENTY, engine_is_empty=True)
+    controller.take_commands()
+    generate(controller, first)
+    controller.drop_groups()
+    release.set()
+    again = controller.offer(PLENTY, engine_is_empty=True)
+    assert [m.seed for m in again] == [m.seed for m in first] and again[0].group_id != first[0].group_id
+    assert not any(isinstance(c, CloseGroup) for c in controller.take_commands().before)
+    generate(controller, again)
+    until_closed(controller)
+
+
+def test_a_reward_that_never_returns_is_given_up() -> None:
+    never = threading.Event()
+    scoring = Scoring(lambda: (never.wait(30) and ()) or (), timeout_s=0.5)
+    begun = time.monotonic()
+    with pytest.raises(RewardError, match="did not answer within timeout_s=0.5"):
+        while scoring.outcome() is None:
+            scoring.wait(0.01)
+    assert time.monotonic() - begun > 0.4
+    never.set()
+
+
+def test_what_is_not_a_reward_error_is_told_as_one() -> None:
+    def tokenizer_is_gone(completions: Any) -> list[str]:
+        raise OSError("no tokenizer")
+
+    rewarder = Rewarder(Reward("{q}", reward="vllm_zo.rewards:contains"), tokenizer_is_gone)
+    row = ScoringRow((1,), (), (), "generate", Generation(1, 1.0, 1.0, ()))
+    group = SimpleNamespace(
+        examples=(EncodedExample((row,)),), plan=SimpleNamespace(probes=(None,)), completions={(0, 0): [1]}
+    )
+    scoring = rewarder.start(group)  # type: ignore[arg-type]
+    scoring.wait(5)
+    with pytest.raises(RewardError, match="OSError: no tokenizer"):
+        scoring.outcome()
