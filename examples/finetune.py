@@ -21,6 +21,8 @@ def main() -> None:
     from vllm_zo.entrypoints.cpu_defaults import apply_cpu_defaults
 
     apply_cpu_defaults()  # on a CPU: threads, KV cache and the engine in this process; before vLLM is imported
+    from vllm import SamplingParams
+
     from vllm_zo import LLM, Classification, LoZO
 
     llm = LLM(MODEL, max_model_len=256, dtype="float32", zo_training=True)
@@ -35,10 +37,11 @@ def main() -> None:
         eval_interval=max(1, STEPS // 3),
         seed=0,
     )
+    next_token = SamplingParams(max_tokens=1, temperature=0.0)
     print(f"accuracy {run.metrics['initial_accuracy']:.3f} -> {run.metrics['accuracy']:.3f}")
     for text in ("a warm and clever story , beautifully told .", "the soup was cold and nobody came ."):
-        answer = llm.generate(f"{text} It was", lora_request=run.lora_request, use_tqdm=False)
-        print(f"{text} It was{answer[0].outputs[0].text.split('.')[0]}")
+        (answer,) = llm.generate(f"{text} It was", next_token, lora_request=run.lora_request, use_tqdm=False)
+        print(f"{text} It was{answer.outputs[0].text}")
     print(f"log and snapshots: {run.directory}")
 
 
