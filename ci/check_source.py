@@ -37,8 +37,8 @@ CALLED = {
     "vllm.lora.lora_model:LoRAModel.__init__": ("lora_model_id", "rank", "loras"),
 }  # fmt: skip
 """Arguments that we pass, by name or in this order."""
-PROBED = ("choose_punica_wrapper", "dispatcher")
-"""Imports that are made only where the module is known to have them."""
+PROBED = ("choose_punica_wrapper", "dispatcher", "skipped_waiting")
+"""Names that are used only where they are known to be there."""
 Names = tuple[str, ...]
 
 
@@ -128,12 +128,13 @@ def parameters(node: ast.AST) -> Names:
     return tuple(p.arg for p in [*a.posonlyargs, *a.args, *a.kwonlyargs] if p.arg != "self")
 
 
-def imported() -> Iterator[tuple[str, str]]:
-    """(module, name) of every import of vLLM in this package."""
+def imported() -> Iterator[tuple[str, str, str]]:
+    """(file, module, name) of every import of vLLM in this package."""
     for file in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "vllm":
-                yield from ((str(node.module), a.name) for a in node.names if a.name not in PROBED)
+                names = [a.name for a in node.names if a.name not in PROBED]
+                yield from ((str(file.relative_to(PACKAGE)), str(node.module), name) for name in names)
 
 
 def seams() -> list[str]:
@@ -142,18 +143,34 @@ def seams() -> list[str]:
 
 
 def problems(source: Source) -> Iterator[str]:
-    for module, name in sorted(set(imported())):
+    for file, module, name in sorted(set(imported())):
         if source.find(module, name) is None:
-            yield f"missing: from {module} import {name}"
+            yield f"missing: from {module} import {name} ({file})"
     for target in seams():
         if source.member(target) is None:
             yield f"missing: {target}"
+    scheduler = source.find("vllm.v1.core.sched.scheduler", "Scheduler")
+    text = ast.unparse(scheduler[1]) if scheduler is not None else ""
+    for name in inherited():
+        if f"self.{name}" not in text and f"def {name}" not in text and name not in PROBED:
+            yield f"missing: Scheduler.{name}"
     for owner, names in FIELDS.items():
         yield from (f"missing: field {owner}.{name}" for name in names if source.member(f"{owner}.{name}") is None)
     for target, names in CALLED.items():
         node = source.member(target)
         have = parameters(node) if node is not None else ()
         yield from (f"missing: argument {name} of {target}" for name in names if name not in have)
+
+
+def inherited() -> list[str]:
+    """Attributes that our scheduler reads from vLLM's: `self.name`, not set or defined in our own class."""
+    tree = ast.parse((PACKAGE / "engine" / "scheduler.py").read_text())
+    ours = next(n for n in tree.body if isinstance(n, ast.ClassDef))
+    used, own = set(), {n.name for n in ours.body if isinstance(n, ast.FunctionDef)}
+    for node in ast.walk(ours):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self":
+            (own if isinstance(node.ctx, ast.Store) else used).add(node.attr)
+    return sorted(used - own)
 
 
 def differences(source: Source, reference: Source) -> Iterator[str]:

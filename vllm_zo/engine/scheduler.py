@@ -64,6 +64,10 @@ class ZOSchedulerMixin(_Base):
         super().__init__(vllm_config, *args, **kwargs)
         self.zo_config = ZOTrainingConfig.of_engine(vllm_config.additional_config)
         self.zo = Controller(self.zo_config.slots, self.block_size, self.zo_config.concurrent_jobs)
+        if not hasattr(self, "kv_holding_waiting"):  # 0.30 keeps all that it passed over in one queue
+            self.kv_holding_waiting = self.skipped_waiting
+            self.deferred_waiting: set[Request] = set()
+            self.max_num_active_reqs = self.max_num_running_reqs
         self._zo_members: dict[str, Member] = {}
         self._zo_preempted: dict[str, Request] = {}
         self.zo_draining = False
