@@ -23,6 +23,10 @@ RUNS = {  # script -> (argument: steps or requests, what it must print)
         r"equals the unbroken one.*\n(.*\n)*step 6: equals .*, which the job wrote, bit for bit",
     ),
     "export.py": (4, r"logits moved by up to [\d.]+; adapter and merged model differ by up to \d\.\de-0[3-9]"),
+    "reward.py": (
+        4,
+        r"sampled: 0\.\d+ in the first 10 steps, 0\.\d+ in the last\nin the format, greedy: +0\.\d+ -> 0\.\d+",
+    ),
     "training_under_load.py": (3, r"meanwhile \d+ training steps.*\nits newest version: median \d+ ms"),
 }
 QUICKEST = "export.py"
