@@ -41,7 +41,7 @@ def example(name: str) -> object:
 @pytest.mark.parametrize("name", [example(name) for name in RUNS])
 def test_an_example_runs_as_printed(name: str, tmp_path: Path) -> None:
     argument, printed = RUNS[name]
-    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    environment = {**os.environ, "TMPDIR": str(tmp_path), "VLLM_LOGGING_LEVEL": "ERROR"}  # it logs to standard output
     environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)  # the tests' own choice; an example makes its own
     done = subprocess.run(
         [sys.executable, str(EXAMPLES / name), str(argument)],
