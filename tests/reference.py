@@ -70,7 +70,14 @@ class ReferenceTrainer:
         self.basis = 0
         """Basis of the last step; in `fold` space the only one with an accumulator."""
 
-    def step(self, step: int, examples: Sequence[EncodedExample], learning_rate: float) -> tuple[Tensor, Tensor]:
+    def step(
+        self,
+        step: int,
+        examples: Sequence[EncodedExample],
+        learning_rate: float,
+        eps_factor: float = 1.0,
+        max_coefficient: float | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """One optimiser step.
 
         Returns:
@@ -81,9 +88,11 @@ class ReferenceTrainer:
         if self.space == "fold" and basis != self.basis:
             self.fold(key=noise.derive_key(self.job_seed, "fold", step))
         self.basis = basis
-        plan = self.method.plan(self.job_seed, step, basis)
+        plan = self.method.plan(self.job_seed, step, basis).scaled(eps_factor)
         losses_PE = self.score_probes(examples, plan)
         coefficients_K = self.method.coefficients(plan, losses_PE).float()
+        if max_coefficient is not None:
+            coefficients_K = coefficients_K.clamp(-max_coefficient, max_coefficient)
         finite = bool(losses_PE.isfinite().all())
         following = self.method.next_round(plan)
         while following is not None and finite:

@@ -26,6 +26,7 @@ from vllm_zo.methods import (
     FZOO,
     SGD,
     Adam,
+    Conserve,
     LeaveOneOut,
     LoRAFA,
     MeZOLoRA,
@@ -33,6 +34,7 @@ from vllm_zo.methods import (
     SubZero,
     TeZO,
 )
+from vllm_zo.methods.schedules import eps_factor_at
 from vllm_zo.methods.spaces import resolve_bases
 from vllm_zo.methods.state import AdapterState
 
@@ -92,6 +94,22 @@ CASES: dict[str, dict[str, Any]] = {
     "A is frozen": {"method": LoRAFA(rank=4, eps=EPS, queries=2), "rate": 1e-2},
     "two perturbed factors": {"method": MeZOLoRA(rank=4, eps=EPS), "rate": 1e-2},
     "two perturbed factors of packed layers": {"method": MeZOLoRA(rank=2, eps=EPS), "rate": 1e-3, "family": "llama"},
+    "a second round chooses the step": {
+        "method": replace(LOZO, interval=2, optimizer=Conserve()),
+        "bases": 2,
+        "slots": 3,
+        "rate": 1e-2,
+    },
+    "a second round, in waves, through folds": {
+        "method": replace(LOZO, interval=2, optimizer=Conserve()),
+        "update_space": "fold",
+        "rate": 5e-2,
+    },
+    "two micro-batches, a shrinking radius, cut coefficients": {
+        "method": LOZO,
+        "options": {"micro_batches": 2, "eps_schedule": "linear", "max_coefficient": 0.5},
+        "grad_tolerance": 10 * GRAD_TOLERANCE,
+    },
     "members prefilled in chunks": {
         "method": LOZO,
         "engine": {"max_num_batched_tokens": 24, "max_num_seqs": 8, "enable_chunked_prefill": True},
@@ -129,6 +147,7 @@ def test_the_engine_follows_the_reference(engines: Engines, name: str) -> None:
     rate, grad_tolerance = case.get("rate", RATE), case.get("grad_tolerance", GRAD_TOLERANCE)
     objective = case.get("objective", SENTIMENT)
     options = {k: case[k] for k in ("method", "update_space", "bases", "target_modules") if k in case}
+    options |= case.get("options", {})
     run = llm.finetune(
         rows,
         objective=objective,
@@ -144,10 +163,11 @@ def test_the_engine_follows_the_reference(engines: Engines, name: str) -> None:
     oracle = reference(engines, case, run.config.space, num_bases)
     tokenizer = AutoTokenizer.from_pretrained(engines.model(case.get("family", "opt")))
     examples = encode_examples(rows, objective, tokenizer, 128, "rows")
-    order = BatchOrder(len(examples), BATCH, SEED)
+    order = BatchOrder(len(examples), run.config.examples_per_step, SEED)
     assert len(run.history) == STEPS
     for step, record in enumerate(run.history):
-        losses, coefficients = oracle.step(step, [examples[i] for i in order.batch(step)], rate)
+        batch, eps = [examples[i] for i in order.batch(step)], eps_factor_at(run.config.eps_schedule, step, STEPS)
+        losses, coefficients = oracle.step(step, batch, rate, eps, run.config.max_coefficient)
         assert record["loss"] == pytest.approx(losses.mean().item(), abs=LOSS_TOLERANCE), f"step {step}"
         assert record["projected_grad"] == pytest.approx(coefficients.tolist(), abs=grad_tolerance), f"step {step}"
     if run.config.space == "bank":

@@ -36,6 +36,7 @@ class StartJob:
     update_space: str
     num_bases: int
     target_modules: str
+    max_coefficient: float | None = None
     seed_log: str | None = None
     snapshot: str | None = None
 
@@ -90,7 +91,8 @@ class ScoreMember:
 
 @dataclass(frozen=True)
 class CloseGroup:
-    """All members are scored by the end of this step: compute losses, and update if `learning_rate` is not None."""
+    """All members are scored by the end of this step: compute losses. With a `learning_rate` it is a training group:
+    compute coefficients, and update unless the method wants another round."""
 
     group_id: str
     learning_rate: float | None

@@ -107,7 +107,15 @@ class JobConfig:
     warmup_steps: int = 0
     """Steps of linear warm-up, part of `steps`."""
     batch_size: int = 16
-    """Examples per step; every probe of the step scores the same ones."""
+    """Examples per step; every probe of the step scores the same ones. A group may be larger than what the engine runs
+    at once: it then takes several engine steps."""
+    micro_batches: int = 1
+    """Mini-batches of `batch_size` examples that a step adds up before it moves, as gradient accumulation does."""
+    eps_schedule: LRSchedule = "constant"
+    """"constant", "linear" or "cosine"; the last two shrink the probe radius to a tenth at the end of the run."""
+    max_coefficient: float | None = None
+    """Largest absolute coefficient of a direction (a projected gradient over K): larger ones are cut to it. None: no
+    limit."""
     steps: int = 1000
     """Optimiser steps; 0 evaluates only."""
     seed: int = 0
@@ -150,6 +158,10 @@ class JobConfig:
         check_int("steps", self.steps, 0)
         check_int("warmup_steps", self.warmup_steps, 0, self.steps, fix="warm-up is part of steps")
         check_int("batch_size", self.batch_size, 1)
+        check_int("micro_batches", self.micro_batches, 1)
+        check_known("eps_schedule", self.eps_schedule, LR_SCHEDULES)
+        if self.max_coefficient is not None:
+            check_float("max_coefficient", self.max_coefficient, above=0.0, fix="None sets no limit")
         check_int("seed", self.seed, 0, MAX_SEED)
 
     def _check_scope(self) -> None:
@@ -168,6 +180,11 @@ class JobConfig:
         check_bool("keep_best", self.keep_best)
         if self.divergence_factor is not None:
             check_float("divergence_factor", self.divergence_factor, at_least=1.0, fix="None turns the guard off")
+
+    @property
+    def examples_per_step(self) -> int:
+        """Examples that every probe of a step scores."""
+        return self.batch_size * self.micro_batches
 
     @property
     def space(self) -> str:

@@ -11,7 +11,7 @@ from typing import Any, Self
 import torch
 
 from vllm_zo.checkpoint.hf_checkpoint import base_fingerprint
-from vllm_zo.config import MAY_DIFFER_ON_RESUME
+from vllm_zo.config import MAY_DIFFER_ON_RESUME, JobConfig
 from vllm_zo.errors import ConfigError
 from vllm_zo.methods import build_method, method_fields
 from vllm_zo.methods.base import Method, ModuleShape
@@ -101,7 +101,11 @@ class SeedLogHeader:
         Raises:
             ConfigError: names every field that differs, with both values.
         """
-        differing = differences(self._identity(), logged._identity())
+        ours = self._identity()
+        # An option that the log's version did not have yet: the run was made with what is now its default.
+        new = {f"job_config.{f.name}": f.default for f in dataclasses.fields(JobConfig)}
+        known = {key: value for key, value in new.items() if key in ours and ours[key] == value}
+        differing = differences(ours, known | logged._identity())
         if differing:
             raise ConfigError(
                 f"cannot resume, this is another model or configuration: {'; '.join(differing)}. "

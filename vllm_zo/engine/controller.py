@@ -293,8 +293,9 @@ class Controller:
                 recorder.metrics(record)
         else:
             job.meter.close(result.group_id)
-            recorder.metrics(job.on_train_result(work, result))
-            recorder.step(work.plan.step, work.learning_rate, result.coefficients, result.finite)
+            if (record := job.on_train_result(work, result)) is not None:
+                recorder.metrics(record)
+                recorder.step(work.plan.step, work.learning_rate, result.coefficients, result.finite)
         if job.ending is not None:
             self._end(job, *job.ending)
         elif recorder.error is not None:

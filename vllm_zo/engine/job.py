@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from vllm_zo.data.batches import BatchOrder
 from vllm_zo.engine.meter import JobMeter
 from vllm_zo.engine.rewarder import Rewarder
 from vllm_zo.methods.base import Probe, ProbePlan
-from vllm_zo.methods.schedules import learning_rate_at
+from vllm_zo.methods.schedules import eps_factor_at, learning_rate_at
 from vllm_zo.methods.spaces import basis_of
 from vllm_zo.objectives.base import EncodedExample
 
@@ -43,6 +43,8 @@ class Work:
     last_of_evaluation: bool = False
     seeds: tuple[int, ...] = ()
     """Of sampling, one a row, where the objective generates. All probes share them."""
+    ends_step: bool = False
+    """Whether the update follows: false for an evaluation, and where the method wants another round of probes."""
 
 
 @dataclass
@@ -87,7 +89,7 @@ class Job:
         self.train, self.validation = train, validation
         self.eval_batch = eval_batch
         self.evaluate_only = evaluate_only
-        self.order = BatchOrder(len(train), config.batch_size, config.seed) if train else None
+        self.order = BatchOrder(len(train), config.examples_per_step, config.seed) if train else None
         self.step = self.first_step = first_step
         resumed = first_step > 0 and not evaluate_only
         self.basis: int | None = basis_of(config.method, first_step - 1, self.space, num_bases) if resumed else None
@@ -107,6 +109,10 @@ class Job:
         self.published: set[int] = set()
         """Versions that can be served, by step."""
         self.tokens = 0
+        self._next_round: Work | None = None
+        """The round that comes before anything else."""
+        self._first_round: tuple[ProbePlan, GroupResult] | None = None
+        """Of the step whose results are coming in."""
         self._evaluation: Evaluation | None = None
         self._eval_queue: list[tuple[int, ...]] = []
         self._eval_issued: int | None = None
@@ -121,6 +127,8 @@ class Job:
 
     def next_work(self) -> Work | None:
         """The next group, or None when everything has been issued."""
+        if self._next_round is not None:
+            return self._issue(self._next_round)
         if not self._eval_queue and self._evaluation_due():
             self._eval_issued = self.step
             count = len(self.validation)
@@ -158,12 +166,20 @@ class Job:
         assert self.order is not None
         basis = basis_of(config.method, step, self.space, self.num_bases)
         plan = config.method.plan(config.seed, step, basis)
+        plan = plan.scaled(eps_factor_at(config.eps_schedule, step, config.steps))
         ids = self.order.batch(step)
         rate = learning_rate_at(config.lr_schedule, config.learning_rate, step, config.steps, config.warmup_steps)
         self.step += 1
-        self.outstanding += 1
         examples = tuple(self.train[i] for i in ids)
-        return Work(plan, ids, examples, rate, seeds=self._seeds(COMPLETION_STREAM, step, ids, examples))
+        seeds = self._seeds(COMPLETION_STREAM, step, ids, examples)
+        return self._issue(Work(plan, ids, examples, rate, seeds=seeds))
+
+    def _issue(self, work: Work) -> Work:
+        """Hand out a round of a training step, and remember the round that follows it."""
+        following = self.config.method.next_round(work.plan)
+        self._next_round = None if following is None else replace(work, plan=following)
+        self.outstanding += 1
+        return replace(work, ends_step=following is None)
 
     def _seeds(self, stream: str, step: int, ids: Sequence[int], examples: Sequence[EncodedExample]) -> tuple[int, ...]:
         """A function of (job, step, example, sample), so that a resumed job samples what the unbroken one did."""
@@ -186,8 +202,10 @@ class Job:
         self.outstanding -= 1
         if work.learning_rate is None:
             self._eval_queue.insert(0, work.example_ids)
+        elif work.plan.round:
+            self._next_round = work
         else:
-            self.step = work.plan.step
+            self.step, self._next_round = work.plan.step, None
 
     @property
     def recorded(self) -> int:
@@ -197,18 +215,28 @@ class Job:
     @property
     def all_issued(self) -> bool:
         ended = self.step >= self.config.steps or self.finish_requested
-        return ended and not self._eval_queue and not self._evaluation_due()
+        return ended and self._next_round is None and not self._eval_queue and not self._evaluation_due()
 
     # --- results --------------------------------------------------------------------------------------------------
 
-    def on_train_result(self, work: Work, result: GroupResult) -> dict[str, Any]:
-        """Record one step; raises nothing: a divergence is reported through `divergence`."""
+    def on_train_result(self, work: Work, result: GroupResult) -> dict[str, Any] | None:
+        """Record one step, when the result of its last round is in; its losses are those of the first round.
+
+        Raises nothing: a divergence is reported through `divergence`.
+        """
         self.outstanding -= 1
         examples = [self.train[i] for i in work.example_ids]
-        signs = [p.sign for p in work.plan.probes]
-        mean = [sum(row) / len(row) for row in result.losses]
-        hits = sum(p == e.gold for row in result.predictions for p, e in zip(row, examples, strict=True))
-        self.tokens += sum(e.num_tokens for e in examples) * len(signs)
+        self.tokens += sum(e.num_tokens for e in examples) * len(work.plan.probes)
+        if work.plan.round == 0:
+            self._first_round = work.plan, result
+        return self._record_step(work, result) if work.ends_step else None
+
+    def _record_step(self, work: Work, result: GroupResult) -> dict[str, Any]:
+        assert self._first_round is not None
+        plan, first = self._first_round
+        examples, signs = [self.train[i] for i in work.example_ids], [p.sign for p in plan.probes]
+        mean = [sum(row) / len(row) for row in first.losses]
+        hits = sum(p == e.gold for row in first.predictions for p, e in zip(row, examples, strict=True))
         loss = sum(mean) / len(mean)
         record: dict[str, Any] = {
             "step": work.plan.step + 1,
@@ -218,7 +246,7 @@ class Job:
             "loss_minus": _mean([m for m, s in zip(mean, signs, strict=True) if s < 0]),
             "projected_grad": result.coefficients,
             "learning_rate": work.learning_rate,
-            "eps": work.plan.probes[0].eps,
+            "eps": plan.probes[0].eps,
             "finite": result.finite,
             "tokens": self.tokens,
             "seconds": time.monotonic() - self._started,
@@ -284,13 +312,14 @@ class Job:
             return False
         if work.learning_rate is None:
             return work.last_of_evaluation
+        if not work.ends_step:
+            return False
         interval = self.config.publish_interval
         return bool(interval and (work.plan.step + 1) % interval == 0)
 
     def snapshot_due(self, work: Work) -> bool:
         """Whether the state after `work` is saved for resuming."""
-        trained = work.learning_rate is not None and self.space == "bank"
-        return trained and (work.plan.step + 1) % self.config.checkpoint_interval == 0
+        return work.ends_step and self.space == "bank" and (work.plan.step + 1) % self.config.checkpoint_interval == 0
 
     def stats(self) -> dict[str, Any]:
         """Where the job stands and how fast it goes, for monitoring."""

@@ -150,6 +150,7 @@ def load_job(
         update_space=space,
         num_bases=num_bases,
         target_modules=config.target_modules,
+        max_coefficient=config.max_coefficient,
         seed_log=str(log_path) if log_path else None,
         snapshot=snapshot if space == "bank" and Path(snapshot).exists() else None,
     )

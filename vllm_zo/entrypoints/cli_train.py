@@ -137,6 +137,15 @@ def train(
     lr_schedule: Annotated[str | None, _job(OPTIMISATION, "lr_schedule", f"{', '.join(LR_SCHEDULES)}.")] = None,
     warmup_steps: Annotated[int | None, _job(OPTIMISATION, "warmup_steps", "Steps of linear warm-up.")] = None,
     batch_size: Annotated[int | None, _job(OPTIMISATION, "batch_size", "Examples a step.")] = None,
+    micro_batches: Annotated[
+        int | None, _job(OPTIMISATION, "micro_batches", "Mini-batches a step adds up before it moves.")
+    ] = None,
+    eps_schedule: Annotated[
+        str | None, _job(OPTIMISATION, "eps_schedule", f"{', '.join(LR_SCHEDULES)}; of the probe radius.")
+    ] = None,
+    max_coefficient: Annotated[
+        float | None, _job(OPTIMISATION, "max_coefficient", "Cut coefficients of directions to this. Unset: no limit.")
+    ] = None,
     steps: Annotated[int | None, _job(OPTIMISATION, "steps", "Optimiser steps; 0 evaluates only.")] = None,
     seed: Annotated[int | None, _job(OPTIMISATION, "seed", "Decides batch order and every direction.")] = None,
     eval_interval: Annotated[

@@ -37,6 +37,7 @@ INTERRUPTED = 130
 JOB_FLAGS = (
     "learning_rate", "lr_schedule", "warmup_steps", "batch_size", "steps", "seed", "update_space", "bases",
     "target_modules", "eval_interval", "eval_examples", "checkpoint_interval", "publish_interval",
+    "micro_batches", "eps_schedule", "max_coefficient",
     "divergence_factor", "keep_best",
 )  # fmt: skip
 METHOD_FLAGS = ("rank", "interval", "eps", "queries", "alpha")
@@ -69,7 +70,7 @@ def run_training(params: Params) -> None:
         if value is None:
             raise ConfigError(f"{flag} is missing: see vllm-zo train --help.")
     validation = task.validation if task else params["validation"]
-    BatchOrder(len(load_examples(train, "train")), config.batch_size, config.seed)
+    BatchOrder(len(load_examples(train, "train")), config.examples_per_step, config.seed)
     if validation is not None:
         load_examples(validation, "validation")
     callbacks = _callbacks(params)

@@ -137,9 +137,11 @@ def prepare_job(
     bases = resolve_bases(config.method, config.space, config.steps, zo.slot_rank, config.bases)
     directory = _job_directory(engine, zo, config, resume_from)
     train_examples = _encode(engine, train, config.objective, "train")
-    if config.batch_size > len(train_examples):
+    if config.examples_per_step > len(train_examples):
+        times = f" and micro_batches={config.micro_batches}" if config.micro_batches > 1 else ""
         raise ConfigError(
-            f"batch_size={config.batch_size}: the training data has {len(train_examples)} rows; lower batch_size."
+            f"batch_size={config.batch_size}{times}: the training data has {len(train_examples)} rows; lower "
+            "batch_size."
         )
     validation_examples = [] if validation is None else _encode(engine, validation, config.objective, "validation")
     validation_examples = validation_examples[: config.eval_examples]

@@ -32,3 +32,19 @@ def learning_rate_at(schedule: LRSchedule, base: float, step: int, total_steps: 
     if schedule == "linear":
         return base * (1.0 - progress)
     return base * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+EPS_FLOOR = 0.1
+"""An eps schedule ends at this share of eps: a radius near 0 leaves only rounding in the difference of two losses."""
+
+
+def eps_factor_at(schedule: LRSchedule, step: int, total_steps: int) -> float:
+    """Factor of the probe radius at `step`: 1 at the start, falling to EPS_FLOOR with "linear" or "cosine".
+
+    Example:
+        >>> [round(eps_factor_at("linear", step, 3), 1) for step in range(3)]
+        [1.0, 0.7, 0.4]
+    """
+    if schedule == "constant":
+        return 1.0
+    return EPS_FLOOR + (1.0 - EPS_FLOOR) * learning_rate_at(schedule, 1.0, step, total_steps)

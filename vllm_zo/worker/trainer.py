@@ -39,6 +39,7 @@ from vllm_zo.commands import (
     ZOResults,
 )
 from vllm_zo.errors import ZOError
+from vllm_zo.methods.base import ProbePlan
 from vllm_zo.methods.fold import fold_into
 from vllm_zo.methods.spaces import basis_of
 from vllm_zo.methods.state import AdapterState
@@ -60,6 +61,33 @@ class JobState:
     start: StartJob
     state: AdapterState
     targets: tuple[Target, ...]
+    rounds: tuple[ProbePlan, Tensor, Tensor] | None = None
+    """Of a step with a round still to come: the first plan, the coefficients so far, whether all was finite."""
+
+    def take_round(self, plan: ProbePlan, losses_PE: Tensor, learning_rate: float) -> tuple[Tensor, Tensor]:
+        """Losses of a round to coefficients; after the last round of a step, the step. All on the device.
+
+        Returns:
+            (K,) float32 coefficients, zeros where a loss of the step was not finite; and whether all were.
+        """
+        method, finite, first = self.start.method, torch.isfinite(losses_PE).all(), plan
+        if plan.round == 0:
+            coefficients_K = method.coefficients(plan, losses_PE)
+            if (most := self.start.max_coefficient) is not None:
+                coefficients_K = coefficients_K.clamp(-most, most)
+        else:
+            assert self.rounds is not None, "a further round before the first"
+            first, coefficients_K, finite_so_far = self.rounds
+            finite = finite & finite_so_far
+            coefficients_K = method.settle(coefficients_K, plan, losses_PE)
+        finite = finite & torch.isfinite(coefficients_K).all()
+        coefficients_K = torch.where(finite, coefficients_K, torch.zeros_like(coefficients_K))
+        if method.next_round(plan) is None:
+            self.state.apply(first, coefficients_K, learning_rate, finite)
+        else:
+            self.state.propose(first, coefficients_K, learning_rate)
+            self.rounds = first, coefficients_K, finite
+        return coefficients_K, finite
 
 
 @dataclass
@@ -209,13 +237,9 @@ class Trainer:
         if command.cells is not None:
             opened.table.cells_PC.copy_(torch.tensor(command.cells))
         losses, predictions = job.start.objective.loss(opened.table.cells_PC, opened.command.examples)
-        finite = torch.isfinite(losses).all()
-        coefficients = torch.zeros(0, device=self.device)
+        coefficients, finite = torch.zeros(0, device=self.device), torch.isfinite(losses).all()
         if command.learning_rate is not None:
-            coefficients = job.start.method.coefficients(plan, losses)
-            finite = finite & torch.isfinite(coefficients).all()
-            coefficients = torch.where(finite, coefficients, torch.zeros_like(coefficients))
-            job.state.apply(plan, coefficients, command.learning_rate, finite)
+            coefficients, finite = job.take_round(plan, losses, command.learning_rate)
             if self.device.type == "cpu" and plan.step % TRIM_INTERVAL == 0:
                 give_back_freed_memory()
         self._pending.append(PendingGroup(command.group_id, losses, predictions, coefficients, finite))
