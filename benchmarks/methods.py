@@ -1,0 +1,201 @@
+"""Accuracy against forward passes: every method with the same budget and an equally small search of its step size.
+
+    python benchmarks/methods.py --data ../shared/data --model examples/demo/model       # all, some hours on 2 cores
+    python benchmarks/methods.py --tasks sst2 --budget 1000 --methods "lozo; fzoo"
+    python benchmarks/methods.py --seeds 3 --methods "lozo; fzoo; eggroll"         # more seeds of the best step size
+    python benchmarks/methods.py --report --plot methods.png        # tables and plot of what is there
+
+A forward pass is one probe of one mini-batch: a two-sided step of one direction costs 2, FZOO's with 8 directions 9.
+Each method gets the same three multiples of a first guess; the one with the lowest validation loss is reported on the
+test rows. Every run is a line of --output: a call that was cut off goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+FACTORS = (1 / 3, 1.0, 3.0)
+BATCH, EVALUATIONS = 16, 8
+METHODS: dict[str, tuple[dict[str, Any], float]] = {
+    "lozo": ({"name": "lozo"}, 3e-4),
+    "lozo, one-sided x4": ({"name": "lozo", "queries": 4, "estimator": "one-sided"}, 6e-4),
+    "lozo, rloo x4": ({"name": "lozo", "queries": 4, "estimator": "rloo"}, 6e-4),
+    "lozo-m": ({"name": "lozo", "optimizer": "momentum"}, 6e-4),
+    "lozo, adam": ({"name": "lozo", "optimizer": "adam"}, 6e-4),
+    "lozo, meazo": ({"name": "lozo", "optimizer": "meazo"}, 1e-3),
+    "lozo, sign": ({"name": "lozo", "optimizer": "sign"}, 6e-4),
+    "lozo, conserve": ({"name": "lozo", "optimizer": "conserve"}, 6e-4),
+    "fzoo": ({"name": "fzoo"}, 6e-6),
+    "kerzoo": ({"name": "kerzoo"}, 1e-4),
+    "eggroll": ({"name": "eggroll"}, 2.0),
+    "factorized-mezo": ({"name": "factorized-mezo", "rank": 16}, 3e-4),
+    "tezo": ({"name": "tezo"}, 1e-4),
+    "subzero": ({"name": "subzero"}, 3e-4),
+    "zo-muon": ({"name": "zo-muon"}, 0.1),
+    "lora-fa": ({"name": "lora-fa"}, 1e-2),
+    "mezo-lora": ({"name": "mezo-lora"}, 1e-2),
+}
+"""Label -> method as in JSON, and the middle of its three step sizes for the demo model."""
+
+
+def passes_a_step(method: Any) -> int:
+    """Probes of all rounds of a step."""
+    plan, passes = method.plan(0, 0, 0), 0
+    while plan is not None:
+        passes += len(plan.probes)
+        plan = method.next_round(plan)
+    return passes
+
+
+def run_once(llm: Any, task: Any, label: str, rate: float, budget: int, seed: int) -> dict[str, Any]:
+    """One run within the budget, with its validation curve and its test figures."""
+    from vllm_zo.errors import JobError
+    from vllm_zo.methods import build_method
+
+    hyperparameters, _ = METHODS[label]
+    method = build_method(**hyperparameters)
+    passes = passes_a_step(method)
+    steps = budget // passes
+    line: dict[str, Any] = {"task": task.name, "method": label, "rate": rate, "budget": budget, "seed": seed}
+    start = time.perf_counter()
+    try:
+        run = llm.finetune(
+            task.train, task.validation, objective=task.objective, method=method, learning_rate=rate, batch_size=BATCH,
+            steps=steps, seed=seed, eval_interval=max(1, steps // EVALUATIONS), progress=False,
+        )  # fmt: skip
+    except JobError as error:  # it diverged: a result too
+        print(f"{label} at {rate:g}: {error}", file=sys.stderr)
+        return line | {"loss": None, "seconds": time.perf_counter() - start}
+    seconds = time.perf_counter() - start
+    best = min(run.evaluations, key=lambda e: e["eval_loss"])
+    last = run.evaluations[-1]
+    test = llm.evaluate(task.test, run=run)
+    if run.config.space == "fold":  # it has no earlier state to give back
+        best = last
+        llm.restore_base(run)
+    curve = [[e["step"] * passes, e["eval_loss"], e["eval_accuracy"]] for e in run.evaluations]
+    return line | {
+        "loss": best["eval_loss"], "accuracy": best["eval_accuracy"], "test": test["accuracy"], "seconds": seconds,
+        "steps": steps, "passes": passes, "curve": curve,
+    }  # fmt: skip
+
+
+def wanted(args: argparse.Namespace, done: list[dict[str, Any]]) -> Iterable[tuple[str, str, float, int]]:
+    """(task, method, rate, seed) of the runs that are not there yet: the search, then more seeds of its best."""
+    have = {(d["task"], d["method"], round(d["rate"], 12), d["budget"], d["seed"]) for d in done}
+    for task in args.tasks:
+        for label in args.methods:
+            rates = [METHODS[label][1] * factor for factor in FACTORS]
+            runs = [(rate, 0) for rate in rates]
+            found = [d for d in done if (d["task"], d["method"], d["budget"]) == (task, label, args.budget)]
+            if args.seeds > 1 and (best := best_of(found)):
+                runs += [(best["rate"], seed) for seed in range(1, args.seeds)]
+            for rate, seed in runs:
+                if (task, label, round(rate, 12), args.budget, seed) not in have:
+                    yield task, label, rate, seed
+
+
+def best_of(runs: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The run of seed 0 with the lowest validation loss."""
+    finished = [r for r in runs if r["loss"] is not None and r["seed"] == 0]
+    return min(finished, key=lambda r: r["loss"], default=None)
+
+
+def report(done: list[dict[str, Any]]) -> str:
+    """A table a task, best validation loss first."""
+    parts = []
+    for task, budget in dict.fromkeys((d["task"], d["budget"]) for d in done):
+        runs = [d for d in done if (d["task"], d["budget"]) == (task, budget)]
+        zero = next(d["curve"][0] for d in runs if d["loss"] is not None)
+        lines = [
+            f"{task}, {budget} forward passes a run (zero-shot: validation loss {zero[1]:.3f}, accuracy {zero[2]:.3f})",
+            "",
+            "| method | learning rate | passes a step | steps | validation loss | validation | test | seconds |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
+        bests = [best_of([d for d in runs if d["method"] == label]) for label in METHODS]
+        for best in sorted((b for b in bests if b), key=lambda b: b["loss"]):
+            same = [d for d in runs if (d["method"], d["rate"]) == (best["method"], best["rate"]) and d.get("test")]
+            tests = [d["test"] for d in same]
+            spread = f" ({min(tests):.3f} to {max(tests):.3f}, {len(tests)} seeds)" if len(tests) > 1 else ""
+            lines.append(
+                f"| {best['method']} | {best['rate']:.2g} | {best['passes']} | {best['steps']} | {best['loss']:.3f} | "
+                f"{best['accuracy']:.3f} | {sum(tests) / len(tests):.3f}{spread} | {best['seconds']:.0f} |"
+            )
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def plot(done: list[dict[str, Any]], path: Path) -> None:
+    """Validation loss against forward passes, the best run of each method; a panel a task."""
+    from matplotlib.figure import Figure
+
+    tasks = list(dict.fromkeys(d["task"] for d in done))
+    figure = Figure(figsize=(7.5 * len(tasks), 5), layout="constrained")
+    for axis, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
+        bests = [best_of([d for d in done if (d["task"], d["method"]) == (task, label)]) for label in METHODS]
+        for index, best in enumerate(sorted((b for b in bests if b), key=lambda b: b["loss"])):
+            passes, losses, _ = zip(*best["curve"], strict=True)
+            axis.plot(passes, losses, label=best["method"], color=f"C{index % 10}", linestyle="-:"[index >= 10])
+        axis.set(title=task, xlabel="forward passes (probes of one mini-batch)", ylabel="validation loss")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=7)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=str(ROOT / "examples" / "demo" / "model"))
+    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data", help="holds sst2/ and trec/")
+    parser.add_argument("--tasks", default="sst2,trec", type=lambda s: s.split(","))
+    parser.add_argument("--methods", default=list(METHODS), type=lambda s: [m.strip() for m in s.split(";")],
+                        help="labels, separated by semicolons")  # fmt: skip
+    parser.add_argument("--budget", type=int, default=4000, help="forward passes a run")
+    parser.add_argument("--rows", type=int, nargs=3, default=(1000, 200, 500), metavar=("TRAIN", "DEV", "TEST"))
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "methods.jsonl")
+    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--report", action="store_true", help="run nothing")
+    args = parser.parse_args()
+    if unknown := [m for m in args.methods if m not in METHODS]:
+        parser.error(f"unknown method {unknown[0]!r}: choose from {'; '.join(METHODS)}")
+    return args
+
+
+def main() -> None:
+    args = parse()
+    done = [json.loads(line) for line in args.output.read_text().splitlines()] if args.output.exists() else []
+    if not args.report and not args.data.exists():
+        raise SystemExit(f"skipped: no data in {args.data}; give --data DIR with sst2/train.jsonl and the like")
+    todo = [] if args.report else list(wanted(args, done))
+    if todo:
+        from vllm_zo import LLM
+        from vllm_zo.tasks import load_task
+
+        tasks = {name: load_task(name, args.data / name, 0, *args.rows) for name in args.tasks}
+        llm = LLM(args.model, max_model_len=256, dtype="float32", zo_training={"slots": 9, "slot_rank": 32})
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        for task, label, rate, seed in todo:
+            result = run_once(llm, tasks[task], label, rate, args.budget, seed)
+            done.append(result)
+            with args.output.open("a") as file:
+                file.write(json.dumps(result) + "\n")
+            print({k: v for k, v in result.items() if k != "curve"}, flush=True)
+    if done:
+        print(report(done))
+        if args.plot:
+            plot(done, args.plot)
+
+
+if __name__ == "__main__":
+    main()
