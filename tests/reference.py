@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from vllm_zo import noise
 from vllm_zo.methods.base import Method, ModuleShape, ProbePlan
-from vllm_zo.methods.fold import fold_into
+from vllm_zo.methods.fold import change_of, fold_into
 from vllm_zo.methods.spaces import basis_of
 from vllm_zo.methods.state import AdapterState
 from vllm_zo.methods.targets import select_modules
@@ -128,7 +128,7 @@ class ReferenceTrainer:
             if offset_N is not None and basis == self.basis:
                 theta_N = theta_N + offset_N
             for name, u_OR, v_IR in zip(self.names, *self.state.factors(basis, theta_N), strict=True):
-                total[name] = total[name] + u_OR.double() @ v_IR.double().T
+                total[name] = total[name] + change_of(u_OR.double(), v_IR if v_IR is None else v_IR.double())
         return total
 
     @torch.no_grad()

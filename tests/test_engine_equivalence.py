@@ -29,6 +29,7 @@ from vllm_zo.methods import (
     Conserve,
     LeaveOneOut,
     LoRAFA,
+    MeZO,
     MeZOLoRA,
     Momentum,
     SubZero,
@@ -93,6 +94,12 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "A is frozen": {"method": LoRAFA(rank=4, eps=EPS, queries=2), "rate": 1e-2},
     "two perturbed factors": {"method": MeZOLoRA(rank=4, eps=EPS), "rate": 1e-2},
+    "dense directions, in the base weights": {
+        "method": MeZO(eps=EPS, queries=2),
+        "rate": 1e-4,
+        "grad_tolerance": 3 * GRAD_TOLERANCE,
+    },
+    "dense directions in packed layers": {"method": MeZO(eps=EPS), "rate": 1e-4, "family": "llama"},
     "two perturbed factors of packed layers": {"method": MeZOLoRA(rank=2, eps=EPS), "rate": 1e-3, "family": "llama"},
     "a second round chooses the step": {
         "method": replace(LOZO, interval=2, optimizer=Conserve()),

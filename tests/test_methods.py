@@ -24,7 +24,7 @@ from vllm_zo import noise
 from vllm_zo.errors import ConfigError
 from vllm_zo.methods import METHODS, FactorizedMeZO, LoZO, Method, MeZOLoRA, build_method, method_fields
 from vllm_zo.methods.base import ModuleShape, ProbePlan
-from vllm_zo.methods.fold import fold_into
+from vllm_zo.methods.fold import change_of, fold_into
 from vllm_zo.methods.schedules import LRSchedule, learning_rate_at
 from vllm_zo.methods.spaces import basis_of
 from vllm_zo.methods.state import AdapterState, FactorLayout
@@ -109,6 +109,7 @@ CASES = {
     "zo-muon": Case("zo-muon", SHORT, learning_rate=0.08, gain=None),
     "lora-fa": Case("lora-fa", {"rank": 2}, learning_rate=0.008, gain=None),
     "mezo-lora": Case("mezo-lora", {"rank": 2}, learning_rate=0.001, gain=None, steps=600),
+    "mezo": Case("mezo", {}, learning_rate=0.02),
     "the guide's example": Case("median", SHORT | {"queries": 3}, learning_rate=0.01, gain=None),
 }
 
@@ -181,7 +182,7 @@ class Toy:
             if offset_N is not None and basis == self.basis:
                 theta_N = theta_N + offset_N
             pairs = zip(total, *self.state.factors(basis, theta_N), strict=True)
-            total = [w + u.double() @ v.double().T for w, u, v in pairs]
+            total = [w + change_of(u.double(), v if v is None else v.double()) for w, u, v in pairs]
         return total
 
     def move_to(self, basis: int) -> None:
@@ -250,7 +251,8 @@ def unreachable(toy: Toy, optimum: Weights) -> Tensor:
     for basis in range(toy.num_bases):
         for unit in torch.eye(toy.state.acc_BN.shape[1], dtype=torch.float64):
             pairs = zip(*toy.state.factors(basis, unit), strict=True)
-            columns.append(torch.cat([(u.double() @ v.double().T).flatten() for u, v in pairs]))
+            changes = [change_of(u.double(), v if v is None else v.double()) for u, v in pairs]
+            columns.append(torch.cat([change.flatten() for change in changes]))
     target = torch.cat([w.flatten() for w in optimum])
     q, s, _ = torch.linalg.svd(torch.stack(columns, dim=1), full_matrices=False)
     q = q[:, s > 1e-6]

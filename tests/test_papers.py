@@ -229,6 +229,12 @@ def mezo_lora(step: int, w: Weights, loss: Loss, memory: dict[str, list[Tensor]]
     return products(memory["b"], memory["a"], 3.0)
 
 
+def mezo(step: int, w: Weights, loss: Loss, memory: dict[str, list[Tensor]]) -> Weights:
+    sizes = [m.out_features * m.in_features for m in MODULES]
+    z = [d.view(part.shape) for d, part in zip(numbers(u_key(step, 0), sizes), w, strict=True)]
+    return moved(w, z, -0.01 * slope(loss, w, z))
+
+
 # --- optimizers, on LoZO's estimate -----------------------------------------------------------------------------------
 
 
@@ -311,6 +317,7 @@ RULES: dict[str, tuple[Step, str, dict[str, object], float]] = {
     "zo-muon": (zo_muon, "zo-muon", LOZO, 0.01),
     "lora-fa": (lora_fa, "lora-fa", {"rank": 2, "alpha": 6.0, "queries": 2}, 0.01),
     "mezo-lora": (mezo_lora, "mezo-lora", {"rank": 2, "alpha": 6.0}, 0.01),
+    "mezo": (mezo, "mezo", {}, 0.01),
     "lozo-m": (lozo_m, "lozo", {**LOZO, "optimizer": "momentum"}, 0.05),
     "adam": (
         adam,

@@ -147,6 +147,7 @@ class Controller:
             len(lane.slots),
             self.block_size,
             work.seeds,
+            job.config.method.coordinates.in_place,
         )
 
     def _fold(self, job: Job, step: int) -> None:

@@ -56,6 +56,8 @@ class PerturbationGroup:
     block_size: int
     seeds: tuple[int, ...] = ()
     """One a row, where rows are generated from."""
+    in_place: bool = False
+    """Probes are written into the base weights: one a wave."""
     rows: list[ScoringRow] = field(init=False)
     waves: list[tuple[int, ...]] = field(init=False)
     wave: int = field(init=False, default=-1)
@@ -68,7 +70,8 @@ class PerturbationGroup:
 
     def __post_init__(self) -> None:
         self.rows = [row for example in self.examples for row in example.rows]
-        self.waves = plan_waves(self.plan.probes, self.slots)
+        whole = plan_waves(self.plan.probes, self.slots)
+        self.waves = [(probe,) for wave in whole for probe in wave] if self.in_place else whole
 
     @property
     def generates(self) -> bool:

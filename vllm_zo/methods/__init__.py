@@ -29,6 +29,7 @@ from vllm_zo.methods.fzoo import FZOO
 from vllm_zo.methods.kerzoo import KerZOO
 from vllm_zo.methods.lora_fa import LoRAFA
 from vllm_zo.methods.lozo import LoZO
+from vllm_zo.methods.mezo import MeZO
 from vllm_zo.methods.mezo_lora import MeZOLoRA
 from vllm_zo.methods.optimizers import MEAZO, OPTIMIZERS, SGD, Adam, Conserve, Momentum, Muon, Optimizer, Sign
 from vllm_zo.methods.subzero import SubZero
@@ -51,6 +52,7 @@ METHODS: dict[str, type[Method]] = {
         ZOMuon,
         LoRAFA,
         MeZOLoRA,
+        MeZO,
     )
 }
 """Those of this package by name."""
@@ -109,6 +111,7 @@ __all__ = [
     "LoRAFA",
     "LoZO",
     "LowRankMethod",
+    "MeZO",
     "MeZOLoRA",
     "Method",
     "Momentum",

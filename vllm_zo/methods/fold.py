@@ -18,18 +18,25 @@ _CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}
 float32 copy of a large matrix. Smaller chunks cost more in calls, larger ones gain nothing."""
 
 
+def change_of(u: Tensor, v_IR: Tensor | None) -> Tensor:
+    """(O, I) `u v^T`; `u` itself where there is no v."""
+    return u if v_IR is None else u @ v_IR.T
+
+
 def fold_into(
-    weight_OI: Tensor, u_OR: Tensor, v_IR: Tensor, key: int, module: str, out: Tensor | None = None
+    weight_OI: Tensor, u_OR: Tensor, v_IR: Tensor | None, key: int, module: str, out: Tensor | None = None
 ) -> Tensor:
     """`weight + u v^T` in the weight's dtype: addition in float32, then seeded stochastic rounding.
 
     Args:
         weight_OI: (O, I) float32, bfloat16 or float16; the *whole* module (rounding noise counts its elements from 0).
-        u_OR, v_IR: float32 factors.
+        u_OR, v_IR: float32 factors; without v, `u_OR` is the whole change (O, I).
         key: 64-bit key of this fold; equal keys, equal rounding.
         out: where the result goes; may be the weight itself.
     """
     if weight_OI.dtype == torch.float32:
+        if v_IR is None:
+            return torch.add(weight_OI, u_OR, out=out)
         return torch.addmm(weight_OI, u_OR, v_IR.T, out=out)
     if out is None:
         out = torch.empty_like(weight_OI)
@@ -37,7 +44,8 @@ def fold_into(
     rows = max(1, _CHUNK_ELEMENTS.get(weight_OI.device.type, 1 << 24) // max(1, ins))
     for first in range(0, outs, rows):
         part = slice(first, first + rows)
-        total = weight_OI[part].float().addmm_(u_OR[part], v_IR.T)
+        total = weight_OI[part].float()
+        total = total.add_(u_OR[part]) if v_IR is None else total.addmm_(u_OR[part], v_IR.T)
         out[part] = stochastic_round(total, weight_OI.dtype, key, module, first_element=first * ins)
     return out
 

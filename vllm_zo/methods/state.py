@@ -87,10 +87,9 @@ class AdapterState:
             self._basis = basis, self.coordinates.basis(key, self.layout, self.device)
         return self._basis[1]
 
-    def factors(self, basis: int, theta_N: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """Per module U (O, R) and V (I, R) of trained numbers in a basis."""
-        u_N, v_N = self.coordinates.factors(theta_N, self.basis(basis), self.layout)
-        return self.layout.split_u(u_N), self.layout.split_v(v_N)
+    def factors(self, basis: int, theta_N: Tensor) -> tuple[list[Tensor], Sequence[Any]]:
+        """Per module U (O, R) and V (I, R) of trained numbers in a basis (V None: see `Coordinates.module_factors`)."""
+        return self.coordinates.module_factors(theta_N, self.basis(basis), self.layout)
 
     def bases_to_write(self) -> list[tuple[int, Tensor]]:
         """(basis, trained numbers) of what makes up the adapter; basis 0 when nothing has been trained."""

@@ -14,6 +14,10 @@ PRESETS = {
     "attention": rf".*\.{_ATTENTION}\..*",
     "mlp": rf"(?!.*\.{_ATTENTION}\.).*",
 }
+_SLOT = "a ZO slot holds linear layers: vLLM 0.32 would need a factor of vocabulary x rank for every probe"
+_HEAD = "members are scored by the head's own rows of their labels, which an adapter on the head does not reach"
+REFUSED = {"embeddings": _SLOT, "embed_tokens": _SLOT, "lm_head": _HEAD, "lm-head": _HEAD}
+"""Scopes people ask for that cannot be trained, with the reason."""
 _IN_A_LAYER = re.compile(r"\.\d+\.")
 
 
@@ -25,6 +29,11 @@ def target_pattern(target_modules: str) -> re.Pattern[str]:
     """
     if not isinstance(target_modules, str) or not target_modules:
         reject("target_modules", target_modules, f"one of {', '.join(PRESETS)} or a regular expression")
+    if target_modules in REFUSED:
+        raise ConfigError(
+            f"target_modules={target_modules!r}: cannot be trained ({REFUSED[target_modules]}); "
+            f"expected one of {', '.join(PRESETS)} or a regular expression."
+        )
     try:
         return re.compile(PRESETS.get(target_modules, target_modules))
     except re.error as error:

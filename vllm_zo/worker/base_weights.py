@@ -49,6 +49,11 @@ class BaseWeights:
             return layer.weight.detach().clone()
         return _unpack(layer)
 
+    def original(self, layer: Any) -> Tensor:
+        """(O, I) the weight as it was before the first change, in the model's dtype; not to be changed."""
+        kept = self._originals.get(id(layer))
+        return self.read(layer) if kept is None else kept[1]
+
     @contextmanager
     def edit(self, layer: Any) -> Iterator[Tensor]:
         """The (O, I) weight, to be changed in place; the layer multiplies with the result after the block.

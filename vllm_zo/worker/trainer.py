@@ -227,6 +227,23 @@ class Trainer:
         opened = self.groups[command.group_id].command
         job = self.jobs[opened.job_id]
         self.pool.materialise(command.slot, opened.job_id, job.state, job.targets, opened.plan, command.probe)
+        if job.state.coordinates.in_place:
+            self._write_probe(job, opened.plan, command.probe)
+
+    def _write_probe(self, job: JobState, plan: ProbePlan, probe: int) -> None:
+        """The base weights of a probe: the original, the update and the perturbation, rounded once."""
+        theta_N = job.state.acc_BN[0]
+        if plan.probes[probe].sign:
+            theta_N = theta_N + job.state.offset(plan, probe)
+        parts = zip(job.targets, job.state.coordinates.matrices(theta_N, job.state.layout), strict=True)
+        for _, of_layer in itertools.groupby(parts, key=lambda part: id(part[0].module)):
+            modules = list(of_layer)
+            layer = modules[0][0].module.base_layer
+            with self.base.edit(layer) as weight:
+                original = self.base.original(layer).to(weight.device)
+                for target, change_OI in modules:
+                    rows = _slice_rows(target, weight)
+                    weight[rows] = original[rows].float() + change_OI[target.out_slice, target.in_slice]
 
     @execute.register
     def _close(self, command: CloseGroup) -> None:
@@ -255,10 +272,16 @@ class Trainer:
         parts = zip(job.targets, *job.state.factors(basis, acc), strict=True)
         for _, of_layer in itertools.groupby(parts, key=lambda part: id(part[0].module)):
             modules = list(of_layer)
-            with self.base.edit(modules[0][0].module.base_layer) as weight:
+            layer = modules[0][0].module.base_layer
+            with self.base.edit(layer) as weight:
+                if job.state.coordinates.in_place:  # a probe may still be in it
+                    weight.copy_(self.base.original(layer))
                 for target, u_OR, v_IR in modules:
                     rows = weight[_slice_rows(target, weight)]
-                    u, v = u_OR[target.out_slice], v_IR[target.in_slice]
+                    if v_IR is None:
+                        u, v = u_OR[target.out_slice, target.in_slice], None
+                    else:
+                        u, v = u_OR[target.out_slice], v_IR[target.in_slice]
                     fold_into(rows, u, v, key, target.shape.name, out=rows)
 
     @execute.register

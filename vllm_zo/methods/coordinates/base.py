@@ -10,7 +10,7 @@ perturbation lie in separate rank blocks of a slot; their sum never rounds.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -52,6 +52,8 @@ class Coordinates(ABC):
     """What a refresh draws anew, for people: "V"."""
     has_matrices: ClassVar[bool] = True
     """Whether a module's numbers form matrices (see `matrices`)."""
+    in_place: ClassVar[bool] = False
+    """Whether a probe is written into the base weights and not into a slot: one at a time, in `fold` space only."""
 
     rank: int
     """Columns of U and V."""
@@ -80,6 +82,13 @@ class Coordinates(ABC):
     @abstractmethod
     def factors(self, theta_N: Tensor, basis: Any, layout: FactorLayout) -> tuple[Tensor, Tensor]:
         """Flat (N_U,) and (N_V,) with `U V^T` the change of the weight."""
+
+    def module_factors(
+        self, theta_N: Tensor, basis: Any, layout: FactorLayout
+    ) -> tuple[list[Tensor], Sequence[Tensor | None]]:
+        """Per module U (O, R) and V (I, R); V None says that U is the whole change (O, I)."""
+        u_N, v_N = self.factors(theta_N, basis, layout)
+        return layout.split_u(u_N), layout.split_v(v_N)
 
     def transfer(self, vector_N: Tensor, old: Any, new: Any, layout: FactorLayout) -> Tensor:
         """An optimizer's vector (a momentum) said in the coordinates of another basis."""
