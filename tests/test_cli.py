@@ -32,7 +32,7 @@ from vllm_zo.entrypoints.progress import PLAIN_LINES, ProgressBar
 from vllm_zo.methods import METHODS
 
 Capture = pytest.CaptureFixture[str]
-COMMANDS = {"train", "export", "replay", "bench", "doctor"}
+COMMANDS = {"train", "serve", "export", "replay", "bench", "doctor"}
 ADAPTER = {"adapter_config.json", "adapter_model.safetensors", "README.md"}
 
 

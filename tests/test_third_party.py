@@ -14,7 +14,7 @@ from vllm_zo import ConfigError
 from vllm_zo.checkpoint.replay import rebuild_state
 from vllm_zo.checkpoint.seed_log import read_seed_log
 from vllm_zo.checkpoint.snapshot import load_snapshot
-from vllm_zo.methods import build_method, known_methods
+from vllm_zo.methods import _declared, build_method
 
 GUIDE = Path(__file__).parents[1] / "docs" / "adding-a-method.md"
 
@@ -34,9 +34,9 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     directory.mkdir()
     (directory / "zo_median.py").write_text(GUIDE.read_text().split("```python\n")[1].split("```")[0])
     monkeypatch.syspath_prepend(directory)
-    known_methods.cache_clear()
+    _declared.cache_clear()
     yield directory
-    known_methods.cache_clear()
+    _declared.cache_clear()
 
 
 def test_it_trains_replays_and_runs_from_the_command_line(

@@ -58,7 +58,6 @@ METHODS: dict[str, type[Method]] = {
 """Those of this package by name."""
 
 
-@functools.cache
 def known_methods() -> Mapping[str, type[Method]]:
     """METHODS and the methods of installed packages, by name. Their packages are imported at the first call.
 
@@ -66,14 +65,23 @@ def known_methods() -> Mapping[str, type[Method]]:
         ConfigError: an entry point is no Method, or takes a name that is in use.
     """
     known = dict(METHODS)
+    for where, method in _declared():
+        if known.setdefault(method.name, method) is not method:
+            raise ConfigError(f"{where}: the name {method.name!r} is taken by {known[method.name].__qualname__}.")
+    return known
+
+
+@functools.cache
+def _declared() -> tuple[tuple[str, type[Method]], ...]:
+    """Methods of other packages, with where each is declared."""
+    found = []
     for point in entry_points(group=ENTRY_POINT_GROUP):
         method = point.load()
         where = f"entry point {point.name!r} ({point.value}) of group {ENTRY_POINT_GROUP!r}"
         if not (isinstance(method, type) and issubclass(method, Method)):
             raise ConfigError(f"{where}: expected a subclass of vllm_zo.methods.Method, got {method!r}.")
-        if known.setdefault(method.name, method) is not method:
-            raise ConfigError(f"{where}: the name {method.name!r} is taken by {known[method.name].__qualname__}.")
-    return known
+        found.append((where, method))
+    return tuple(found)
 
 
 def build_method(name: str, **hyperparameters: Any) -> Method:
