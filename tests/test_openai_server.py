@@ -18,7 +18,7 @@ import pytest
 from openai import OpenAI
 from safetensors.torch import load_file
 
-from tests.openai_server import Server, Servers, create, jsonl, upload_reviews, wait_for
+from tests.openai_server import METHOD, SENTIMENT, Server, Servers, create, jsonl, upload_reviews, wait_for
 from vllm_zo.checkpoint.seed_log import read_seed_log
 from vllm_zo.entrypoints.openai.store import Store
 
@@ -305,6 +305,24 @@ def test_a_fold_job_has_the_engine_to_itself(client: OpenAI, server: Server, dat
     archive = server.http().get(f"/v1/fine_tuning/checkpoints/{job.fine_tuned_model}/content").content
     with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
         assert "model.safetensors" in {Path(name).name for name in tar.getnames()}, "a whole model"
+
+
+def test_a_fold_job_may_leave_its_weights_in_the_base(client: OpenAI, data: str) -> None:
+    before = answer(client, "tiny")
+    hyperparameters: Any = {**METHOD, "update_space": "fold", "bases": None, "interval": 5, "steps": 30}
+    method: Any = {
+        "type": "zeroth_order",
+        "zeroth_order": {"hyperparameters": hyperparameters, "objective": SENTIMENT, "keep_base": True},
+    }
+    job = client.fine_tuning.jobs.create(model="tiny", training_file=data, method=method)
+    job = wait_for(client, job.id, "succeeded")
+    assert job.fine_tuned_model in {model.id for model in client.models.list()}
+    kept = answer(client, job.fine_tuned_model)
+    assert differs(kept, before) and not differs(kept, answer(client, "tiny")), "it is the base now"
+    client.models.delete(job.fine_tuned_model)
+    assert not differs(answer(client, "tiny"), before), "until it is unloaded"
+    with pytest.raises(openai.NotFoundError):
+        answer(client, job.fine_tuned_model)
 
 
 # --- security ---------------------------------------------------------------------------------------------------------

@@ -53,7 +53,9 @@ class ZerothOrderMethod(Strict):
     objective: dict[str, Any] | None = Field(
         None, description='{"name": "classification", ...}; none: teacher forcing on chats or prompts and completions.'
     )
-    keep_base: bool = Field(False, description="After a `fold` job leave its weights in the base, until a restart.")
+    keep_base: bool = Field(
+        False, description="After a `fold` job leave its weights in the base, until its model is unloaded."
+    )
 
 
 class Method(Strict):

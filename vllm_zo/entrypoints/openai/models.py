@@ -42,10 +42,14 @@ def alias(job_id: str) -> str:
 
 
 class ModelNames:
-    """Fine-tuned models on disk, in the store and at vLLM. Its coroutines belong to vLLM's event loop."""
+    """Fine-tuned models on disk, in the store and at vLLM. Its coroutines belong to vLLM's event loop.
 
-    def __init__(self, state: StateDir, store: Store, serving: Serving) -> None:
-        self._state, self._store, self._serving = state, store, serving
+    Args:
+        client: calls the engine's `zo_*` methods.
+    """
+
+    def __init__(self, state: StateDir, store: Store, serving: Serving, client: Any) -> None:
+        self._state, self._store, self._serving, self._client = state, store, serving, client
         self._background: set[asyncio.Task[None]] = set()
 
     def restore(self) -> None:
@@ -114,13 +118,17 @@ class ModelNames:
     async def unload(self, name: str, *, delete: bool) -> None:
         """Stop serving a model; with `delete` its files go as well, as soon as nobody uses them.
 
+        A `fold` job's model that is the base (`keep_base`): the base becomes what it was when it was loaded.
+
         Raises:
-            APIError: 404; 409 for an alias, which names no model of its own.
+            APIError: 404; 409 for an alias, which names no model of its own, or while the base is in use.
         """
         model = await asyncio.to_thread(self.find, name)
         if model["id"] != name:
             raise APIError(409, f"{name!r} is the newest checkpoint, {model['id']!r}: unload that.", "model")
         job_alias = alias(model["job_id"])
+        if name in self._serving.base_names:
+            await self._restore_base(name, model["job_id"])
         request = self._serving.remove(name)
         if model["kind"] == "checkpoint":
             await self._repoint(job_alias, name)
@@ -131,6 +139,13 @@ class ModelNames:
         task = asyncio.create_task(self._clean_up(model, request, delete))
         self._background.add(task)
         task.add_done_callback(self._background.discard)
+
+    async def _restore_base(self, name: str, job_id: str) -> None:
+        try:
+            await self._client.call("zo_restore_base", job_id)
+        except ConfigError as error:
+            raise APIError(409, str(error), "model") from error
+        self._serving.remove_base_name(name)
 
     async def _repoint(self, job_alias: str, gone: str) -> None:
         """The alias of a job whose checkpoint `gone` is unloaded: the newest of those that are left."""
@@ -171,5 +186,5 @@ class ModelNames:
         return cards
 
     def name_base(self, name: str) -> None:
-        """The base answers to the name of a `fold` job whose weights it keeps, until a restart loads it anew."""
+        """The base answers to the name of a `fold` job whose weights it keeps, until that is unloaded."""
         self._serving.add_base_name(name)

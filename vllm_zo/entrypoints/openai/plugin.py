@@ -104,7 +104,7 @@ def build_service(
     """Everything behind the routes, with what a killed server has left cleaned up."""
     store = Store(directory.database)
     files, hub = Files(directory, store), EventHub()
-    names = ModelNames(directory, store, serving)
+    names = ModelNames(directory, store, serving, client)
     files.sweep()
     names.sweep()
     names.restore()

@@ -82,6 +82,10 @@ class Serving:
 
         self._models.base_model_paths.append(BaseModelPath(name, self._models.base_model_paths[0].model_path))
 
+    def remove_base_name(self, name: str) -> None:
+        paths = self._models.base_model_paths
+        paths[:] = [path for path in paths if path.name != name]
+
     @property
     def busy(self) -> bool:
         """Whether any client's request is under way."""
