@@ -38,7 +38,6 @@ ROOT = Path(__file__).parents[1]
 MODEL, REVIEWS = ROOT / "examples" / "demo" / "model", ROOT / "examples" / "demo" / "reviews" / "train.jsonl"
 OBJECTIVE = {"name": "classification", "template": "{sentence} It was", "options": [" terrible", " great"]}
 HYPERPARAMETERS = {"steps": 1_000_000, "learning_rate": 1e-6, "bases": 1, "divergence_factor": None, "batch_size": 16}
-NO_LIMIT = 1 << 20
 START_S = 180
 
 
@@ -169,13 +168,13 @@ def show(results: dict[str, Any]) -> None:
             for p in ("p50", "p99")
         ]
         speeds = (f"{result['steps_per_second']:.1f}", f"{result['steps_per_second_alone']:.1f}")
-        table.add_row("none" if int(budget) == NO_LIMIT else budget, *cells, *speeds)
+        table.add_row(budget if int(budget) else "none", *cells, *speeds)
     Console(width=160).print(table)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--budgets", default=f"32,128,{NO_LIMIT}", help=f"token budgets; {NO_LIMIT} is no limit")
+    parser.add_argument("--budgets", default="32,64,128", help="token budgets; 0 is no limit")
     parser.add_argument("--rate", type=float, default=4.0, help="requests that arrive a second")
     parser.add_argument("--tokens", type=int, default=32, help="tokens a request generates")
     parser.add_argument("--seconds", type=float, default=8.0, help="length of a window")

@@ -64,6 +64,11 @@ def test_flags_become_engine_options(model: str, tmp_path: Path) -> None:
     assert args.model == model
 
 
+@pytest.mark.parametrize(("flags", "budget"), [([], launch.DEFAULT_TOKEN_BUDGET), (["--zo-token-budget", "0"], None)])
+def test_jobs_are_held_back_beside_requests_unless_told_otherwise(model: str, flags: list[str], budget: Any) -> None:
+    assert launch.parse([model, *flags]).additional_config["zo_training"]["token_budget"] == budget
+
+
 def test_the_printed_command_gives_the_same_engine(
     model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -89,6 +94,7 @@ def test_the_printed_command_gives_the_same_engine(
         (["--headless"], "training needs the HTTP server"),
         (["--pipeline-parallel-size", "2"], "pipeline_parallel_size=2 with zo_training"),
         (["--scheduler-cls", "a.b"], "scheduler_cls='a.b' with zo_training"),
+        (["--zo-token-budget", "-1"], "zo_training.token_budget=-1"),
         (["--zo-slots", "1"], "zo_training.slots=1"),
         (["--zo-slot-rank", "17"], "zo_training.slot_rank=17"),
         (["--zo-concurrent-jobs", "0"], "zo_training.concurrent_jobs=0"),

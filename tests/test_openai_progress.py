@@ -7,12 +7,18 @@ import csv
 import io
 import json
 import math
+import sqlite3
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from vllm_zo.entrypoints.openai import errors
+from vllm_zo.entrypoints.openai.events import EventHub
+from vllm_zo.entrypoints.openai.follow import Follower
 from vllm_zo.entrypoints.openai.progress import Progress, best_step, result_csv
+from vllm_zo.entrypoints.openai.state_dir import StateDir
+from vllm_zo.entrypoints.openai.store import Store
 from vllm_zo.entrypoints.openai.turns import Turns
 from vllm_zo.entrypoints.openai.wandb_run import WandbObserver
 
@@ -75,6 +81,42 @@ def test_the_result_file_has_a_row_a_step(tmp_path: Path) -> None:
     rows = list(csv.reader(io.StringIO(result_csv(tmp_path).decode())))
     assert rows[0] == ["step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_token_accuracy"]
     assert rows[1:] == [["0", "", "", "0.9", "0.9"], ["1", "0.8", "0.75", "", ""], ["2", "0.7", "0.75", "0.6", "0.9"]]
+
+
+# --- a full disk ------------------------------------------------------------------------------------------------------
+
+
+def test_a_full_disk_delays_what_is_told_and_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state, store = StateDir(tmp_path), Store(tmp_path / "db")
+    record = job(id="ftjob-1", status="running", exclusive=True)
+    store.add("jobs", record)
+    answers = [
+        {"status": "running", "error": None, "records": [step(1), step(2)], "next": 2, "published": []},
+        {"status": "failed", "error": "no luck", "records": [step(3)], "next": 3, "published": []},
+    ]
+
+    class Engine:
+        async def call(self, method: str, *args: Any) -> Any:
+            return answers.pop(0) if method == "zo_status" else None
+
+    update, failures = store.update, [0, 1, 2, 4]
+
+    def full_at_times(*args: Any, **changes: Any) -> Any:
+        failures[:] = [n - 1 for n in failures]
+        if -1 in failures:
+            raise sqlite3.OperationalError("database or disk is full")
+        return update(*args, **changes)
+
+    monkeypatch.setattr(store, "update", full_at_times)
+    monkeypatch.setattr(errors, "FULL_DISK_WAIT_S", 0.01)
+    (tmp_path / "jobs" / "ftjob-1").mkdir(parents=True)
+    nothing: Any = None
+    follower = Follower(record, Engine(), state, store, nothing, nothing, EventHub())
+    assert asyncio.run(follower.follow()) == "failed" and max(failures) < 0, "every failure was met"
+    told = [event["data"]["step"] for event in store.all("events") if event["type"] == "metrics"]
+    assert told == [1, 2, 3] and (found := store.find("jobs", "ftjob-1")) is not None
+    assert found["status"] == "failed" and found["trained_tokens"] == 30
+    assert found["error"]["message"] == "no luck. It has no checkpoint yet."
 
 
 # --- turns ------------------------------------------------------------------------------------------------------------

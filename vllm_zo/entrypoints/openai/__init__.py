@@ -10,9 +10,12 @@ wire.py         objects as the OpenAI SDK expects them
 job_request.py  a create request -> JobConfig options, every value resolved
 chat.py         chat records -> prompt and completion
 uploads.py      checking and keeping uploaded files
-runner.py       which job runs when; follow.py: one job from start to end
+create_job.py   a request that can work becomes a job; prepare.py: its files become the engine's
+runner.py       which job runs when (turns.py); follow.py: one job from start to end (progress.py, exports.py)
 events.py       server-sent events
 models.py       names of fine-tuned models; serving.py: the one place that reaches into vLLM's serving objects
-metrics.py      Prometheus
+fold_guard.py   nobody beside a `fold` job
+metrics.py      Prometheus; wandb_run.py: Weights & Biases
+service.py      what the routes work with
 routes_*.py     the routes; page.html: GET /fine-tuning
 """

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import logging
 import sqlite3
 from collections.abc import Callable, Coroutine
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -17,6 +18,8 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Message, Receive
 
 from vllm_zo.errors import ConfigError, ZOError
+
+Result = TypeVar("Result")
 
 logger = logging.getLogger("vllm.zo.server")
 
@@ -32,6 +35,7 @@ TYPES = {
     507: "server_error",
 }
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+FULL_DISK_WAIT_S = 1.0
 MAX_JSON_BYTES = 4 << 20
 """A create request with a grader in it is a few KB."""
 
@@ -91,6 +95,18 @@ def disk_error(error: Exception) -> APIError | None:
     if full or (isinstance(error, sqlite3.OperationalError) and "full" in str(error)):
         return APIError(507, "The server's disk is full; nothing was changed. Free space, then try again.")
     return None
+
+
+async def when_there_is_room(write: Callable[[], Result]) -> Result:
+    """Call `write` in a thread, again and again while the disk is full: what has happened must be written down."""
+    while True:
+        try:
+            return await asyncio.to_thread(write)
+        except (OSError, sqlite3.OperationalError) as error:
+            if disk_error(error) is None:
+                raise
+            logger.error("the disk is full; trying again in %g s: %s", FULL_DISK_WAIT_S, error)
+            await asyncio.sleep(FULL_DISK_WAIT_S)
 
 
 def _json_limit(request: Request) -> int:

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import json
 import logging
-import re
-from pathlib import Path
 from typing import Any
 
-from vllm_zo.checkpoint.export import export_merged, export_peft
-from vllm_zo.checkpoint.replay import rebuild_state
-from vllm_zo.checkpoint.seed_log import read_seed_log
-from vllm_zo.engine.controller import version_path
+from vllm_zo.entrypoints.openai.errors import when_there_is_room
 from vllm_zo.entrypoints.openai.events import EventHub
+from vllm_zo.entrypoints.openai.exports import export_adapter, export_whole, log_position, published_steps
 from vllm_zo.entrypoints.openai.metrics import kv_cache_usage
 from vllm_zo.entrypoints.openai.models import ModelNames, checkpoint_name, final_name
 from vllm_zo.entrypoints.openai.progress import Progress, best_step, result_csv
@@ -31,13 +28,12 @@ from vllm_zo.entrypoints.openai.wire import (
     new_id,
     now,
 )
-from vllm_zo.errors import CorruptLogError, ZOError
+from vllm_zo.errors import ZOError
 
 logger = logging.getLogger("vllm.zo.server")
 
 POLL_INTERVAL_S = 0.2
-LAST_VERSION_WAIT_S = 10.0
-VERSION_FILE = re.compile(r"step-(\d+)\.safetensors")
+LAST_VERSION_LOOKS = 50
 
 
 class Follower:
@@ -64,6 +60,7 @@ class Follower:
         self.job = job
         self.id: str = job["id"]
         self.progress = Progress(job)
+        self._directory = state.job(self.id)
         self._client, self._state, self._store = client, state, store
         self._files, self._names, self._hub = files, names, hub
         self._seen = 0
@@ -80,7 +77,7 @@ class Follower:
         while True:
             answer = await self._client.call("zo_status", self.id, self._seen)
             self._seen = answer["next"]
-            await asyncio.to_thread(self._write, answer["status"], answer["records"])
+            await self._record(answer["status"], answer["records"])
             self._hub.notify(self.id)
             await self._observe(answer["records"])
             await self._publish()
@@ -92,6 +89,15 @@ class Follower:
                 await self._say(f"The job is paused at step {self.progress.step}", status=PAUSED, estimated_finish=None)
                 return PAUSED
             await asyncio.sleep(POLL_INTERVAL_S)
+
+    async def _record(self, status: str, records: list[dict[str, Any]]) -> None:
+        before = copy.deepcopy(self.progress)
+
+        def write() -> None:
+            self.progress = copy.deepcopy(before)  # a write that failed has told nobody of anything
+            self._write(status, records)
+
+        await when_there_is_room(write)
 
     def _write(self, status: str, records: list[dict[str, Any]]) -> None:
         if not records and self.job["status"] in (status, PAUSING):
@@ -111,8 +117,7 @@ class Follower:
         The engine goes on behind its seed log, and never says those steps again. What `metrics.jsonl` holds beyond the
         log is taken again, and told then.
         """
-        directory = self._state.job(self.id)
-        steps, path = log_position(directory), directory / "metrics.jsonl"
+        steps, path = log_position(self._directory), self._directory / "metrics.jsonl"
         lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
         records = [json.loads(line) for line in lines if line.endswith(b"\n")]
         self._write(self.job["status"], [record for record in records if record["step"] <= steps])
@@ -135,7 +140,7 @@ class Follower:
                 self._store.add_all("events", [event(message, level) for message in messages], parent=self.id)
                 self.job = self._store.update("jobs", self.id, **changes)
 
-        await asyncio.to_thread(write)
+        await when_there_is_room(write)
         self._hub.notify(self.id)
 
     # --- checkpoints --------------------------------------------------------------------------------------------------
@@ -148,10 +153,10 @@ class Follower:
         if self.job["exclusive"]:
             return
         done = {c["step_number"] for c in await asyncio.to_thread(self._store.all, "checkpoints", parent=self.id)}
-        for step in await asyncio.to_thread(self._versions):
+        for step in await asyncio.to_thread(published_steps, self._directory):
             if step == 0 or step in done | self._refused or (self._evaluation_pending(step) and not ended):
                 continue
-            if await asyncio.to_thread(self._export, step):
+            if await asyncio.to_thread(export_adapter, self._state, self.job, step):
                 await self._announce(step)
 
     def _evaluation_pending(self, step: int) -> bool:
@@ -162,25 +167,11 @@ class Follower:
     async def _last_versions(self, published: list[int]) -> None:
         """The engine writes its last state after it has said that the job ended."""
         deadline = asyncio.get_running_loop().time() + LAST_VERSION_WAIT_S
-        while not set(published) <= set(self._versions()) and asyncio.get_running_loop().time() < deadline:
+        while (
+            not set(published) <= set(published_steps(self._directory)) and asyncio.get_running_loop().time() < deadline
+        ):
             await asyncio.sleep(POLL_INTERVAL_S / 4)
         await self._publish(ended=True)
-
-    def _versions(self) -> list[int]:
-        found = (VERSION_FILE.fullmatch(path.name) for path in self._state.job(self.id).iterdir())
-        return sorted(int(match[1]) for match in found if match)
-
-    def _export(self, step: int) -> bool:
-        """Write the PEFT directory of a published state; False while the seed log is not that far yet."""
-        directory, target = self._state.job(self.id), self._state.checkpoint(self.id, step)
-        if (target / "adapter_config.json").exists():  # the last file of an export
-            return True
-        log = read_seed_log(directory / "seeds.log")
-        if log.num_steps < step:
-            return False
-        state = rebuild_state(log, step, snapshot=version_path(directory, step))
-        export_peft(state, self.job["model_path"], target)
-        return True
 
     async def _announce(self, step: int) -> None:
         name = checkpoint_name(self.job, step)
@@ -240,7 +231,9 @@ class Follower:
         step = self.progress.step
         if self.job["keep_best"] and (best := best_step(self.progress.evaluations)) is not None:
             step = best
-        while not await asyncio.to_thread(self._export, step):  # the log is closed: it has every step
+        while not await asyncio.to_thread(
+            export_adapter, self._state, self.job, step
+        ):  # the log is closed: it has every step
             await asyncio.sleep(POLL_INTERVAL_S)
         name = final_name(self.job)
         try:
@@ -251,11 +244,8 @@ class Follower:
         return name
 
     async def _merged_result(self) -> str:
-        name, directory = final_name(self.job), self._state.job(self.id)
-        merged = self._state.merged(self.id)
-        await asyncio.to_thread(
-            lambda: export_merged(self.job["model_path"], read_seed_log(directory / "seeds.log"), merged)
-        )
+        name = final_name(self.job)
+        await asyncio.to_thread(export_whole, self._state, self.job)
         await self._names.announce(name, self.id, self.progress.step, "merged")
         if self.job["wanted"]["keep_base"]:
             self._names.name_base(name)
@@ -264,14 +254,5 @@ class Follower:
         return name
 
     def _result_file(self) -> str:
-        content = result_csv(self._state.job(self.id))
+        content = result_csv(self._directory)
         return str(self._files.keep_result(content, f"{self.id}-results.csv")["id"])
-
-
-def log_position(directory: Path) -> int:
-    """Steps of a job that are safely on disk."""
-    path = directory / "seeds.log"
-    try:
-        return read_seed_log(path).num_steps if path.exists() else 0
-    except CorruptLogError:
-        return 0

@@ -18,7 +18,12 @@ from typing import Any
 
 from vllm_zo.config import ZOTrainingConfig
 from vllm_zo.entrypoints.cpu_defaults import apply_cpu_defaults, is_cpu_build
-from vllm_zo.entrypoints.openai.settings import DEFAULT_STATE_DIR, SETTINGS_KEY, ServerSettings
+from vllm_zo.entrypoints.openai.settings import (
+    DEFAULT_STATE_DIR,
+    DEFAULT_TOKEN_BUDGET,
+    SETTINGS_KEY,
+    ServerSettings,
+)
 from vllm_zo.entrypoints.openai.state_dir import StateDir
 from vllm_zo.errors import ConfigError
 
@@ -61,10 +66,13 @@ def add_flags(parser: ArgumentParser) -> None:
     flag("--zo-concurrent-jobs", ZOTrainingConfig, "concurrent_jobs", int, "Jobs that run together; the rest queue.")
     flag("--zo-slots", ZOTrainingConfig, "slots", int, "Adapter slots of each running job: 2 a direction.")
     flag("--zo-slot-rank", ZOTrainingConfig, "slot_rank", int, "Rank of a slot: (bases + 1) * rank must fit.")
-    flag(
-        "--zo-token-budget", ZOTrainingConfig, "token_budget", int,
-        "Most training tokens in an engine step that also serves requests; lower: less delay for them.",
-    )  # fmt: skip
+    group.add_argument(
+        "--zo-token-budget",
+        type=int,
+        default=DEFAULT_TOKEN_BUDGET,
+        help="Most training tokens in an engine step that also serves requests: the lower, the less they wait and the "
+        f"slower jobs are meanwhile; 0: no limit (default: {DEFAULT_TOKEN_BUDGET}).",
+    )
     flag("--zo-upload-limit-mb", ServerSettings, "upload_limit_mb", int, "Largest file that may be uploaded, in MiB.")
     flag(
         "--zo-learning-rate", ServerSettings, "learning_rate", float,
@@ -138,7 +146,7 @@ def _switch_training_on(args: Namespace, given: set[str]) -> None:
         slots=args.zo_slots,
         concurrent_jobs=args.zo_concurrent_jobs,
         slot_rank=args.zo_slot_rank,
-        token_budget=args.zo_token_budget,
+        token_budget=args.zo_token_budget or None,
         state_dir=str(Path(args.zo_state_dir).resolve()),
     )
     settings = ServerSettings(

@@ -29,7 +29,7 @@ class Progress:
     def __init__(self, job: dict[str, Any]) -> None:
         self.total: int = job["total_steps"]
         self.step: int = job["step"]
-        self.evaluations: list[dict[str, Any]] = job.get("evaluations", [])
+        self.evaluations: list[dict[str, Any]] = list(job.get("evaluations", []))
         self.trained_tokens: int = job.get("trained_tokens") or 0
         self.last: dict[str, Any] = job.get("last_record") or {}
         self._tokens_before = 0

@@ -9,7 +9,8 @@ from typing import Any
 from vllm_zo.config import JobConfig
 from vllm_zo.entrypoints.openai.errors import APIError, disk_error
 from vllm_zo.entrypoints.openai.events import EventHub
-from vllm_zo.entrypoints.openai.follow import Follower, log_position
+from vllm_zo.entrypoints.openai.exports import log_position
+from vllm_zo.entrypoints.openai.follow import Follower
 from vllm_zo.entrypoints.openai.job_request import Wanted
 from vllm_zo.entrypoints.openai.models import ModelNames
 from vllm_zo.entrypoints.openai.prepare import Preparer

@@ -11,6 +11,8 @@ from vllm_zo.validation import check_bool, check_float, check_int, check_keys
 SETTINGS_KEY = "zo_server"
 """Name in vLLM's `additional_config`, beside "zo_training"."""
 DEFAULT_STATE_DIR = "vllm-zo-state"
+DEFAULT_TOKEN_BUDGET = 32
+"""Training tokens in an engine step that also serves: benchmarks/serving.py, docs/benchmarks.md."""
 MIB = 1 << 20
 
 
