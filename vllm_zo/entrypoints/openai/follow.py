@@ -166,11 +166,10 @@ class Follower:
 
     async def _last_versions(self, published: list[int]) -> None:
         """The engine writes its last state after it has said that the job ended."""
-        deadline = asyncio.get_running_loop().time() + LAST_VERSION_WAIT_S
-        while (
-            not set(published) <= set(published_steps(self._directory)) and asyncio.get_running_loop().time() < deadline
-        ):
-            await asyncio.sleep(POLL_INTERVAL_S / 4)
+        for _ in range(LAST_VERSION_LOOKS):
+            if set(published) <= set(published_steps(self._directory)):
+                break
+            await asyncio.sleep(POLL_INTERVAL_S)
         await self._publish(ended=True)
 
     async def _announce(self, step: int) -> None:
@@ -231,10 +230,7 @@ class Follower:
         step = self.progress.step
         if self.job["keep_best"] and (best := best_step(self.progress.evaluations)) is not None:
             step = best
-        while not await asyncio.to_thread(
-            export_adapter, self._state, self.job, step
-        ):  # the log is closed: it has every step
-            await asyncio.sleep(POLL_INTERVAL_S)
+        await asyncio.to_thread(export_adapter, self._state, self.job, step)  # the log is closed: it has every step
         name = final_name(self.job)
         try:
             await self._names.announce(name, self.id, step, "final")
