@@ -190,10 +190,9 @@ def main() -> None:
     for budget in map(int, args.budgets.split(",")):
         with tempfile.TemporaryDirectory() as directory, Server(budget, Path(directory) / "state") as server:
             document["results"][str(budget)] = summarise(asyncio.run(measure(server, args)))
-        show({str(budget): document["results"][str(budget)]})
+        if args.json:
+            args.json.write_text(json.dumps(document, indent=1))
     show(document["results"])
-    if args.json:
-        args.json.write_text(json.dumps(document, indent=1))
 
 
 if __name__ == "__main__":
