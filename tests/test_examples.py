@@ -30,8 +30,8 @@ RUNS = {  # script -> (argument: steps or requests, what it must print)
     "training_under_load.py": (3, r"meanwhile \d+ training steps.*\nits newest version: median \d+ ms"),
 }
 QUICKEST = "export.py"
-OTHERS = {"demo.py", "pretrain_demo_model.py"}
-"""Tested elsewhere (`make demo`), or not meant to be run again."""
+OTHERS = {"demo.py", "openai_finetune.py", "pretrain_demo_model.py"}
+"""Tested elsewhere (`make demo`, test_openai_server.py), or not meant to be run again."""
 
 
 def example(name: str) -> object:

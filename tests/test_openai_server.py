@@ -8,6 +8,9 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
+import subprocess
+import sys
 import tarfile
 import time
 from pathlib import Path
@@ -18,7 +21,7 @@ import pytest
 from openai import OpenAI
 from safetensors.torch import load_file
 
-from tests.openai_server import METHOD, SENTIMENT, Server, Servers, create, jsonl, upload_reviews, wait_for
+from tests.openai_server import KEY, METHOD, SENTIMENT, Server, Servers, create, jsonl, upload_reviews, wait_for
 from vllm_zo.checkpoint.seed_log import read_seed_log
 from vllm_zo.entrypoints.openai.store import Store
 
@@ -101,6 +104,14 @@ def test_a_job_from_upload_to_use(client: OpenAI, data: str) -> None:
     assert messages[1] == f"New fine-tuned model created: {job.fine_tuned_model}"
     assert any(m.startswith("Step 40/40: training loss=") for m in messages)
     assert messages[-1] == f"Created fine-tuning job: {job.id}", "oldest last, and the pages were followed"
+
+
+def test_the_example_runs_as_it_is(server: Server) -> None:
+    script = Path(__file__).parents[1] / "examples" / "openai_finetune.py"
+    command = [sys.executable, str(script), "--base-url", f"{server.url}/v1", "--api-key", KEY, "--steps", "8"]
+    printed = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    assert re.search(r"New fine-tuned model created: (ft:\S+)\n(.*\n)*\1 says \d+% great", printed), printed
+    assert len(re.findall(r"step \d: validation loss \d\.\d+, accuracy \d\.\d+", printed)) == 4, printed
 
 
 def test_events_are_streamed_while_they_happen(client: OpenAI, server: Server, data: str) -> None:
