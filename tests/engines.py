@@ -33,7 +33,12 @@ class Engines:
     def get(self, family: str = "opt", **options: Any) -> Any:
         key = repr((family, sorted(options.items())))
         if key not in self._engines:
-            defaults = {"max_model_len": 128, "dtype": "float32", "zo_training": True, "block_size": 32}
+            defaults = {
+                "max_model_len": 128, "dtype": "float32", "zo_training": True, "block_size": 32,
+                # 32,768 tokens. vLLM would give each engine the whole KVCACHE_SPACE, a GiB, and some twenty of them live
+                # to the end of the session.
+                "num_gpu_blocks_override": 1024,
+            }  # fmt: skip
             self._engines[key] = LLM(str(self.model(family)), **{**defaults, **options})
         return self._engines[key]
 
