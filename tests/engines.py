@@ -35,8 +35,8 @@ class Engines:
         if key not in self._engines:
             defaults = {
                 "max_model_len": 128, "dtype": "float32", "zo_training": True, "block_size": 32,
-                # 32,768 tokens. vLLM would give each engine the whole KVCACHE_SPACE, a GiB, and some twenty of them live
-                # to the end of the session.
+                # 32,768 tokens. vLLM would give each engine the whole KVCACHE_SPACE, a GiB, and some twenty engines
+                # live to the end of the session.
                 "num_gpu_blocks_override": 1024,
             }  # fmt: skip
             self._engines[key] = LLM(str(self.model(family)), **{**defaults, **options})

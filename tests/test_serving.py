@@ -15,6 +15,7 @@ from vllm import SamplingParams
 
 from tests.engines import SENTIMENT, Engines, reviews, scheduler_of, worker_of
 from tests.test_seams import PROMPTS, RUN, job_in_progress
+from tests.trajectories import base_weights
 from vllm_zo import JobError, LoZO
 from vllm_zo.engine.scheduler import MEMBER_CLIENT
 from vllm_zo.worker.trainer import Trainer
@@ -93,14 +94,20 @@ def test_the_same_job_twice_is_the_same_bit_for_bit(engines: Engines) -> None:
 @pytest.mark.parametrize("space", ["bank", "fold"])
 def test_with_learning_rate_zero_nothing_ever_changes(engines: Engines, space: str) -> None:
     llm = engines.get()
-    before = answers(llm)
+    before, weights = answers(llm), base_weights(llm)
     options: dict[str, Any] = {"learning_rate": 0.0, "method": LoZO(interval=2), "update_space": space}
     run = llm.finetune(reviews(16), reviews(6, seed=4), steps=6, eval_interval=2, **RUN, **options)
-    assert {e["eval_loss"] for e in run.evaluations} == {run.evaluations[0]["eval_loss"]}
+    # From the first fold on float32 layers are unpacked and round otherwise; their weights are the same bits.
+    rounding = LOSS_TOLERANCE if space == "fold" else 0.0
+    losses = [e["eval_loss"] for e in run.evaluations]
+    assert losses == pytest.approx([losses[0]] * len(losses), rel=0, abs=rounding)
     assert any(g != 0 for r in run.history for g in r["projected_grad"])
+    after = base_weights(llm)
+    assert after.keys() == weights.keys() and all(torch.equal(after[name], weights[name]) for name in weights)
     if space == "fold":
-        assert answers(llm) == before
+        assert_agree(answers(llm), before)
         llm.restore_base(run)
+        assert answers(llm) == before
     else:
         assert answers(llm, lora_request=run.lora_request) == before
 
