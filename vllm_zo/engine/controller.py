@@ -134,9 +134,8 @@ class Controller:
         self._work[group_id] = (job, work)
         if work.learning_rate is not None:
             job.meter.open(group_id)
-        shown = tuple(
-            replace(example, columns=None) for example in work.examples
-        )  # rewards are not the workers' business
+        # What a reward reads of an example is not the workers' business.
+        shown = tuple(e if e.columns is None else replace(e, columns=None) for e in work.examples)
         self._commands.before.append(OpenGroup(group_id, job.job_id, work.plan, shown))
         return PerturbationGroup(
             group_id,

@@ -167,6 +167,23 @@ class LowRankMethod(Method):
         return step // self.interval
 
 
+@dataclass(frozen=True, kw_only=True)
+class AdapterMethod(Method):
+    """Trains the factors of a LoRA adapter themselves, for the whole run."""
+
+    update_spaces = ("bank",)
+
+    rank: int
+    """Rank of the adapter."""
+    alpha: float
+    """LoRA's alpha; the adapter counts alpha / rank times."""
+
+    def validate(self) -> None:
+        check_int(f"{self.name}.rank", self.rank, 1, MAX_RANK, "vLLM's adapters go no further")
+        check_float(f"{self.name}.alpha", self.alpha, above=0.0, fix="MeZO uses 16 at rank 8")
+        super().validate()
+
+
 def method_fields(method: Method) -> dict[str, Any]:
     """Hyperparameters of a method as JSON has them: `build_method(method.name, **method_fields(method)) == method`.
 

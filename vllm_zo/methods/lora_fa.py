@@ -6,13 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from vllm_zo.methods.base import MAX_RANK, Method
+from vllm_zo.methods.base import AdapterMethod
 from vllm_zo.methods.coordinates import Coordinates, LeftFactor
-from vllm_zo.validation import check_float, check_int
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoRAFA(Method):
+class LoRAFA(AdapterMethod):
     """`W + alpha/r * B A`: A uniform in +-1/sqrt(in) as `peft` starts it and frozen, B zero at the start and trained.
 
         B <- B - lr * 1/K sum_k c_k U_k,   c_k = (L(B + eps U_k) - L(B - eps U_k)) / (2 eps),   U_k ~ N(0, I)
@@ -24,7 +23,6 @@ class LoRAFA(Method):
     """
 
     name = "lora-fa"
-    update_spaces = ("bank",)
     refusals: ClassVar[Mapping[str, str]] = {"fold": "A stays for the whole run: there is no refresh to fold at"}
 
     rank: int = 8
@@ -33,11 +31,6 @@ class LoRAFA(Method):
     """LoRA's alpha; the adapter counts alpha / rank times."""
     eps: float = 1e-2
     queries: int = 4
-
-    def validate(self) -> None:
-        check_int(f"{self.name}.rank", self.rank, 1, MAX_RANK, "vLLM's adapters go no further")
-        check_float(f"{self.name}.alpha", self.alpha, above=0.0, fix="MeZO uses 16 at rank 8")
-        super().validate()
 
     @property
     def coordinates(self) -> Coordinates:

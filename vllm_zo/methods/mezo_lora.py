@@ -6,13 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from vllm_zo.methods.base import MAX_RANK, Method
+from vllm_zo.methods.base import AdapterMethod
 from vllm_zo.methods.coordinates import Coordinates, TwoFactors
-from vllm_zo.validation import check_float, check_int
 
 
 @dataclass(frozen=True, kw_only=True)
-class MeZOLoRA(Method):
+class MeZOLoRA(AdapterMethod):
     """`W + alpha/r * B A` with (A, B) as the parameters of MeZO: both perturbed along N(0, I), both moved.
 
     A starts uniform in +-1/sqrt(in), B at zero, as in `peft`. MeZO trains q_proj and v_proj:
@@ -22,7 +21,6 @@ class MeZOLoRA(Method):
     """
 
     name = "mezo-lora"
-    update_spaces = ("bank",)
     refusals: ClassVar[Mapping[str, str]] = {
         "fold": "both factors are trained for the whole run: there is no refresh to fold at"
     }
@@ -32,11 +30,6 @@ class MeZOLoRA(Method):
     alpha: float = 10.0
     """LoRA's alpha; the adapter counts alpha / rank times, 2 as in the paper."""
     eps: float = 1e-2
-
-    def validate(self) -> None:
-        check_int(f"{self.name}.rank", self.rank, 1, MAX_RANK, "vLLM's adapters go no further")
-        check_float(f"{self.name}.alpha", self.alpha, above=0.0, fix="MeZO uses 16 at rank 8")
-        super().validate()
 
     @property
     def coordinates(self) -> Coordinates:
