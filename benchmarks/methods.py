@@ -6,8 +6,9 @@
     python benchmarks/methods.py --report --plot methods.png        # tables and plot of what is there
 
 A forward pass is one probe of one mini-batch: a two-sided step of one direction costs 2, FZOO's with 8 directions 9.
-Each method gets the same three multiples of a first guess; the one with the lowest validation loss is reported on the
-test rows. Every run is a line of --output: a call that was cut off goes on where it stopped.
+Each method gets the same multiples of the step size that `learning_rate="auto"` measures; the one with the lowest
+validation loss is reported on the test rows. Every run is a line of --output: a call that was cut off goes on where
+it stopped.
 """
 
 from __future__ import annotations
@@ -23,28 +24,28 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-FACTORS = (1 / 3, 1.0, 3.0)
+FACTORS = (0.3, 1.0, 3.0)
 BATCH, EVALUATIONS = 16, 8
-METHODS: dict[str, tuple[dict[str, Any], float]] = {
-    "lozo": ({"name": "lozo"}, 3e-4),
-    "lozo, one-sided x4": ({"name": "lozo", "queries": 4, "estimator": "one-sided"}, 6e-4),
-    "lozo, rloo x4": ({"name": "lozo", "queries": 4, "estimator": "rloo"}, 6e-4),
-    "lozo-m": ({"name": "lozo", "optimizer": "momentum"}, 6e-4),
-    "lozo, adam": ({"name": "lozo", "optimizer": "adam"}, 6e-4),
-    "lozo, meazo": ({"name": "lozo", "optimizer": "meazo"}, 1e-3),
-    "lozo, sign": ({"name": "lozo", "optimizer": "sign"}, 6e-4),
-    "lozo, conserve": ({"name": "lozo", "optimizer": "conserve"}, 6e-4),
-    "fzoo": ({"name": "fzoo"}, 6e-6),
-    "kerzoo": ({"name": "kerzoo"}, 1e-4),
-    "eggroll": ({"name": "eggroll"}, 2.0),
-    "factorized-mezo": ({"name": "factorized-mezo", "rank": 16}, 3e-4),
-    "tezo": ({"name": "tezo"}, 1e-4),
-    "subzero": ({"name": "subzero"}, 3e-4),
-    "zo-muon": ({"name": "zo-muon"}, 0.1),
-    "lora-fa": ({"name": "lora-fa"}, 1e-2),
-    "mezo-lora": ({"name": "mezo-lora"}, 1e-2),
+METHODS: dict[str, dict[str, Any]] = {
+    "lozo": {"name": "lozo"},
+    "lozo, one-sided x4": {"name": "lozo", "queries": 4, "estimator": "one-sided"},
+    "lozo, rloo x4": {"name": "lozo", "queries": 4, "estimator": "rloo"},
+    "lozo-m": {"name": "lozo", "optimizer": "momentum"},
+    "lozo, adam": {"name": "lozo", "optimizer": "adam"},
+    "lozo, meazo": {"name": "lozo", "optimizer": "meazo"},
+    "lozo, sign": {"name": "lozo", "optimizer": "sign"},
+    "lozo, conserve": {"name": "lozo", "optimizer": "conserve"},
+    "fzoo": {"name": "fzoo"},
+    "kerzoo": {"name": "kerzoo"},
+    "eggroll": {"name": "eggroll"},
+    "factorized-mezo": {"name": "factorized-mezo", "rank": 16},
+    "tezo": {"name": "tezo"},
+    "subzero": {"name": "subzero"},
+    "zo-muon": {"name": "zo-muon"},
+    "lora-fa": {"name": "lora-fa"},
+    "mezo-lora": {"name": "mezo-lora"},
 }
-"""Label -> method as in JSON, and the middle of its three step sizes for the demo model."""
+"""Label -> method as in JSON."""
 
 
 def passes_a_step(method: Any) -> int:
@@ -56,24 +57,24 @@ def passes_a_step(method: Any) -> int:
     return passes
 
 
-def run_once(llm: Any, task: Any, label: str, rate: float, budget: int, seed: int) -> dict[str, Any]:
+def run_once(llm: Any, task: Any, label: str, factor: float, budget: int, seed: int) -> dict[str, Any]:
     """One run within the budget, with its validation curve and its test figures."""
     from vllm_zo.errors import JobError
     from vllm_zo.methods import build_method
 
-    hyperparameters, _ = METHODS[label]
-    method = build_method(**hyperparameters)
+    method = build_method(**METHODS[label])
     passes = passes_a_step(method)
     steps = budget // passes
-    line: dict[str, Any] = {"task": task.name, "method": label, "rate": rate, "budget": budget, "seed": seed}
+    line: dict[str, Any] = {"task": task.name, "method": label, "factor": factor, "budget": budget, "seed": seed}
     start = time.perf_counter()
     try:
         run = llm.finetune(
-            task.train, task.validation, objective=task.objective, method=method, learning_rate=rate, batch_size=BATCH,
-            steps=steps, seed=seed, eval_interval=max(1, steps // EVALUATIONS), progress=False,
+            task.train, task.validation, objective=task.objective, method=method, batch_size=BATCH,
+            learning_rate_multiplier=factor, steps=steps, seed=seed, eval_interval=max(1, steps // EVALUATIONS),
+            progress=False,
         )  # fmt: skip
     except JobError as error:  # it diverged: a result too
-        print(f"{label} at {rate:g}: {error}", file=sys.stderr)
+        print(f"{label} at {factor:g}: {error}", file=sys.stderr)
         return line | {"loss": None, "seconds": time.perf_counter() - start}
     seconds = time.perf_counter() - start
     best = min(run.evaluations, key=lambda e: e["eval_loss"])
@@ -85,23 +86,22 @@ def run_once(llm: Any, task: Any, label: str, rate: float, budget: int, seed: in
     curve = [[e["step"] * passes, e["eval_loss"], e["eval_accuracy"]] for e in run.evaluations]
     return line | {
         "loss": best["eval_loss"], "accuracy": best["eval_accuracy"], "test": test["accuracy"], "seconds": seconds,
-        "steps": steps, "passes": passes, "curve": curve,
+        "steps": steps, "passes": passes, "curve": curve, "rate": run.history[-1]["learning_rate"],
     }  # fmt: skip
 
 
 def wanted(args: argparse.Namespace, done: list[dict[str, Any]]) -> Iterable[tuple[str, str, float, int]]:
-    """(task, method, rate, seed) of the runs that are not there yet: the search, then more seeds of its best."""
-    have = {(d["task"], d["method"], round(d["rate"], 12), d["budget"], d["seed"]) for d in done}
+    """(task, method, factor, seed) of the runs that are not there yet: the search, then more seeds of its best."""
+    have = {(d["task"], d["method"], d["factor"], d["budget"], d["seed"]) for d in done}
     for task in args.tasks:
         for label in args.methods:
-            rates = [METHODS[label][1] * factor for factor in FACTORS]
-            runs = [(rate, 0) for rate in rates]
+            runs = [(factor, 0) for factor in FACTORS]
             found = [d for d in done if (d["task"], d["method"], d["budget"]) == (task, label, args.budget)]
             if args.seeds > 1 and (best := best_of(found)):
-                runs += [(best["rate"], seed) for seed in range(1, args.seeds)]
-            for rate, seed in runs:
-                if (task, label, round(rate, 12), args.budget, seed) not in have:
-                    yield task, label, rate, seed
+                runs += [(best["factor"], seed) for seed in range(1, args.seeds)]
+            for factor, seed in runs:
+                if (task, label, factor, args.budget, seed) not in have:
+                    yield task, label, factor, seed
 
 
 def best_of(runs: list[dict[str, Any]]) -> dict[str, Any] | None:
@@ -119,18 +119,19 @@ def report(done: list[dict[str, Any]]) -> str:
         lines = [
             f"{task}, {budget} forward passes a run (zero-shot: validation loss {zero[1]:.3f}, accuracy {zero[2]:.3f})",
             "",
-            "| method | learning rate | passes a step | steps | validation loss | validation | test | seconds |",
-            "|---|---|---|---|---|---|---|---|",
+            "| method | x auto | learning rate | passes a step | steps | validation loss | accuracy | test | seconds |",
+            "|---|---|---|---|---|---|---|---|---|",
         ]
         bests = [best_of([d for d in runs if d["method"] == label]) for label in METHODS]
         for best in sorted((b for b in bests if b), key=lambda b: b["loss"]):
-            same = [d for d in runs if (d["method"], d["rate"]) == (best["method"], best["rate"]) and d.get("test")]
+            same = [d for d in runs if (d["method"], d["factor"]) == (best["method"], best["factor"]) and d.get("test")]
             tests = [d["test"] for d in same]
             spread = f" ({min(tests):.3f} to {max(tests):.3f}, {len(tests)} seeds)" if len(tests) > 1 else ""
-            lines.append(
-                f"| {best['method']} | {best['rate']:.2g} | {best['passes']} | {best['steps']} | {best['loss']:.3f} | "
-                f"{best['accuracy']:.3f} | {sum(tests) / len(tests):.3f}{spread} | {best['seconds']:.0f} |"
+            figures = (
+                f"{best['factor']:g} | {best['rate']:.2g} | {best['passes']} | {best['steps']} | {best['loss']:.3f}"
             )
+            shown = f"{sum(tests) / len(tests):.3f}{spread} | {best['seconds']:.0f}"
+            lines.append(f"| {best['method']} | {figures} | {best['accuracy']:.3f} | {shown} |")
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
 
@@ -185,8 +186,8 @@ def main() -> None:
         tasks = {name: load_task(name, args.data / name, 0, *args.rows) for name in args.tasks}
         llm = LLM(args.model, max_model_len=256, dtype="float32", zo_training={"slots": 9, "slot_rank": 32})
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        for task, label, rate, seed in todo:
-            result = run_once(llm, tasks[task], label, rate, args.budget, seed)
+        for task, label, factor, seed in todo:
+            result = run_once(llm, tasks[task], label, factor, args.budget, seed)
             done.append(result)
             with args.output.open("a") as file:
                 file.write(json.dumps(result) + "\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -39,18 +40,29 @@ def free_port() -> int:
         return int(server.getsockname()[1])
 
 
-class Server:
-    """`vllm-zo serve MODEL`. A log of what it prints is shown when something fails."""
+OURS = (sys.executable, "-c", "from vllm_zo.entrypoints.cli import main; main()", "serve")
+PLAIN = (sys.executable, "-m", "vllm.entrypoints.openai.api_server")
+"""The server module of vLLM; its `vllm serve` command runs the same, and does not start on the CPU build."""
 
-    def __init__(self, model: str, state_dir: Path, *flags: str, **environment: str) -> None:
+
+class Server:
+    """`vllm-zo serve MODEL`. A log of what it prints is shown when something fails.
+
+    Args:
+        plain: start vLLM's own server instead, with what `--zo-print-flags` says.
+    """
+
+    def __init__(self, model: str, state_dir: Path, *flags: str, plain: bool = False, **environment: str) -> None:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = state_dir.with_suffix(".log")
         self.model = "tiny"
-        command = [sys.executable, "-c", "from vllm_zo.entrypoints.cli import main; main()", "serve", model]
-        command += ["--served-model-name", self.model, "--dtype", "float32", "--max-model-len", "128"]
+        command = [*OURS, model, "--served-model-name", self.model, "--dtype", "float32", "--max-model-len", "128"]
         command += ["--block-size", "32", "--host", "127.0.0.1", "--port", str(self.port)]
         command += ["--zo-state-dir", str(state_dir), "--api-key", KEY, *flags]
+        if plain:
+            command, allowed = printed_command([*command, "--zo-print-flags"])
+            environment = {**environment, **allowed}
         with self.log.open("ab") as log:
             inherited = {name: value for name, value in os.environ.items() if name != "VLLM_ENABLE_V1_MULTIPROCESSING"}
             self.process = subprocess.Popen(
@@ -89,6 +101,15 @@ class Server:
     def stop(self) -> int:
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(60)
+
+
+def printed_command(command: list[str]) -> tuple[list[str], dict[str, str]]:
+    """What `--zo-print-flags` prints, as a command that starts on any build, and its environment."""
+    line = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    plugins, vllm, serve, *flags = shlex.split(line)
+    assert (vllm, serve) == ("vllm", "serve")
+    name, _, value = plugins.partition("=")
+    return [*PLAIN, "--model", *flags], {name: value}
 
 
 class Servers:

@@ -68,7 +68,7 @@ def test_a_bad_engine_option_is_named_with_value_and_fix(options: Any, message: 
 def test_a_job_needs_nothing_but_an_objective() -> None:
     config = job()
     assert config.method == LoZO()
-    assert (config.space, config.learning_rate, config.batch_size) == ("bank", 1e-7, 16)
+    assert (config.space, config.learning_rate, config.batch_size) == ("bank", "auto", 16)
 
 
 def test_a_method_may_be_given_as_object_name_or_dictionary() -> None:
@@ -104,7 +104,8 @@ def test_a_learning_rate_of_zero_and_zero_steps_are_allowed() -> None:
         ({"objective": {"name": "classification", "templat": "{a}"}}, r"'templat': did you mean 'template'\?"),
         ({"learning_rate": -1e-7}, r"learning_rate=-1e-07: expected a number >= 0"),
         ({"learning_rate": float("inf")}, r"learning_rate=inf: expected a number >= 0"),
-        ({"learning_rate": "1e-7"}, r"learning_rate='1e-7': expected a number >= 0"),
+        ({"learning_rate": "1e-7"}, r"learning_rate='1e-7': expected a number >= 0.*'auto' finds one"),
+        ({"learning_rate_multiplier": 0}, r"learning_rate_multiplier=0: expected a number > 0"),
         ({"lr_schedule": "cosin"}, r"unknown lr_schedule 'cosin': did you mean 'cosine'\?"),
         ({"warmup_steps": 11, "steps": 10}, r"warmup_steps=11: expected an integer from 0 to 10; warm-up is part of"),
         ({"batch_size": 0}, r"batch_size=0: expected an integer >= 1"),
@@ -177,6 +178,7 @@ OTHER_VALUES: dict[str, Any] = {
     "objective": Classification("{sentence} Was it", (" terrible", " great")),
     "method": LoZO(rank=3),
     "learning_rate": 1e-6,
+    "learning_rate_multiplier": 2.0,
     "lr_schedule": "linear",
     "warmup_steps": 1,
     "batch_size": 17,

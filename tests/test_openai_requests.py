@@ -13,9 +13,9 @@ from fastapi.testclient import TestClient
 from transformers import AutoTokenizer
 
 from tests.openai_app import BASE, app_client, upload
-from vllm_zo import Classification, ConfigError, JobConfig, LanguageModeling
+from vllm_zo import Classification, ConfigError, JobConfig, LanguageModeling, Reward
 from vllm_zo.data import encode_examples
-from vllm_zo.entrypoints.openai.chat import chat_template, supervised
+from vllm_zo.entrypoints.openai.chat import chat_template, supervised, with_prompts
 from vllm_zo.entrypoints.openai.job_request import (
     JobRequest,
     Wanted,
@@ -23,11 +23,20 @@ from vllm_zo.entrypoints.openai.job_request import (
     job_options,
     read_request,
     shown_hyperparameters,
+    shown_method,
 )
 from vllm_zo.entrypoints.openai.models import checkpoint_name, final_name
 
 DEMO_MODEL = Path(__file__).parents[1] / "examples" / "demo" / "model"
 SENTIMENT = {"name": "classification", "template": "{sentence} It was", "options": [" terrible", " great"]}
+CHECK = {
+    "type": "string_check",
+    "name": "exact",
+    "operation": "eq",
+    "input": "{{sample.output_text}}",
+    "reference": "{{item.answer}}",
+}
+PYTHON = {"type": "python", "name": "code", "source": "def grade(sample, item):\n    return 0.25"}
 JOBS = "/v1/fine_tuning/jobs"
 
 
@@ -44,6 +53,13 @@ def file_id(client: TestClient) -> str:
 
 def zeroth_order(hyperparameters: dict[str, Any] | None = None, **method: Any) -> dict[str, Any]:
     return {"type": "zeroth_order", "zeroth_order": {"hyperparameters": hyperparameters or {}, **method}}
+
+
+def reinforcement(hyperparameters: dict[str, Any] | None = None, grader: Any = None) -> dict[str, Any]:
+    return {
+        "type": "reinforcement",
+        "reinforcement": {"grader": grader or CHECK, "hyperparameters": hyperparameters or {}},
+    }
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
@@ -98,6 +114,23 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"method": zeroth_order(objective={**SENTIMENT, "options": 3})}, "options=3"),
     ({"hyperparameters": {"n_epoch": 1}}, "unknown hyperparameter 'n_epoch': did you mean 'n_epochs'"),
     ({"hyperparameters": {"n_epochs": 2}, "method": zeroth_order({"steps": 2})}, "hyperparameters: given twice"),
+    ({"method": {"type": "reinforcement"}}, "method.reinforcement is missing"),
+    ({"method": reinforcement({"max_token": 5})}, "unknown hyperparameter 'max_token': did you mean 'max_tokens'"),
+    ({"method": reinforcement({"max_tokens": 0})}, "max_tokens=0: expected an integer >= 1"),
+    ({"method": reinforcement({"shaping": "sharp"})}, "unknown shaping 'sharp'"),
+    (
+        {"method": reinforcement({"compute_multiplier": 2.0})},
+        "compute_multiplier: not used here; the nearest is 'samples'",
+    ),
+    ({"method": reinforcement(grader={**CHECK, "operation": "equals"})}, "operation"),
+    ({"method": reinforcement(grader=PYTHON)}, "not allowed here"),
+    ({"method": zeroth_order({"max_tokens": 5})}, "unknown hyperparameter 'max_tokens'"),
+    ({"method": zeroth_order(grader=PYTHON)}, "not allowed here"),
+    ({"method": zeroth_order(grader=CHECK, objective=SENTIMENT)}, "grader: goes with no objective"),
+    (
+        {"method": zeroth_order(objective={"name": "reward", "template": "{q}", "reward": "os:system"})},
+        "not allowed here",
+    ),
     ({"integrations": [{"type": "comet"}]}, "integrations.0.type='comet'"),
 ]
 
@@ -142,7 +175,7 @@ def resolved(rows: int, **hyperparameters: Any) -> tuple[JobConfig, dict[str, An
     method = zeroth_order(hyperparameters)
     wanted = read_request(JobRequest(model=BASE, training_file="f", method=method, seed=3))  # type: ignore[arg-type]
     wanted = Wanted.from_json(json.loads(json.dumps(wanted.to_json())))
-    config = JobConfig.from_options(job_options(wanted, rows, 1e-5, LanguageModeling()))
+    config = JobConfig.from_options(job_options(wanted, rows, LanguageModeling()))
     return config, shown_hyperparameters(wanted, config, rows)
 
 
@@ -150,12 +183,12 @@ def test_auto_resolves_to_the_documented_values_and_shows_them() -> None:
     every = ("batch_size", "steps", "n_epochs", "learning_rate", "learning_rate_multiplier", "eval_interval", "rank")
     for given in ({}, {name: "auto" for name in every}):
         config, shown = resolved(160, **given)
-        assert (config.batch_size, config.steps, config.learning_rate, config.eval_interval) == (16, 1000, 1e-5, 250)
+        assert (config.batch_size, config.steps, config.learning_rate, config.eval_interval) == (16, 1000, "auto", 250)
         assert {name: shown[name] for name in every} == {
-            "batch_size": 16, "steps": 1000, "n_epochs": 100, "learning_rate": 1e-5,
+            "batch_size": 16, "steps": 1000, "n_epochs": 100, "learning_rate": "auto",
             "learning_rate_multiplier": 1.0, "eval_interval": 250, "rank": 2,
         }  # fmt: skip
-        assert not any(value == "auto" for value in shown.values())
+        assert [name for name, value in shown.items() if value == "auto"] == ["learning_rate"], "the run measures it"
 
 
 def test_epochs_count_whole_passes_over_the_data() -> None:
@@ -164,8 +197,10 @@ def test_epochs_count_whole_passes_over_the_data() -> None:
 
 
 def test_the_multiplier_scales_what_auto_means_and_what_is_given() -> None:
-    assert resolved(50, learning_rate_multiplier=3.0)[0].learning_rate == pytest.approx(3e-5)
-    assert resolved(50, learning_rate_multiplier=2.0, learning_rate=0.5)[0].learning_rate == 1.0
+    for given in ({}, {"learning_rate": 0.5}):
+        config, shown = resolved(50, learning_rate_multiplier=3.0, **given)
+        assert config.learning_rate_multiplier == shown["learning_rate_multiplier"] == 3.0
+        assert config.learning_rate == shown["learning_rate"] == given.get("learning_rate", "auto")
 
 
 def test_counts_of_evaluations_become_intervals() -> None:
@@ -189,6 +224,7 @@ def test_names_are_made_of_safe_parts() -> None:
 
 MESSAGES = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
 TEMPLATE = MESSAGES + "{% if add_generation_prompt %}<assistant>{% endif %}"
+ANSWER = Reward("{prompt}", grader=CHECK)
 CHAT = [
     {"role": "user", "content": "a film ?"},
     {"role": "assistant", "content": "good", "weight": 0},
@@ -277,16 +313,63 @@ def test_classification_data_is_left_to_its_objective() -> None:
     assert wanted.objective == Classification("{sentence} It was", [" terrible", " great"])
 
 
+@pytest.mark.parametrize(
+    ("records", "message"),
+    [
+        ([{"messages": CHAT[:1], "prompt": "a"}], "row 1: both messages and prompt"),
+        ([{"messages": CHAT}], "row 1: the last message must be one to answer"),
+        ([{"messages": []}], "row 1: the last message must be one to answer"),
+        ([{"messages": "hello"}], "row 1: messages must be a list"),
+        ([{"prompt": "a"}, {"messages": CHAT[:1]}], "row 2: chats .* and prompts are mixed"),
+    ],
+)
+def test_a_chat_that_cannot_be_answered_names_its_row(tokenizer: Any, records: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=f"training_file, {message}"):
+        with_prompts(records, chat_template(tokenizer, TEMPLATE), ANSWER, "training_file")
+
+
+def test_the_prompt_of_a_reward_is_the_conversation_as_the_template_writes_it(tokenizer: Any) -> None:
+    template = TEMPLATE.replace("<assistant>", "{{ '<assistant>\\n ' }}")
+    records = [{"messages": CHAT[:1], "answer": "good"}]
+    asked, objective = with_prompts(records, chat_template(tokenizer, template), ANSWER, "training_file")
+    prompt = "<user>a film ?</s><assistant>\n "
+    assert asked == [{**records[0], "prompt": prompt}]
+    (example,) = encode_examples(asked, objective, tokenizer, 128, "train")
+    assert list(example.rows[0].token_ids) == tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    assert example.columns is not None and example.columns["answer"] == "good", "for the grader"
+
+
+def test_prompts_of_a_reward_are_taken_with_the_tokenizers_own_special_tokens(tokenizer: Any) -> None:
+    records = [{"prompt": "a film", "answer": "good"}]
+    asked, objective = with_prompts(records, chat_template(tokenizer, TEMPLATE), ANSWER, "training_file")
+    assert (asked, objective) == (records, ANSWER)
+    (example,) = encode_examples(asked, objective, tokenizer, 128, "train")
+    assert list(example.rows[0].token_ids) == tokenizer("a film")["input_ids"]
+
+
+def test_a_reinforcement_job_is_a_reward_on_the_answers() -> None:
+    method = reinforcement({"max_tokens": 5, "samples": 2, "compute_multiplier": "auto", "steps": 7})
+    wanted = read_request(JobRequest(model=BASE, training_file="f", method=method))  # type: ignore[arg-type]
+    assert wanted.objective == Reward("{prompt}", grader=CHECK, max_tokens=5, samples=2)
+    assert Wanted.from_json(json.loads(json.dumps(wanted.to_json()))) == wanted
+    config = JobConfig.from_options(job_options(wanted, 50, wanted.objective))
+    shown = shown_method(wanted, shown_hyperparameters(wanted, config, 50), wanted.objective)
+    assert shown["reinforcement"]["grader"] == CHECK
+    assert shown["reinforcement"]["hyperparameters"].items() >= {"max_tokens": 5, "samples": 2, "steps": 7}.items()
+
+
+def test_a_zeroth_order_job_takes_a_grader_with_and_without_a_reward_objective() -> None:
+    for objective, expected in (
+        (None, Reward("{prompt}", grader=CHECK)),
+        ({"name": "reward", "template": "{q} Answer:"}, Reward("{q} Answer:", grader=CHECK)),
+    ):
+        method = zeroth_order(grader=CHECK, objective=objective)
+        wanted = read_request(JobRequest(model=BASE, training_file="f", method=method))  # type: ignore[arg-type]
+        assert wanted.objective == expected
+
+
 # --- graders ----------------------------------------------------------------------------------------------------------
 
-CHECK = {
-    "type": "string_check",
-    "name": "exact",
-    "operation": "eq",
-    "input": "{{sample.output_text}}",
-    "reference": "{{item.answer}}",
-}
-PYTHON = {"type": "python", "name": "code", "source": "def grade(sample, item):\n    return 0.25"}
 GRADERS = "/v1/fine_tuning/alpha/graders"
 
 

@@ -21,6 +21,7 @@ import pytest
 from openai import OpenAI
 from safetensors.torch import load_file
 
+from tests.engines import reviews
 from tests.openai_server import KEY, METHOD, SENTIMENT, Server, Servers, create, jsonl, upload_reviews, wait_for
 from vllm_zo.checkpoint.seed_log import read_seed_log
 from vllm_zo.entrypoints.openai.store import Store
@@ -178,19 +179,45 @@ def test_requests_in_flight_keep_the_state_they_began_with(client: OpenAI, data:
     assert alone.choices[0].text == text and not differs(answer(client, name), first)
 
 
+def test_a_reinforcement_job_is_driven_by_its_grader(client: OpenAI) -> None:
+    grader: Any = {
+        "type": "text_similarity", "name": "near", "evaluation_metric": "fuzzy_match",
+        "input": "{{sample.output_text}}", "reference": "{{item.answer}}",
+    }  # fmt: skip
+    chats = [{"messages": [{"role": "user", "content": row["sentence"]}], "answer": " great"} for row in reviews(24)]
+    data, validation = (
+        client.files.create(file=("chats.jsonl", jsonl(rows)), purpose="fine-tune").id for rows in (chats, chats[:8])
+    )
+    hyperparameters: Any = {
+        **METHOD, "steps": 12, "eval_interval": 6, "max_tokens": 4, "samples": 2, "reasoning_effort": "auto",
+    }  # fmt: skip
+    method: Any = {"type": "reinforcement", "reinforcement": {"grader": grader, "hyperparameters": hyperparameters}}
+    job = client.fine_tuning.jobs.create(
+        model="tiny", training_file=data, validation_file=validation, method=method, seed=1
+    )
+    done = wait_for(client, job.id, "succeeded")
+    assert done.method is not None and done.method.type == "reinforcement" and done.method.reinforcement is not None
+    assert done.method.reinforcement.grader.to_dict() == grader
+    assert done.method.reinforcement.hyperparameters.to_dict().items() >= {"max_tokens": 4, "samples": 2}.items()
+    rows = losses(client, done)
+    rewards = [-float(row["train_loss"]) for row in rows if row["train_loss"]]
+    assert len(rewards) == 12 and len(set(rewards)) > 6 and all(0.0 <= reward <= 1.0 for reward in rewards)
+    assert answer(client, done.fine_tuned_model)
+
+
 # --- several jobs, pausing --------------------------------------------------------------------------------------------
 
 
 def test_a_paused_job_takes_the_steps_of_an_unbroken_one(client: OpenAI, data: str) -> None:
-    options: Any = {"seed": 3, "hyperparameters": {"steps": 120, "publish_interval": 1000}}
+    options: Any = {"seed": 3, "hyperparameters": {"steps": 800, "publish_interval": 1000}}
     unbroken = wait_for(client, create(client, data, **options).id, "succeeded")
     job = create(client, data, **options)
-    wait_for(client, job.id, "running", step=20)
+    wait_for(client, job.id, "running", step=1)
     assert client.fine_tuning.jobs.pause(job.id).status in ("pausing", "paused")
     paused = wait_for(client, job.id, "paused")
     step = paused.model_extra["step"]
     time.sleep(0.5)
-    assert client.fine_tuning.jobs.retrieve(job.id).model_extra["step"] == step < 120
+    assert client.fine_tuning.jobs.retrieve(job.id).model_extra["step"] == step < 800
     with pytest.raises(openai.ConflictError, match="only a queued or running job can be paused"):
         client.fine_tuning.jobs.pause(job.id)
     assert client.fine_tuning.jobs.resume(job.id).status == "queued"
@@ -378,7 +405,7 @@ def test_killed_at_any_moment_it_goes_on_where_it_was(
     running = create(client, data, **options)
     beside = create(client, data, **endless)
     queued = create(client, data, hyperparameters={"steps": 5})
-    wait_for(client, running.id, "running", step=130)
+    wait_for(client, running.id, "running", step=70)
     known = {job.id: job.status for job in client.fine_tuning.jobs.list(limit=100)}
     events = [event.id for event in client.fine_tuning.jobs.list_events(running.id, limit=1000)]
     servers.running().kill()

@@ -299,7 +299,7 @@ def muon(step: int, w: Weights, loss: Loss, memory: dict[str, list[Tensor]]) -> 
 
 def conserve(step: int, w: Weights, loss: Loss, memory: dict[str, list[Tensor]]) -> Weights:
     change = products(estimate(step, w, loss), right(step, 2))
-    choices = [w, moved(w, change, -0.05), moved(w, change, 0.05)]
+    choices = [moved(w, change, -0.05), w, moved(w, change, 0.05)]
     best = min(range(3), key=lambda i: float(loss(choices[i]).mean()))
     memory.setdefault("choices", []).append(torch.tensor(best))
     return choices[best]

@@ -13,6 +13,7 @@ from vllm_zo.methods import LoZO, Method, build_method, known_methods, method_fi
 from vllm_zo.methods.base import check_registered
 from vllm_zo.methods.schedules import LR_SCHEDULES, LRSchedule
 from vllm_zo.methods.spaces import SLOT_RANKS, check_space
+from vllm_zo.methods.step_size import AUTO
 from vllm_zo.methods.targets import target_pattern
 from vllm_zo.objectives import Objective, build_objective, describe
 from vllm_zo.validation import (
@@ -100,8 +101,11 @@ class JobConfig:
     """What the loss is, e.g. Classification(template=..., options=[...])."""
     method: Method = field(default_factory=LoZO)
     """The estimator and its update rule."""
-    learning_rate: float = 1e-7
-    """Step size before the schedule; 0 is allowed and changes nothing. 1e-7 is what LoZO uses for OPT-13B."""
+    learning_rate: float | str = AUTO
+    """Step size before the schedule; 0 changes nothing. "auto": measured in the run's first 10 steps, which do not move
+    yet (methods/step_size.py). LoZO's paper uses 1e-7 for OPT-13B."""
+    learning_rate_multiplier: float = 1.0
+    """Factor of the learning rate: what to turn where it is "auto"."""
     lr_schedule: LRSchedule = "constant"
     """"constant", "linear" or "cosine"; the last two decay to 0 at the end of the run."""
     warmup_steps: int = 0
@@ -153,7 +157,9 @@ class JobConfig:
         self._check_bookkeeping()
 
     def _check_optimisation(self) -> None:
-        check_float("learning_rate", self.learning_rate, at_least=0.0, fix="LoZO uses 1e-7 for OPT-13B")
+        if self.learning_rate != AUTO:
+            check_float("learning_rate", self.learning_rate, at_least=0.0, fix=f"{AUTO!r} finds one")
+        check_float("learning_rate_multiplier", self.learning_rate_multiplier, above=0.0)
         check_known("lr_schedule", self.lr_schedule, LR_SCHEDULES)
         check_int("steps", self.steps, 0)
         check_int("warmup_steps", self.warmup_steps, 0, self.steps, fix="warm-up is part of steps")
@@ -246,7 +252,9 @@ class JobConfig:
             )
 
     def _trajectory(self) -> dict[str, Any]:
-        plain = self.to_json() | {"update_space": self.space, "learning_rate": float(self.learning_rate)}
+        plain = self.to_json() | {"update_space": self.space}
+        if not isinstance(self.learning_rate, str):
+            plain["learning_rate"] = float(self.learning_rate)  # 1 and 1.0 are the same run
         return {key: value for key, value in plain.items() if key not in MAY_DIFFER_ON_RESUME}
 
 

@@ -22,6 +22,7 @@ from vllm_zo.engine.rewarder import Rewarder
 from vllm_zo.methods.base import Probe, ProbePlan
 from vllm_zo.methods.schedules import eps_factor_at, learning_rate_at
 from vllm_zo.methods.spaces import basis_of
+from vllm_zo.methods.step_size import StepSize
 from vllm_zo.objectives.base import EncodedExample
 
 QUEUED, RUNNING, PAUSING, PAUSED = "queued", "running", "pausing", "paused"
@@ -67,6 +68,7 @@ class Job:
     Args:
         train, validation: tokenised examples; validation may be empty.
         eval_batch: examples per evaluation group.
+        logged: coefficients of the steps before `first_step`, as the seed log has them.
     """
 
     def __init__(
@@ -80,6 +82,7 @@ class Job:
         eval_batch: int,
         first_step: int = 0,
         evaluate_only: bool = False,
+        logged: Sequence[Sequence[float]] = (),
     ) -> None:
         self.job_id = job_id
         self.directory = directory
@@ -89,6 +92,9 @@ class Job:
         self.train, self.validation = train, validation
         self.eval_batch = eval_batch
         self.evaluate_only = evaluate_only
+        self.step_size = StepSize(config.method, config.learning_rate, config.learning_rate_multiplier)
+        for coefficients in logged:
+            self.step_size.note(coefficients)
         self.order = BatchOrder(len(train), config.examples_per_step, config.seed) if train else None
         self.step = self.first_step = first_step
         resumed = first_step > 0 and not evaluate_only
@@ -126,7 +132,7 @@ class Job:
     # --- issuing work ---------------------------------------------------------------------------------------------
 
     def next_work(self) -> Work | None:
-        """The next group, or None when everything has been issued."""
+        """The next group, or None: everything has been issued, or the step size waits for what is under way."""
         if self._next_round is not None:
             return self._issue(self._next_round)
         if not self._eval_queue and self._evaluation_due():
@@ -137,9 +143,11 @@ class Job:
             self._eval_queue = [tuple(ids[i : i + self.eval_batch]) for i in range(0, count, self.eval_batch)]
         if self._eval_queue:
             return self._evaluation_work()
-        if self.step < self.config.steps and not self.finish_requested:
-            return self._train_work()
-        return None
+        if self.step >= self.config.steps or self.finish_requested:
+            return None
+        if self.step_size.may_be_known_after(self.step) and self.outstanding:
+            return None
+        return self._train_work()
 
     def _evaluation_due(self) -> bool:
         if (
@@ -168,7 +176,8 @@ class Job:
         plan = config.method.plan(config.seed, step, basis)
         plan = plan.scaled(eps_factor_at(config.eps_schedule, step, config.steps))
         ids = self.order.batch(step)
-        rate = learning_rate_at(config.lr_schedule, config.learning_rate, step, config.steps, config.warmup_steps)
+        base = self.step_size.base or 0.0
+        rate = learning_rate_at(config.lr_schedule, base, step, config.steps, config.warmup_steps)
         self.step += 1
         examples = tuple(self.train[i] for i in ids)
         seeds = self._seeds(COMPLETION_STREAM, step, ids, examples)
@@ -254,6 +263,7 @@ class Job:
         if self.rewarder is not None:
             record["reward"] = -loss
         self._note_loss(loss if result.finite else float("nan"))
+        self.step_size.note(result.coefficients)
         self._num_recorded += 1
         self.latest = record
         return record
@@ -329,6 +339,7 @@ class Job:
             "steps": self.config.steps,
             "loss": self.latest.get("loss"),
             "accuracy": self.latest.get("accuracy"),
+            "learning_rate": self.step_size.base,
             "tokens": self.tokens,
             "steps_per_second": self.meter.steps_per_second,
             "group_latency_s": self.meter.group_latency_s,
@@ -341,6 +352,7 @@ class Job:
             "error": self.error,
             "step": self.recorded,
             "steps": self.config.steps,
+            "learning_rate": self.step_size.base,
             "update_space": self.space,
             "num_bases": self.num_bases,
             "best_step": (self.best() or {}).get("step"),

@@ -20,6 +20,7 @@ import msgspec
 
 from vllm_zo.checkpoint.files import write_atomically
 from vllm_zo.checkpoint.header import SeedLogHeader
+from vllm_zo.checkpoint.records import StepRecord
 from vllm_zo.checkpoint.seed_log import read_seed_log
 from vllm_zo.commands import StartJob
 from vllm_zo.config import JobConfig, ZOTrainingConfig
@@ -113,7 +114,7 @@ def load_job(
         )
     num_bases = resolve_bases(config.method, space, config.steps, zo.slot_rank, config.bases)
     job_id = directory.name
-    first_step, log_path = _resume_point(directory)
+    records, log_path = _resume_point(directory)
     job = Job(
         job_id,
         directory,
@@ -122,8 +123,9 @@ def load_job(
         _read_examples(directory / "train.jsonl"),
         _read_examples(directory / "validation.jsonl"),
         eval_batch=min(MAX_EVAL_BATCH, max_sequences),
-        first_step=config.steps if evaluate_only else first_step,
+        first_step=config.steps if evaluate_only else len(records),
         evaluate_only=evaluate_only,
+        logged=[record.coefficients for record in records],
     )
 
     def make_header(modules: Sequence[ModuleShape]) -> SeedLogHeader:
@@ -157,9 +159,6 @@ def load_job(
     return job, recorder, start
 
 
-def _resume_point(directory: Path) -> tuple[int, Path | None]:
+def _resume_point(directory: Path) -> tuple[Sequence[StepRecord], Path | None]:
     path = directory / "seeds.log"
-    if not path.exists():
-        return 0, None
-    log = read_seed_log(path)
-    return log.num_steps, path
+    return (read_seed_log(path).records, path) if path.exists() else ((), None)

@@ -58,8 +58,8 @@ def _parts(known: Mapping[str, type[Any]]) -> str:
     return " | ".join(shown)
 
 
-def _job(panel: str, name: str, text: str) -> Any:
-    return _option(panel, text, _default(JobConfig, name))
+def _job(panel: str, name: str, text: str, metavar: str | None = None) -> Any:
+    return _option(panel, text, _default(JobConfig, name), metavar=metavar)
 
 
 def _engine(text: str, name: str = "", flag: str | None = None, metavar: str | None = None) -> Any:
@@ -133,7 +133,13 @@ def train(
     target_modules: Annotated[
         str | None, _job("Method", "target_modules", f"{', '.join(PRESETS)}, or a regular expression for whole names.")
     ] = None,
-    learning_rate: Annotated[float | None, _job(OPTIMISATION, "learning_rate", "Step size.")] = None,
+    learning_rate: Annotated[
+        str | None,
+        _job(OPTIMISATION, "learning_rate", "Step size; auto: measured in the first steps.", metavar="FLOAT|auto"),
+    ] = None,
+    learning_rate_multiplier: Annotated[
+        float | None, _job(OPTIMISATION, "learning_rate_multiplier", "Factor of the learning rate.")
+    ] = None,
     lr_schedule: Annotated[str | None, _job(OPTIMISATION, "lr_schedule", f"{', '.join(LR_SCHEDULES)}.")] = None,
     warmup_steps: Annotated[int | None, _job(OPTIMISATION, "warmup_steps", "Steps of linear warm-up.")] = None,
     batch_size: Annotated[int | None, _job(OPTIMISATION, "batch_size", "Examples a step.")] = None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -35,10 +36,9 @@ logger = logging.getLogger("vllm.zo.cli")
 INTERRUPTED = 130
 """Exit status of a program that Ctrl-C ended."""
 JOB_FLAGS = (
-    "learning_rate", "lr_schedule", "warmup_steps", "batch_size", "steps", "seed", "update_space", "bases",
-    "target_modules", "eval_interval", "eval_examples", "checkpoint_interval", "publish_interval",
-    "micro_batches", "eps_schedule", "max_coefficient",
-    "divergence_factor", "keep_best",
+    "learning_rate", "learning_rate_multiplier", "lr_schedule", "warmup_steps", "batch_size", "micro_batches", "steps",
+    "seed", "eps_schedule", "max_coefficient", "update_space", "bases", "target_modules", "eval_interval",
+    "eval_examples", "checkpoint_interval", "publish_interval", "divergence_factor", "keep_best",
 )  # fmt: skip
 METHOD_FLAGS = ("rank", "interval", "eps", "queries", "alpha")
 PART_FLAGS = ("estimator", "optimizer")
@@ -132,7 +132,7 @@ def job_config(params: Params, started: Mapping[str, Any], task: Task | None = N
     return JobConfig.from_options(
         {
             **before,
-            **_given(params, JOB_FLAGS),
+            **_job_settings(params),
             "objective": objective,
             "method": _part(before.get("method"), method, _method_settings(params)),
             "output_dir": _output_dir(params, before),
@@ -156,6 +156,13 @@ def _read_grader(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"--grader {path}: cannot be read as JSON: {error}.") from None
+
+
+def _job_settings(params: Params) -> dict[str, Any]:
+    given = _given(params, JOB_FLAGS)
+    with contextlib.suppress(KeyError, ValueError):  # not given, "auto", or for JobConfig to refuse
+        given["learning_rate"] = float(given["learning_rate"])
+    return given
 
 
 def _method_settings(params: Params) -> dict[str, Any]:

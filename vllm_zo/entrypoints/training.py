@@ -133,7 +133,7 @@ def prepare_job(
     """
     zo = _training_config(engine)
     config = JobConfig.from_options(options)
-    _check_trust(config.objective, allow_python)
+    check_trust(config.objective, allow_python)
     bases = resolve_bases(config.method, config.space, config.steps, zo.slot_rank, config.bases)
     directory = _job_directory(engine, zo, config, resume_from)
     train_examples = _encode(engine, train, config.objective, "train")
@@ -160,7 +160,7 @@ def prepare_evaluation(
     objective = objective or (run.config.objective if run else None)
     if objective is None:
         raise ConfigError("objective=None: evaluate needs an objective, or a run to take it from.")
-    _check_trust(objective, allow_python)
+    check_trust(objective, allow_python)
     examples = _encode(engine, data, objective, "data")
     directory = _state_dir(zo) / f"evaluate-{uuid.uuid4().hex[:8]}"
     if run is None or run.config.space == "fold":
@@ -172,7 +172,12 @@ def prepare_evaluation(
     return PreparedJob(directory, config, model, num_bases=1)
 
 
-def _check_trust(objective: Objective, allow_python: bool) -> None:
+def check_trust(objective: Objective, allow_python: bool) -> None:
+    """Refuse a reward that is code where code is not allowed.
+
+    Raises:
+        ConfigError: names the reward or grader.
+    """
     if isinstance(objective, Reward) and objective.needs_trust and not allow_python:
         raise ConfigError(
             f"reward={objective.reward!r}, grader={objective.grader!r:.60}: runs Python code in the engine, which is "

@@ -23,7 +23,7 @@ from vllm_zo.objectives.reward_function import (
 )
 from vllm_zo.objectives.shaping import SHAPINGS, shape
 from vllm_zo.objectives.text import parse_template, render, tokenise, trim
-from vllm_zo.validation import check_float, check_int, check_known, reject
+from vllm_zo.validation import check_bool, check_float, check_int, check_known, reject
 
 RESERVED = ("prompts", "completions")
 """Column names that a reward function is given besides the record's own."""
@@ -83,6 +83,9 @@ class Reward:
     """For the reward of one group."""
     bos_token_id: int | None = None
     """Token to start every prompt with, instead of the tokenizer's own special tokens."""
+    special_tokens: bool = True
+    """Add the tokenizer's special tokens. False: the prompt has all it needs and is taken as it is, white space
+    included, as a chat template has written it."""
 
     def __post_init__(self) -> None:
         parse_template(self.template)
@@ -108,6 +111,7 @@ class Reward:
         check_known("shaping", self.shaping, SHAPINGS)
         check_float("pass_reward", self.pass_reward)
         check_float("timeout_s", self.timeout_s, above=0.0)
+        check_bool("special_tokens", self.special_tokens)
 
     @property
     def needs_trust(self) -> bool:
@@ -122,8 +126,9 @@ class Reward:
             raise ConfigError(f"{where}: field {taken[0]!r} has a name that rewards use themselves; rename it.")
         if self.grader is not None and (missing := _item_fields(json.dumps(self.grader)) - example.keys()):
             raise ConfigError(f"{where}: no field {min(missing)!r}, which grader {self.grader['name']!r} reads.")
-        prompt = trim(render(self.template, example, where))
-        (token_ids,) = tokenise([prompt], tokenizer, self.bos_token_id)
+        prompt = render(self.template, example, where, strip=self.special_tokens)
+        prompt = trim(prompt) if self.special_tokens else prompt
+        (token_ids,) = tokenise([prompt], tokenizer, self.bos_token_id, self.special_tokens)
         if not token_ids:
             raise ConfigError(f"{where}: the prompt is empty, and the tokenizer adds no BOS.")
         generation = Generation(self.max_tokens, self.temperature, self.top_p, self._stop_token_ids(tokenizer))

@@ -38,8 +38,8 @@ def _is_plain(name: str) -> bool:
     return bool(name.strip()) and not name.isdigit() and not any(c in name for c in ".[]{}")
 
 
-def render(template: str, example: Mapping[str, Any], where: str) -> str:
-    """Fill a template. String values lose surrounding white space, as MeZO's `sentence.strip()` does.
+def render(template: str, example: Mapping[str, Any], where: str, *, strip: bool = True) -> str:
+    """Fill a template. String values lose surrounding white space, as MeZO's `sentence.strip()` does, with `strip`.
 
     Values are inserted as they are: braces in them mean nothing.
 
@@ -53,7 +53,7 @@ def render(template: str, example: Mapping[str, Any], where: str) -> str:
             value = field_of(example, name, where)
             if isinstance(value, bool) or not isinstance(value, str | int | float):
                 raise ConfigError(f"{where}: field {name!r} is {value!r:.60}, expected text or a number.")
-            out.append(str(value).strip())
+            out.append(str(value).strip() if strip else str(value))
     return "".join(out)
 
 

@@ -132,7 +132,7 @@ def _limited(request: Request, limit: int) -> Receive:
 
 
 def _too_large(limit: int) -> APIError:
-    return APIError(413, f"The request is larger than the limit of {limit / (1 << 20):g} MiB.", "file", "too_large")
+    return APIError(413, f"The request is larger than the limit of {limit >> 20} MiB.", "file", "too_large")
 
 
 def _invalid(error: RequestValidationError) -> APIError:

@@ -11,6 +11,7 @@ from typing import Any
 from vllm_zo.entrypoints.openai.errors import when_there_is_room
 from vllm_zo.entrypoints.openai.events import EventHub
 from vllm_zo.entrypoints.openai.exports import export_adapter, export_whole, log_position, published_steps
+from vllm_zo.entrypoints.openai.job_request import with_learning_rate
 from vllm_zo.entrypoints.openai.metrics import kv_cache_usage
 from vllm_zo.entrypoints.openai.models import ModelNames, checkpoint_name, final_name
 from vllm_zo.entrypoints.openai.progress import Progress, best_step, result_csv
@@ -29,6 +30,7 @@ from vllm_zo.entrypoints.openai.wire import (
     now,
 )
 from vllm_zo.errors import ZOError
+from vllm_zo.methods.step_size import AUTO
 
 logger = logging.getLogger("vllm.zo.server")
 
@@ -77,7 +79,7 @@ class Follower:
         while True:
             answer = await self._client.call("zo_status", self.id, self._seen)
             self._seen = answer["next"]
-            await self._record(answer["status"], answer["records"])
+            await self._record(answer["status"], answer["records"], answer["learning_rate"])
             self._hub.notify(self.id)
             await self._observe(answer["records"])
             await self._publish()
@@ -90,16 +92,16 @@ class Follower:
                 return PAUSED
             await asyncio.sleep(POLL_INTERVAL_S)
 
-    async def _record(self, status: str, records: list[dict[str, Any]]) -> None:
+    async def _record(self, status: str, records: list[dict[str, Any]], learning_rate: float | None) -> None:
         before = copy.deepcopy(self.progress)
 
         def write() -> None:
             self.progress = copy.deepcopy(before)  # a write that failed has told nobody of anything
-            self._write(status, records)
+            self._write(status, records, learning_rate)
 
         await when_there_is_room(write)
 
-    def _write(self, status: str, records: list[dict[str, Any]]) -> None:
+    def _write(self, status: str, records: list[dict[str, Any]], learning_rate: float | None = None) -> None:
         if not records and self.job["status"] in (status, PAUSING):
             return
         events = self.progress.take(records, kv_cache_usage())
@@ -108,6 +110,8 @@ class Follower:
             current = self._store.find("jobs", self.id) or self.job
             if status == RUNNING and current["status"] != PAUSING:
                 changes["status"] = RUNNING
+            if learning_rate is not None and current["hyperparameters"]["learning_rate"] == AUTO:
+                changes |= with_learning_rate(current, learning_rate)
             self._store.add_all("events", events, parent=self.id)
             self.job = self._store.update("jobs", self.id, **changes)
 

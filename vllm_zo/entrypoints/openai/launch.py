@@ -74,10 +74,6 @@ def add_flags(parser: ArgumentParser) -> None:
         f"slower jobs are meanwhile; 0: no limit (default: {DEFAULT_TOKEN_BUDGET}).",
     )
     flag("--zo-upload-limit-mb", ServerSettings, "upload_limit_mb", int, "Largest file that may be uploaded, in MiB.")
-    flag(
-        "--zo-learning-rate", ServerSettings, "learning_rate", float,
-        "What a learning rate of 'auto' means; depends on the model.",
-    )  # fmt: skip
     group.add_argument(
         "--allow-python-graders",
         action=BooleanOptionalAction,
@@ -102,7 +98,7 @@ def serve(argv: Sequence[str]) -> None:
     cli_env_setup()
     args = parse(argv)
     if args.zo_print_flags:
-        print(as_command(args))
+        print(as_command(args, argv))
         return
     StateDir(Path(args.zo_state_dir)).acquire().release()  # before the engine is loaded for nothing
     import uvloop
@@ -151,7 +147,6 @@ def _switch_training_on(args: Namespace, given: set[str]) -> None:
     )
     settings = ServerSettings(
         upload_limit_mb=args.zo_upload_limit_mb,
-        learning_rate=args.zo_learning_rate,
         allow_python_graders=args.allow_python_graders,
     )
     engine = {f.name for f in fields(AsyncEngineArgs)} - {"model"}
@@ -167,9 +162,16 @@ def _switch_training_on(args: Namespace, given: set[str]) -> None:
         setattr(args, name, value)
 
 
-def as_command(args: Namespace) -> str:
-    """The plain `vllm serve` command for arguments that `parse` has made; other flags of vLLM's are up to the user."""
-    words = [f"VLLM_PLUGINS={os.environ['VLLM_PLUGINS']}", "vllm", "serve", args.model]
+def as_command(args: Namespace, argv: Sequence[str]) -> str:
+    """The plain `vllm serve` command that does the same.
+
+    Args:
+        args: what `parse` has made of `argv`.
+    """
+    ours = ArgumentParser(add_help=False, allow_abbrev=False)
+    add_flags(ours)
+    _, theirs = ours.parse_known_args(list(argv))
+    words = [f"VLLM_PLUGINS={os.environ['VLLM_PLUGINS']}", "vllm", "serve", *theirs]
     for name in PRINTED:
         value = getattr(args, name)
         words += [f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)])

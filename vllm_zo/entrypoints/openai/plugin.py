@@ -78,6 +78,7 @@ class TrainingEndpoints:
         state.zo = self._service = build_service(
             engine_client, client, Serving(state.openai_serving_models, engine_client), directory, settings, zo, render
         )
+        state.zo.serving.before_shutdown(state.zo.runner.leave_all)
         self._metrics = TrainingMetrics(client)
         self._metrics.start()
         await state.zo.runner.resume_all()

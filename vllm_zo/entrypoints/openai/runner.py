@@ -163,9 +163,13 @@ class JobRunner:
         assert job is not None, "jobs are never deleted"
         return job
 
-    async def stop(self) -> None:
-        """The server is going down: leave every job as it is, to go on after the next start."""
+    def leave_all(self) -> None:
+        """The server is going down: whatever a job's task meets from now on is no fault of the job. From any thread."""
         self._stopping = True
+
+    async def stop(self) -> None:
+        """End every task; the jobs stay as they are, to go on after the next start."""
+        self.leave_all()
         tasks = list(self._tasks.values())
         for task in tasks:
             task.cancel()
@@ -206,6 +210,8 @@ class JobRunner:
             async with self.turns.turn(job_id, alone=job["exclusive"]):
                 await self._follow(await self._start(job))
         except (ZOError, OSError) as error:
+            if self._stopping:
+                return
             full = disk_error(error.__cause__ if isinstance(error.__cause__, OSError) else error)
             code = "invalid_training_file" if job["status"] == VALIDATING else "job_refused"
             await self._fail(job_id, str(full or error), code)
@@ -243,10 +249,12 @@ class JobRunner:
         return Follower(job, self._client, state, self._store, files, self._names, self._hub, observer)
 
     async def _on_unknown(self, job_id: str, error: Exception) -> None:
+        if self._stopping:
+            return
         if not self._engine_gone():
             logger.exception("job %s", job_id, exc_info=error)
             await self._fail(job_id, f"{type(error).__name__}: {error}", "server_error")
-        elif not self._stopping and await self._serving.engine_crashed():
+        elif await self._serving.engine_crashed():
             await self._fail(job_id, "The engine process died", "engine_died")
 
     def _engine_gone(self) -> bool:

@@ -7,6 +7,7 @@ without its runtime-updating routes, which take paths from clients. Checked on v
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,20 @@ class Serving:
 
     def _states(self) -> list[Any]:
         return list(self._engine.output_processor.request_states.values())
+
+    def before_shutdown(self, act: Callable[[], None]) -> None:
+        """Call `act` when the server begins to end its engine: by then no endpoint of the server has heard of it.
+
+        vLLM ends the engine first and the app (its lifespan) after that; what a call to the engine raises in between
+        is whatever its half-closed sockets give.
+        """
+        shutdown = self._engine.shutdown
+
+        def acting(*args: Any, **kwargs: Any) -> None:
+            act()
+            shutdown(*args, **kwargs)
+
+        self._engine.shutdown = acting
 
     async def engine_crashed(self) -> bool:
         """After the engine has gone: whether it did so by itself, rather than with the server."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from vllm_zo.validation import check_bool, check_float, check_int, check_keys
+from vllm_zo.validation import check_bool, check_int, check_keys
 
 SETTINGS_KEY = "zo_server"
 """Name in vLLM's `additional_config`, beside "zo_training"."""
@@ -27,14 +27,11 @@ class ServerSettings:
 
     upload_limit_mb: int = 512
     """Largest file that may be uploaded, in MiB (OpenAI's own limit is 512)."""
-    learning_rate: float = 1e-7
-    """What a learning rate of "auto" means before `learning_rate_multiplier`; it depends on the model."""
     allow_python_graders: bool = False
     """Run Python code that clients send in graders. It runs with the rights of the server: for trusted clients only."""
 
     def __post_init__(self) -> None:
         check_int("zo_server.upload_limit_mb", self.upload_limit_mb, 1)
-        check_float("zo_server.learning_rate", self.learning_rate, above=0.0)
         check_bool("zo_server.allow_python_graders", self.allow_python_graders)
 
     @classmethod

@@ -27,6 +27,7 @@ class Adam(Optimizer):
     """
 
     name = "adam"
+    scale_free = True
 
     beta1: float = 0.9
     """Decay of the first moment."""

@@ -69,6 +69,10 @@ class Optimizer(ABC):
     name: ClassVar[str]
     needs_matrices: ClassVar[bool] = False
     """Whether it only makes sense where a module's trained numbers are matrices."""
+    scale_free: ClassVar[bool] = False
+    """Whether a step is as long whatever the scale of the losses."""
+    auto_share: ClassVar[float] = 0.1
+    """What `learning_rate="auto"` makes of a step: this share of a probe's radius (methods/step_size.py)."""
 
     weight_decay: float = 0.0
     """Decoupled: the whole adapter shrinks by `1 - lr * weight_decay` a step, towards the pretrained weights. Defined

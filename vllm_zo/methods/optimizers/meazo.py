@@ -23,6 +23,7 @@ class MEAZO(Optimizer):
     """
 
     name = "meazo"
+    scale_free = True
 
     beta: float = 0.99
     """Decay of the second moment (b)."""

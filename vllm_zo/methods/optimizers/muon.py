@@ -24,6 +24,7 @@ class Muon(Optimizer):
     """
 
     name = "muon"
+    scale_free = True
     needs_matrices = True
 
     beta: float = 0.0

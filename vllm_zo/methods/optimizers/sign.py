@@ -19,6 +19,7 @@ class Sign(Optimizer):
     """
 
     name = "sign"
+    scale_free = True
 
     def update(self, theta_N: Tensor, estimate: Estimate, state: State, learning_rate: float) -> tuple[Tensor, State]:
         return theta_N - estimate.gradient().sign() * learning_rate, state

@@ -1,0 +1,106 @@
+"""`learning_rate="auto"`: what it is measured from, and that a run with it is as repeatable as any other."""
+
+from __future__ import annotations
+
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.engines import Engines
+from tests.trajectories import LOZO, Trajectory, cut_copy, train
+from vllm_zo import Reward
+from vllm_zo.methods import build_method
+from vllm_zo.methods.optimizers import OPTIMIZERS
+from vllm_zo.methods.step_size import AUTO, CALIBRATION_STEPS, StepSize
+
+STEPS = CALIBRATION_STEPS + 5
+
+
+def test_a_number_is_taken_as_it_is() -> None:
+    assert StepSize(LOZO, 0.5, multiplier=2.0).base == 1.0
+    assert StepSize(LOZO, 0).base == 0.0
+
+
+def test_a_step_is_a_share_of_the_probe_radius() -> None:
+    rng = random.Random(0)
+    steps = [[rng.gauss(0, 3) for _ in range(4)] for _ in range(CALIBRATION_STEPS + 3)]
+    method = build_method("lozo", queries=4, eps=2e-3)
+    size = StepSize(method, AUTO, multiplier=3.0)
+    for index, coefficients in enumerate(steps):
+        assert (size.base is None) == (index < CALIBRATION_STEPS)
+        size.note(coefficients)
+    measured = steps[:CALIBRATION_STEPS]
+    norm = math.sqrt(sum(sum(c**2 for c in step) for step in measured) / len(measured))
+    assert size.base == pytest.approx(3.0 * method.optimizer.auto_share * 2e-3 / norm, rel=1e-12)
+
+
+def test_steps_that_say_nothing_do_not_count() -> None:
+    size = StepSize(LOZO, AUTO)
+    for index in range(2 * CALIBRATION_STEPS):
+        assert size.base is None and size.may_be_known_after(index) == (index >= CALIBRATION_STEPS)
+        size.note([2.0] if index % 2 else [0.0])
+    assert size.base == pytest.approx(LOZO.optimizer.auto_share * LOZO.eps / 2.0)
+
+
+@pytest.mark.parametrize("name", [name for name, optimizer in OPTIMIZERS.items() if optimizer.scale_free])
+def test_a_scale_free_optimizer_needs_no_measurement(name: str) -> None:
+    method = build_method("lozo", optimizer=name, eps=1e-2)
+    assert StepSize(method, AUTO).base == pytest.approx(1e-2 * method.optimizer.auto_share)
+
+
+# --- in the engine ----------------------------------------------------------------------------------------------------
+
+EVERY: dict[str, dict[str, Any]] = {
+    "lozo": {"method": LOZO},
+    "four queries, one-sided": {"method": {"name": "lozo", "queries": 4, "estimator": "one-sided", "eps": 1e-2}},
+    "conserve": {"method": {"name": "lozo", "optimizer": "conserve", "eps": 1e-2}},
+    "fzoo": {"method": {"name": "fzoo", "eps": 1e-2}},
+    "eggroll": {"method": {"name": "eggroll", "eps": 1e-2}, "space": "fold"},
+    "lora-fa": {"method": {"name": "lora-fa", "rank": 4, "eps": 1e-2}, "bases": None},
+    "fold": {"method": LOZO, "space": "fold"},
+}
+
+
+def auto(llm: Any, **options: Any) -> Any:
+    return train(llm, **{"learning_rate": AUTO, "lr_schedule": "constant", "steps": STEPS, **options})
+
+
+@pytest.mark.parametrize("options", EVERY.values(), ids=EVERY)
+def test_the_first_steps_measure_and_the_others_move(engines: Engines, options: dict[str, Any]) -> None:
+    llm = engines.get()
+    run = auto(llm, **options)
+    rates = [record["learning_rate"] for record in run.history]
+    norms = [sum(c**2 for c in record["projected_grad"]) for record in run.history[:CALIBRATION_STEPS]]
+    method = run.config.method
+    expected = method.optimizer.auto_share * method.eps / math.sqrt(sum(norms) / CALIBRATION_STEPS)
+    assert rates == [0.0] * CALIBRATION_STEPS + [pytest.approx(expected, rel=1e-6)] * 5
+    if run.config.space == "fold":
+        llm.restore_base(run)
+
+
+def test_a_resumed_run_finds_the_same_step_size(engines: Engines, tmp_path: Path) -> None:
+    llm = engines.get()
+    run = auto(llm)
+    expected = Trajectory.of(llm, run)
+    assert len({record.learning_rate for record in expected.steps}) == 2
+    for step in (3, CALIBRATION_STEPS - 1, CALIBRATION_STEPS, STEPS - 1):
+        resumed = auto(llm, resume_from=cut_copy(run.directory, tmp_path / f"cut-{step}", step))
+        assert Trajectory.of(llm, resumed) == expected, f"resumed after {step} steps"
+
+
+def test_rewards_that_are_all_alike_are_measured_until_they_differ(engines: Engines) -> None:
+    calls: list[int] = []
+
+    def late(completions: list[str], **columns: Any) -> list[float]:
+        """The same for everybody in the first seven steps, and each probe its own afterwards."""
+        calls.append(len(completions))
+        if len(calls) <= 7:
+            return [1.0] * len(completions)
+        return [float(index) for index, _ in enumerate(completions)]
+
+    run = auto(engines.get(), objective=Reward("{sentence} It was", reward=late, max_tokens=2), steps=20, bases=1)
+    rates = [record["learning_rate"] for record in run.history]
+    assert rates[:17] == [0.0] * 17 and all(rate > 0.0 for rate in rates[17:])
