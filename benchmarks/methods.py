@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Iterable
@@ -180,6 +181,10 @@ def main() -> None:
         raise SystemExit(f"skipped: no data in {args.data}; give --data DIR with sst2/train.jsonl and the like")
     todo = [] if args.report else list(wanted(args, done))
     if todo:
+        from vllm_zo.entrypoints.cpu_defaults import apply_cpu_defaults
+
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine in this process, whose CPU seconds are shown
+        apply_cpu_defaults()
         from vllm_zo import LLM
         from vllm_zo.tasks import load_task
 
