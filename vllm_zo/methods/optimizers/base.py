@@ -71,7 +71,7 @@ class Optimizer(ABC):
     """Whether it only makes sense where a module's trained numbers are matrices."""
     scale_free: ClassVar[bool] = False
     """Whether a step is as long whatever the scale of the losses."""
-    auto_share: ClassVar[float] = 0.1
+    auto_share: ClassVar[float] = 1.0
     """What `learning_rate="auto"` makes of a step: this share of a probe's radius (methods/step_size.py)."""
 
     weight_decay: float = 0.0
