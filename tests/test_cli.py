@@ -122,6 +122,24 @@ def test_a_ready_made_task_is_trained_and_tested(
     assert f"test_accuracy {metrics['test_accuracy']:.4f}" in ended.out
 
 
+@pytest.mark.parametrize("rate", ["auto", "0.01"])
+def test_a_grader_drives_a_run(
+    engines: Engines, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch, rate: str
+) -> None:
+    use_engine(monkeypatch, engines.get())
+    write_jsonl(tmp_path / "train.jsonl", reviews(12, seed=1))
+    grader = {"type": "regex", "name": "has an a", "input": "{{sample.output_text}}", "pattern": "a"}
+    (tmp_path / "grader.json").write_text(json.dumps(grader))
+    objective = ["--objective", "reward", "--template", "{sentence} It was", "--grader", tmp_path / "grader.json"]
+    flags = ["--max-tokens", 3, "--batch-size", 4, "--steps", 3, "--learning-rate", rate, "--quiet"]
+    data = ["--model", engines.model("opt"), "--train", tmp_path / "train.jsonl", "--output", tmp_path / "job"]
+    ended = vllm_zo(capsys, "train", *data, *objective, *flags)
+    assert ended.status == 0, ended.err
+    records = [json.loads(line) for line in (tmp_path / "job" / "metrics.jsonl").read_text().splitlines()]
+    assert len(records) == 3 and all(record["reward"] == -record["loss"] for record in records)
+    assert {record["learning_rate"] for record in records} == {0.0 if rate == "auto" else 0.01}
+
+
 def test_a_fold_run_leaves_a_merged_model_that_its_log_folds_again(
     engines: Engines, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

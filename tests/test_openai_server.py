@@ -205,6 +205,15 @@ def test_a_reinforcement_job_is_driven_by_its_grader(client: OpenAI) -> None:
     assert answer(client, done.fine_tuned_model)
 
 
+def test_a_learning_rate_that_the_job_measures_is_shown_from_then_on(client: OpenAI, data: str) -> None:
+    job = create(client, data, hyperparameters={"steps": 14, "learning_rate": "auto"})
+    done = wait_for(client, job.id, "succeeded").to_dict()
+    events = client.fine_tuning.jobs.list_events(job.id, limit=100).data
+    rates = [e.data["learning_rate"] for e in events if e.type == "metrics" and "learning_rate" in e.data]  # type: ignore[index, operator]
+    shown = done["method"]["zeroth_order"]["hyperparameters"]["learning_rate"]
+    assert shown == done["hyperparameters"]["learning_rate"] == rates[0] > 0.0 == rates[-1]
+
+
 # --- several jobs, pausing --------------------------------------------------------------------------------------------
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.engines import SENTIMENT, Engines, client_of, reviews, scheduler_of
-from tests.trajectories import steps_of
+from tests.trajectories import base_weights, steps_of
 from vllm_zo import JobError, LoZO, Reward
 from vllm_zo.checkpoint.replay import rebuild_state
 from vllm_zo.checkpoint.seed_log import read_seed_log
@@ -239,3 +239,33 @@ def test_more_members_than_sequences_give_the_same_run(engines: Engines, llm: An
     narrow = engines.get(max_num_seqs=4).finetune(reviews(24, seed=1), **job)
     for a, b in zip(wide.history, narrow.history, strict=True):
         assert a["projected_grad"] == pytest.approx(b["projected_grad"], abs=1e-6)
+
+
+# --- with what else a job may want ------------------------------------------------------------------------------------
+
+
+def test_rewards_change_the_base_in_fold_space_and_it_comes_back(llm: Any) -> None:
+    before = base_weights(llm)
+    job = {**JOB, "bases": None, "update_space": "fold", "objective": Reward(PROMPT, reward=variety, max_tokens=4)}
+    run = llm.finetune(reviews(24, seed=1), **job)
+    assert run.status == SUCCEEDED and any(record["projected_grad"] != [0.0] for record in run.history)
+    assert any(not torch.equal(weight, before[name]) for name, weight in base_weights(llm).items())
+    llm.restore_base(run)
+    assert all(torch.equal(weight, before[name]) for name, weight in base_weights(llm).items())
+
+
+def test_a_second_round_is_scored_by_the_same_reward_and_the_best_of_it_is_kept(llm: Any) -> None:
+    calls: Calls = []
+    job = {**JOB, "method": LoZO(rank=2, interval=3, eps=0.3, optimizer="conserve"), "learning_rate": 0.3}
+    run = llm.finetune(reviews(24, seed=1), objective=Reward(PROMPT, reward=recording(calls), max_tokens=6), **job)
+    probes, choices = calls[0::2], calls[1::2]
+    assert len(probes) == len(choices) == JOB["steps"]
+    kept = []
+    for (two, _), (three, _), record in zip(probes, choices, run.history, strict=True):
+        assert (len(two), len(three)) == (8, 12), "plus and minus; the step, staying, and going back"
+        plus, minus = (sum(variety(part)) / 4 for part in (two[:4], two[4:]))
+        after = [sum(variety(three[i : i + 4])) / 4 for i in (0, 4, 8)]
+        sign = (1.0, 0.0, -1.0)[max(range(3), key=lambda i: round(after[i], 6))]
+        assert record["projected_grad"] == pytest.approx([sign * (minus - plus) / 0.6], rel=1e-4, abs=1e-6)
+        kept.append(sign)
+    assert len(set(kept)) > 1, "the choice was always the same"
