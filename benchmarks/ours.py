@@ -4,6 +4,8 @@ The job runs its steps one after another inside the engine. A callback after eac
 `children.run_baseline` does: it notes the time, and at the end of a window answers the parent and waits for the next
 one. The engine core is in this process (VLLM_ENABLE_V1_MULTIPROCESSING=0), where it works only when the caller steps
 it: while the callback waits, the engine is idle. Steps that lie between two windows are taken without being timed.
+On a GPU the next step is already under way when a record arrives, so a step's time is the time between two records, and
+windows lie an interval apart, which fills the pipeline again before the clock counts.
 """
 
 from __future__ import annotations
@@ -14,15 +16,16 @@ from argparse import Namespace
 from multiprocessing.connection import Connection
 from typing import Any
 
-from benchmarks.children import Ready, Timing, Window
+from benchmarks import gpu
+from benchmarks.children import Ready, Timing, Window, gpu_bytes
 from benchmarks.shapes import OPTION_TEXTS, SHAPES, Prompts
 
 
 class WindowClock:
     """A callback of `finetune` that splits the job's steps into the windows the parent asks for."""
 
-    def __init__(self, conn: Connection) -> None:
-        self.conn = conn
+    def __init__(self, conn: Connection, device: str) -> None:
+        self.conn, self.device = conn, device
         self._next_window()
 
     def _next_window(self) -> None:
@@ -41,7 +44,8 @@ class WindowClock:
             self.losses.append(record["loss"])
         self.last = now
         if len(self.seconds) == self.window.count:
-            self.conn.send(Timing(self.seconds, self.losses, time.process_time() - self.cpu))
+            cpu = time.process_time() - self.cpu
+            self.conn.send(Timing(self.seconds, self.losses, cpu, gpu_bytes(self.device)))
             self._next_window()
 
 
@@ -49,8 +53,11 @@ def run_ours(conn: Connection, args: Namespace) -> None:
     """Answer every `Window` with a `Timing` until None comes. `args` are those of core_step.py."""
     from vllm_zo import LLM, Classification, LoZO
 
-    llm = LLM(args.model_dir, dtype=args.dtype, zo_training=True)
     prompts = Prompts(SHAPES[args.shape].vocab, args.batch, args.seed)
+    options: dict[str, Any] = {}
+    if args.device == "cuda":
+        options = gpu.engine_options(args.model_dir, map(prompts.tokens, range(args.total_steps)), 2 * args.batch)
+    llm = LLM(args.model_dir, dtype=args.dtype, zo_training=True, **options)
     conn.send(Ready({"pid": os.getpid(), "space": args.space}))
     llm.finetune(
         train=prompts.records(),
@@ -61,6 +68,6 @@ def run_ours(conn: Connection, args: Namespace) -> None:
         steps=args.total_steps,
         seed=args.seed,
         update_space=args.space,
-        callbacks=[WindowClock(conn)],
+        callbacks=[WindowClock(conn, args.device)],
         progress=False,
     )
