@@ -33,8 +33,8 @@ class Ready:
 
 @dataclass(frozen=True)
 class Timing:
-    """Wall seconds of each step of a window, in order; the losses; CPU seconds of the process for the whole request; and
-    the most bytes that torch had allocated on the GPU so far."""
+    """Wall seconds of each step of a window, in order; the losses; CPU seconds of the process for the whole request;
+    most bytes torch had allocated on the GPU so far."""
 
     seconds: list[float]
     losses: list[float]
