@@ -18,7 +18,8 @@ GIB = 1 << 30
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 KV_CACHE_BYTES = 4 * GIB
 """Of ours. A group of 128 examples of OPT-13B fills 2.9."""
-MAX_BATCHED_TOKENS = 8192
+MAX_BATCHED_TOKENS = 16384
+"""16 directions of 16 examples make a group of some 7,100 tokens, at most 10,000."""
 BESIDE_WEIGHTS_BYTES = 10 * GIB
 """Estimate of what a contender takes beyond 1.1 times its weights: KV cache or logits, graphs, the CUDA context."""
 USABLE_SHARE = 0.9
