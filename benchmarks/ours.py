@@ -51,18 +51,24 @@ class WindowClock:
 
 def run_ours(conn: Connection, args: Namespace) -> None:
     """Answer every `Window` with a `Timing` until None comes. `args` are those of core_step.py."""
-    from vllm_zo import LLM, Classification, LoZO
+    from vllm_zo import LLM, Classification, FactorizedMeZO, LoZO
+    from vllm_zo.methods.spaces import SLOT_RANKS
 
     prompts = Prompts(SHAPES[args.shape].vocab, args.batch, args.seed)
     options: dict[str, Any] = {}
     if args.device == "cuda":
         options = gpu.engine_options(args.model_dir, map(prompts.tokens, range(args.total_steps)), 2 * args.batch)
-    llm = LLM(args.model_dir, dtype=args.dtype, zo_training=True, **options)
+    method: Any = LoZO(rank=args.rank, interval=args.interval, eps=args.eps)
+    zo_training: Any = True
+    if args.method == "factorized-mezo":
+        method = FactorizedMeZO(rank=args.rank, eps=args.eps)
+        zo_training = {"slot_rank": min(r for r in SLOT_RANKS if r >= 2 * args.rank)}
+    llm = LLM(args.model_dir, dtype=args.dtype, zo_training=zo_training, **options)
     conn.send(Ready({"pid": os.getpid(), "space": args.space}))
     llm.finetune(
         train=prompts.records(),
         objective=Classification(template="{sentence}", options=list(OPTION_TEXTS)),
-        method=LoZO(rank=args.rank, interval=args.interval, eps=args.eps),
+        method=method,
         learning_rate=args.lr,
         batch_size=args.batch,
         steps=args.total_steps,

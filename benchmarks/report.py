@@ -71,7 +71,7 @@ def show(document: dict[str, Any]) -> None:
     console.print(
         f"OPT {settings['shape']} {settings['dtype']}, batch {settings['batch']}, rank {settings['rank']}, "
         f"interval {settings['interval']}, {settings['rounds']} windows of {settings['window']} steps; "
-        f"ours in {settings['space']} space",
+        f"ours: {settings['method']} in {settings['space']} space",
         highlight=False,
     )
     ratio = next(key for key in next(iter(contenders.values()))["summary"] if key.startswith("ratio_to_"))

@@ -25,7 +25,8 @@ from benchmarks.shapes import PROMPT_LENGTHS, Prompts, mean_longest, mean_prompt
 RANK, INTERVAL, EPS, LR = 2, 2, 1e-2, 3e-3
 OPTIONS = (17, 5)
 STEPS = 5  # refreshes before steps 0, 2 and 4: two of them fold
-STEPPERS = [name for name in CONTENDERS if name not in ("gemms", "official-full")]
+WHOLE_MODEL = ("official-full", "dense-mezo")
+STEPPERS = [name for name in CONTENDERS if name not in ("gemms", *WHOLE_MODEL)]
 
 LOSS_TOLERANCE = 2e-5
 """Nats. A float32 forward of this model is within 1e-6 of float64; an official step also adds and subtracts eps U V^T
@@ -140,15 +141,14 @@ def test_every_baseline_has_the_losses_and_updates_of_a_naive_dense_float64_step
         torch.testing.assert_close(ours.double(), theirs, atol=WEIGHT_TOLERANCE, rtol=0)
 
 
-def test_the_rule_as_released_probes_and_moves_every_parameter(
-    build: Callable[[str, torch.dtype], Step], batches: list[tuple[list[list[int]], list[int]]]
+@pytest.mark.parametrize("name", WHOLE_MODEL)
+def test_the_rules_as_released_probe_and_move_every_parameter(
+    name: str, build: Callable[[str, torch.dtype], Step], batches: list[tuple[list[list[int]], list[int]]]
 ) -> None:
-    contender: Any = build("official-full", torch.float32)
+    contender: Any = build(name, torch.float32)
     batch, labels = batches[0]
-    rest = list(contender.rest_directions())
-    u, v = contender.layout.split_u(contender.directions.u(0)), contender.layout.split_v(contender.directions.v(0))
-    moved = [*((li.weight, a @ b.T) for li, a, b in zip(contender.linears, u, v, strict=True))]
-    moved += zip(contender.rest, rest, strict=True)
+    contender.v = contender.layout.split_v(contender.directions.v(0))
+    moved = list(contender.perturbed())
     assert sum(parameter.numel() for parameter, _ in moved) == sum(p.numel() for p in contender.model.parameters())
     start = [parameter.clone() for parameter, _ in moved]
     losses = []

@@ -14,6 +14,7 @@ CONTENDERS = {
     "official-full": "official, and all other parameters (embeddings, biases, norms) perturbed too, as released",
     "official": "dense perturbation as in the official code, both options as padded sequences, full logits",
     "official-addmm": "the same with each dense sweep fused into one in-place addmm_",
+    "dense-mezo": "MeZO as released: official-full along dense Gaussian directions",
     "strong": "Hugging Face model, low-rank probes as hooks, one padded batch of stems, two label rows, lazy fold",
     "packed": "one-model loop: packed tokens, fused qkv, shared shrink, lazy fold; weights as torch keeps them",
     "packed-prepacked": "packed, with weights prepacked by whatever multiplies fastest here",
@@ -34,6 +35,10 @@ def make(name: str, *args: Any, **kwargs: Any) -> Step:
         from benchmarks.baselines.official_lozo import OfficialLOZO
 
         return OfficialLOZO(*args, fused=name == "official-addmm", everything=name == "official-full", **kwargs)
+    if name == "dense-mezo":
+        from benchmarks.baselines.official_lozo import DenseMeZO
+
+        return DenseMeZO(*args, **kwargs)
     if name == "strong":
         from benchmarks.baselines.strong_hf import StrongHF
 

@@ -53,27 +53,32 @@ class OfficialLOZO(Step):
 
     def _sweep(self, factor: float) -> None:
         """W += factor U V^T for every weight in scope."""
-        us = self.layout.split_u(self.directions.u(self.step_index).to(self.dtype))
-        for linear, u, v in zip(self.linears, us, self.v, strict=True):
-            if self.fused:
-                linear.weight.addmm_(u, v.T, alpha=factor)
-            else:
-                linear.weight.data = linear.weight.data + factor * (u @ v.T)
-        for parameter, direction in zip(self.rest, self.rest_directions(), strict=True):
-            parameter.data = parameter.data + factor * direction
+        if not self.fused:
+            for parameter, direction in self.perturbed():
+                parameter.data = parameter.data + factor * direction
+            return
+        for linear, u, v in zip(self.linears, self._us(), self.v, strict=True):
+            linear.weight.addmm_(u, v.T, alpha=factor)
 
-    def rest_directions(self) -> Iterator[Tensor]:
-        """Of each parameter in `rest`, one after another: the whole list would be as large as the parameters."""
-        step, epoch = (torch.Generator(self.device) for _ in range(2))
-        step.manual_seed(7 + self.step_index)
-        epoch.manual_seed(-7 - self.step_index // self.interval)
-        like = {"device": self.device, "dtype": self.dtype}
+    def _us(self) -> tuple[Tensor, ...]:
+        return self.layout.split_u(self.directions.u(self.step_index).to(self.dtype))
+
+    def perturbed(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Every parameter in scope with its direction of this step, one after another: all together would take as much
+        memory as the model."""
+        for linear, u, v in zip(self.linears, self._us(), self.v, strict=True):
+            yield linear.weight, u @ v.T
+        if not self.rest:
+            return
+        step = torch.Generator(self.device).manual_seed(7 + self.step_index)
+        epoch = torch.Generator(self.device).manual_seed(-7 - self.step_index // self.interval)
+        like: dict[str, Any] = {"device": self.device, "dtype": self.dtype}
         for parameter in self.rest:
             if parameter.ndim < 2:
-                yield torch.randn(parameter.shape, generator=step, **like)
+                yield parameter, torch.randn(parameter.shape, generator=step, **like)
             else:
                 u = torch.randn(len(parameter), self.rank, generator=step, **like)
-                yield u @ torch.randn(self.rank, parameter.shape[1], generator=epoch, **like)
+                yield parameter, u @ torch.randn(self.rank, parameter.shape[1], generator=epoch, **like)
 
     def _option_sequences(self, batch: list[list[int]]) -> tuple[Tensor, Tensor]:
         """(2B, T) token ids and attention mask, left-padded: the two options of an example are adjacent rows."""
@@ -95,3 +100,16 @@ class OfficialLOZO(Step):
 
     def effective_weights(self) -> list[Tensor]:
         return [linear.weight.float().clone() for linear in self.linears]
+
+
+class DenseMeZO(OfficialLOZO):
+    """MeZO as released: the same step along a dense Gaussian direction of every parameter."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.name = "dense-mezo"
+
+    def perturbed(self) -> Iterator[tuple[Tensor, Tensor]]:
+        generator = torch.Generator(self.device).manual_seed(7 + self.step_index)
+        for parameter in self.model.parameters():
+            yield parameter, torch.randn(parameter.shape, generator=generator, device=self.device, dtype=self.dtype)
