@@ -11,8 +11,8 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-PIECES="check core-1.3b core-2.7b core-6.7b core-13b batches-1.3b batches-13b mezo anatomy-1.3b anatomy-13b memory
-serving long-1.3b long-13b"
+PIECES="check core-1.3b core-2.7b core-6.7b core-13b b32-1.3b b64-1.3b b128-1.3b b32-13b b64-13b b128-13b
+mezo anatomy-1.3b anatomy-13b memory serving long-1.3b long-13b"
 OUT=${OUT:-benchmarks/results/gpu}
 DTYPE=${DTYPE:-float16} # what the OPT checkpoints are in
 LIMIT_S=${LIMIT_S:-585}
@@ -50,48 +50,42 @@ record() { # record NAME PROGRAM ARGUMENTS...: what it prints goes to the screen
 core() { # core NAME SHAPE ARGUMENTS...
     local name=$1 shape=$2
     shift 2
-    record "$name" benchmarks/core_step.py --device cuda --shape "$shape" --dtype "$DTYPE" --json "$OUT/$name.json" "$@"
+    program "$name" core_step.py "$shape" "$@"
 }
 
 check() {
+    local failed=0
     # Named one by one: the other files need packages that a machine without network may lack.
-    record check-tests -m pytest -o addopts= -p no:cacheprovider -rA -m gpu $(grep -l 'mark\.gpu' tests/test_*.py)
+    record check-tests -m pytest -o addopts= -p no:cacheprovider -rA -m gpu $(grep -l 'mark\.gpu' tests/test_*.py) || failed=1
     core check-core 125m --rounds 1 --interval 10 --slow-steps 4 \
-        --against official-full,official,dense-mezo,strong,packed,compiled,gemms
+        --against official-full,official,dense-mezo,strong,packed,compiled,gemms || failed=1
+    return $failed
 }
 
-batches() { # against the compiled step only: the released rule takes seconds a step there
-    local batch
-    for batch in 32 64 128; do
-        core "batches-$1-b$batch" "$1" --batch "$batch" --rounds 1 --interval 20 --against official,compiled,gemms
-    done
+program() { # program NAME FILE SHAPE ARGUMENTS...
+    local name=$1 file=$2 shape=$3
+    shift 3
+    record "$name" "benchmarks/$file" --device cuda --shape "$shape" --dtype "$DTYPE" --json "$OUT/$name.json" "$@"
 }
 
+piece=${1:-}
+shape=${piece#*-}
+[[ -n $piece && " ${PIECES//$'\n'/ } " == *" $piece "* ]] || usage
 mkdir -p "$OUT"
-case ${1:-} in
-    check) find_python && check ;;
-    core-1.3b | core-2.7b) find_python && core "$1" "${1#core-}" --rounds 3 --against official-full,official,strong,compiled,gemms ;;
-    core-6.7b | core-13b) find_python && core "$1" "${1#core-}" --rounds 2 ;;
-    batches-1.3b | batches-13b) find_python && LIMIT_S=190 batches "${1#batches-}" ;;
-    mezo) find_python && core mezo 1.3b --method factorized-mezo --space fold --rank 128 --rounds 2 --against dense-mezo ;;
-    anatomy-1.3b | anatomy-13b)
-        find_python
-        record "$1" benchmarks/step_anatomy.py --device cuda --shape "${1#anatomy-}" --dtype "$DTYPE" --json "$OUT/$1.json"
+find_python
+case $piece in
+    check) LIMIT_S=290 check ;;
+    core-1.3b) core "$piece" "$shape" --rounds 3 --against official-full,official,strong,compiled,gemms ;;
+    core-2.7b) core "$piece" "$shape" --rounds 2 --against official-full,official,strong,compiled,gemms ;;
+    core-*) core "$piece" "$shape" --rounds 2 ;;
+    b32-* | b64-* | b128-*)
+        batch=${piece%%-*}
+        core "$piece" "$shape" --batch "${batch#b}" --rounds 2 --interval 20 --against official,compiled,gemms
         ;;
-    memory)
-        find_python
-        record memory benchmarks/memory.py --device cuda --shape 1.3b --dtype "$DTYPE" --rounds 1 --json "$OUT/memory.json"
-        ;;
-    serving)
-        find_python
-        record serving benchmarks/serving.py --device cuda --shape 13b --dtype "$DTYPE" --budgets 256,1024,0 --rate 20 \
-            --rounds 2 --seconds 6 --json "$OUT/serving.json"
-        ;;
-    long-1.3b) find_python && record "$1" benchmarks/long_run.py --device cuda --shape 1.3b --dtype "$DTYPE" --json "$OUT/$1.json" ;;
-    long-13b)
-        find_python
-        record "$1" benchmarks/long_run.py --device cuda --shape 13b --dtype "$DTYPE" --steps 350 --eval-interval 150 \
-            --json "$OUT/$1.json"
-        ;;
-    *) usage ;;
+    mezo) core mezo 1.3b --method factorized-mezo --space fold --rank 128 --rounds 2 --against dense-mezo ;;
+    anatomy-*) program "$piece" step_anatomy.py "$shape" ;;
+    memory) program memory memory.py 1.3b --rounds 1 ;;
+    serving) program serving serving.py 13b --budgets 256,1024,0 --rate 20 --rounds 2 --seconds 6 ;;
+    long-1.3b) program "$piece" long_run.py "$shape" ;;
+    long-13b) program "$piece" long_run.py "$shape" --steps 350 --eval-interval 150 ;;
 esac
