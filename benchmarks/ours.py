@@ -49,6 +49,17 @@ class WindowClock:
             self._next_window()
 
 
+def engine_details(llm: Any) -> dict[str, Any]:
+    """What vLLM chose for itself."""
+    config = llm.llm_engine.vllm_config
+    return {
+        "async_scheduling": bool(config.scheduler_config.async_scheduling),
+        "v2_model_runner": bool(config.use_v2_model_runner),
+        "cudagraph_mode": str(config.compilation_config.cudagraph_mode),
+        "graphs_up_to": config.compilation_config.max_cudagraph_capture_size,
+    }
+
+
 def run_ours(conn: Connection, args: Namespace) -> None:
     """Answer every `Window` with a `Timing` until None comes. `args` are those of core_step.py."""
     from vllm_zo import LLM, Classification, FactorizedMeZO, LoZO
@@ -64,7 +75,7 @@ def run_ours(conn: Connection, args: Namespace) -> None:
         method = FactorizedMeZO(rank=args.rank, eps=args.eps)
         zo_training = {"slot_rank": min(r for r in SLOT_RANKS if r >= 2 * args.rank)}
     llm = LLM(args.model_dir, dtype=args.dtype, zo_training=zo_training, **options)
-    conn.send(Ready({"pid": os.getpid(), "space": args.space}))
+    conn.send(Ready({"pid": os.getpid(), "space": args.space, **engine_details(llm)}))
     llm.finetune(
         train=prompts.records(),
         objective=Classification(template="{sentence}", options=list(OPTION_TEXTS)),
