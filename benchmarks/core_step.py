@@ -75,6 +75,9 @@ class Contender:
         with contextlib.suppress(OSError):  # it may have died
             self.conn.send(None)
         self.process.join(timeout=60)
+        if self.process.is_alive():  # the next one may need its memory
+            self.process.kill()
+            self.process.join()
 
 
 def _answer(conn: Connection, name: str, kind: type) -> Any:
