@@ -33,11 +33,13 @@ class Ready:
 
 @dataclass(frozen=True)
 class Timing:
-    """Wall seconds of each step of a window, in order; the losses; CPU seconds of the process for the whole request."""
+    """Wall seconds of each step of a window, in order; the losses; CPU seconds of the process for the whole request;
+    most bytes torch had allocated on the GPU so far."""
 
     seconds: list[float]
     losses: list[float]
     cpu_seconds: float
+    gpu_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -99,16 +101,34 @@ def run_baseline(name: str, conn: Connection, args: Namespace) -> None:
 
     torch.set_num_threads(len(args.cores))
     dtype = getattr(torch, args.dtype)
-    contender = make(name, args.model_dir, dtype, args.rank, args.interval, args.eps, args.lr, args.seed)
+    hyperparameters = (args.rank, args.interval, args.eps, args.lr, args.seed)
+    contender = make(name, args.model_dir, dtype, *hyperparameters, device=args.device)
     prompts = Prompts(SHAPES[args.shape].vocab, args.batch, args.seed)
-    conn.send(Ready(contender.details | {"pid": os.getpid(), "threads": torch.get_num_threads()}))
+    details = contender.details | {"pid": os.getpid(), "threads": torch.get_num_threads()}
+    if args.device == "cuda":
+        details["graphs"] = contender.prepare([prompts.batch(step)[0] for step in range(args.total_steps)])
+    finish = torch.cuda.synchronize if args.device == "cuda" else _nothing
+    conn.send(Ready(details))
     while (window := conn.recv()) is not None:
         cpu = time.process_time()
         contender.step_index = window.start
         batches = [prompts.batch(step) for step in range(window.start, window.start + window.count)]
         seconds, losses = [], []
         for batch, labels in batches:
+            finish()
             start = time.perf_counter()
             losses.append(contender.step(batch, labels))
+            finish()
             seconds.append(time.perf_counter() - start)
-        conn.send(Timing(seconds, losses, time.process_time() - cpu))
+        conn.send(Timing(seconds, losses, time.process_time() - cpu, gpu_bytes(args.device)))
+
+
+def _nothing() -> None:
+    """On a CPU a step is done when it returns."""
+
+
+def gpu_bytes(device: str) -> int:
+    """Most bytes that torch had allocated on the GPU in this process."""
+    import torch
+
+    return torch.cuda.max_memory_allocated() if device == "cuda" else 0

@@ -24,7 +24,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks import facts, report
+from benchmarks import facts, gpu, report
 from benchmarks.children import Failed, Ready, Timing, Window, child_main, variables_of
 from benchmarks.options import SLOW, parse
 from benchmarks.shapes import SHAPES
@@ -37,16 +37,22 @@ class Contender:
     """A child process and what it has measured."""
 
     def __init__(self, name: str, args: argparse.Namespace) -> None:
-        self.name = name
+        self.name, self.args = name, args
+        self.cores = args.cores
+        self.details: dict[str, Any] = {}
+        self.windows: list[dict[str, Any]] = []
+
+    def start(self) -> None:
+        print(f"starting {self.name}", file=sys.stderr)
+        name, args = self.name, self.args
         context = multiprocessing.get_context("spawn")
         self.conn, theirs = context.Pipe()
         with variables_of(name, args.cores):
             self.process: SpawnProcess = context.Process(target=child_main, args=(name, theirs, args))
             self.process.start()
         theirs.close()
-        self.cores = args.cores
         self.details = _answer(self.conn, self.name, Ready).details
-        self.windows: list[dict[str, Any]] = []
+        self.run(Window(0, args.warmup))
 
     def run(self, window: Window) -> dict[str, Any]:
         """Let the child take a window of steps while everybody else waits."""
@@ -61,6 +67,7 @@ class Contender:
             "ms": [1e3 * s for s in timing.seconds],
             "losses": timing.losses,
             "cpu_ms_per_step": 1e3 * timing.cpu_seconds / window.count,  # spinning threads included
+            "gpu_bytes": timing.gpu_bytes,
             "foreign_load": max(0.0, foreign / (wall * len(self.cores))),
         }
 
@@ -68,6 +75,9 @@ class Contender:
         with contextlib.suppress(OSError):  # it may have died
             self.conn.send(None)
         self.process.join(timeout=60)
+        if self.process.is_alive():  # the next one may need its memory
+            self.process.kill()
+            self.process.join()
 
 
 def _answer(conn: Connection, name: str, kind: type) -> Any:
@@ -85,26 +95,32 @@ def measure(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Run all contenders round by round; returns name -> details and windows.
 
     Every window starts with a refresh step (a multiple of the interval). The order of the contenders turns by one place
-    a round, so that nobody always follows the same neighbour.
+    a round, so that nobody always follows the same neighbour. All live from the first round to the last; where they do
+    not fit on a GPU together (`args.apart`), each is started for its window and ended after it.
     """
-    contenders: list[Contender] = []
+    contenders = [Contender(name, args) for name in args.contenders]
+    started: list[Contender] = []
     try:
-        for name in args.contenders:
-            print(f"starting {name}", file=sys.stderr)
-            contenders.append(Contender(name, args))
-        for contender in contenders:
-            contender.run(Window(0, args.warmup))
         for number in range(args.rounds):
             turn = number % len(contenders)
+            if number == 0 and not args.apart:
+                for contender in contenders:
+                    started.append(contender)
+                    contender.start()
             for contender in contenders[turn:] + contenders[:turn]:
+                if args.apart:
+                    started.append(contender)
+                    contender.start()
                 count = args.slow_steps if contender.name in SLOW else args.window
-                window = contender.run(Window(args.first_step + number * args.window, count))
+                window = contender.run(Window(args.first_step + number * args.stride, count))
                 contender.windows.append(window)
                 mean = sum(window["ms"]) / count
                 print(f"round {number + 1}/{args.rounds} {contender.name}: {mean:.1f} ms/step", file=sys.stderr)
+                if args.apart:
+                    started.pop().stop()
         return {c.name: {"details": c.details, "windows": c.windows} for c in contenders}
     finally:
-        for contender in contenders:
+        for contender in started:
             contender.stop()
 
 
@@ -112,6 +128,10 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv, __doc__)
     os.sched_setaffinity(0, args.cores)
     before = facts.machine(args.cores)
+    least = None
+    if args.card is not None:
+        before["gpu"] = args.card | {"rates": gpu.rates(args.dtype)}
+        least = gpu.floor(SHAPES[args.shape], args.dtype, args.batch, before["gpu"]["rates"])
     scratch = Path(tempfile.mkdtemp(prefix="core_step_"))
     try:
         if args.model_dir is None:
@@ -121,7 +141,7 @@ def main(argv: list[str] | None = None) -> None:
         shutil.rmtree(scratch)
     settings = {key: value for key, value in vars(args).items() if key not in ("json", "model_dir")}
     result = report.summarise(measured, args.interval, reference=args.contenders[-1] if args.no_ours else "ours")
-    document = {"machine": before, "settings": settings, "contenders": result}
+    document = {"machine": before, "settings": settings, "contenders": result, "floor": least}
     report.show(document)
     if args.json:
         args.json.write_text(json.dumps(document, indent=1) + "\n")
@@ -129,8 +149,9 @@ def main(argv: list[str] | None = None) -> None:
 
 def make_checkpoint(args: argparse.Namespace, directory: Path) -> Path:
     """In a process of its own: this one must stay without torch and its thread pool."""
+    weights = getattr(args, "device", "cpu") == "cpu"  # on a GPU they are made there, and never on a disk
     process = multiprocessing.get_context("spawn").Process(
-        target=_write_checkpoint, args=(args.shape, args.dtype, directory / "model")
+        target=_write_checkpoint, args=(args.shape, args.dtype, directory / "model", weights)
     )
     process.start()
     process.join()
@@ -139,10 +160,10 @@ def make_checkpoint(args: argparse.Namespace, directory: Path) -> Path:
     return directory / "model"
 
 
-def _write_checkpoint(shape: str, dtype: str, directory: Path) -> None:
+def _write_checkpoint(shape: str, dtype: str, directory: Path, weights: bool) -> None:
     from benchmarks.shapes import write_checkpoint
 
-    write_checkpoint(SHAPES[shape], dtype, directory)
+    write_checkpoint(SHAPES[shape], dtype, directory, weights=weights)
 
 
 if __name__ == "__main__":

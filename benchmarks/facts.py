@@ -22,9 +22,12 @@ def versions() -> dict[str, str]:
     return found
 
 
-def chosen_cores(listed: str | None) -> list[int]:
-    """The cores of `--cores 0,1`, or the first two that this process may use."""
-    return [int(core) for core in listed.split(",")] if listed else sorted(os.sched_getaffinity(0))[:2]
+def chosen_cores(listed: str | None, device: str = "cpu") -> list[int]:
+    """The cores of `--cores 0,1`; by default the first two that this process may use, for a GPU's host side all."""
+    if listed:
+        return [int(core) for core in listed.split(",")]
+    cores = sorted(os.sched_getaffinity(0))
+    return cores[:2] if device == "cpu" else cores
 
 
 def machine(cores: list[int]) -> dict[str, Any]:

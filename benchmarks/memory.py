@@ -13,6 +13,8 @@ Variants, each a process of its own with the engine core inside it, so that its 
 All have a KV cache of the same size. Linux gives it pages as they are first written, and allocators and kernel caches
 grow with every new batch size, so that only an engine that has done as much work holds as much: `serving` is the fair
 partner of a job, `idle` a lower bound. Orders alternate by the round.
+
+On a GPU the peaks are of what torch has allocated there.
 """
 
 from __future__ import annotations
@@ -33,9 +35,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks import facts
+from benchmarks import facts, gpu
 from benchmarks.children import variables_of
 from benchmarks.core_step import make_checkpoint
+from benchmarks.options import add_device, choose_device
 from benchmarks.shapes import OPTION_TEXTS, SHAPES, Prompts
 
 VARIANTS = ("idle", "serving", "bank", "fold")
@@ -45,6 +48,7 @@ ZO_SLOTS = 2
 PUBLISHED_INTERVAL = 50
 """Steps over which the table spreads the cost of a refresh, whatever the interval of the run: the papers' nu."""
 MIB = 1 << 20
+KV_MIB = {"cpu": 256, "cuda": 4096}
 TARGET = 1.10
 
 
@@ -57,6 +61,23 @@ def peak_rss() -> int:
 def reset_peak() -> None:
     """Start the peak again at what is resident now (proc(5), clear_refs)."""
     Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak(device: str) -> int:
+    if device == "cpu":
+        return peak_rss()
+    import torch
+
+    return torch.cuda.max_memory_allocated()
+
+
+def start_again(device: str) -> None:
+    """The next `peak` counts from here."""
+    if device == "cpu":
+        return reset_peak()
+    import torch
+
+    torch.cuda.reset_peak_memory_stats()
 
 
 class RefreshClock:
@@ -83,8 +104,12 @@ class RefreshClock:
 
 def measure(variant: str, args: argparse.Namespace) -> dict[str, float]:
     """Start an engine, let it do the variant's work; peaks in bytes, step times of a job."""
-    common = {"dtype": args.dtype, "kv_cache_memory_bytes": args.kv_mib * MIB, "max_loras": SERVING_LORAS}
     prompts = Prompts(SHAPES[args.shape].vocab, args.batch, args.seed)
+    common: dict[str, Any] = {}
+    if args.device == "cuda":
+        groups = map(prompts.tokens, range(max(args.bank_steps, args.fold_steps)))
+        common = gpu.engine_options(args.model_dir, groups, 2 * args.batch)
+    common |= {"dtype": args.dtype, "kv_cache_memory_bytes": args.kv_mib * MIB, "max_loras": SERVING_LORAS}
     if variant in ("bank", "fold"):
         from vllm_zo import LLM
 
@@ -97,11 +122,11 @@ def measure(variant: str, args: argparse.Namespace) -> dict[str, float]:
         common |= {"enable_lora": True, "max_loras": loras, "max_cpu_loras": loras, "max_lora_rank": args.slot_rank}
         llm = Plain(args.model_dir, **common)
         work = serve if variant == "serving" else rest
-    start = peak_rss()
-    reset_peak()
-    ready = peak_rss()
+    start = peak(args.device)
+    start_again(args.device)
+    ready = peak(args.device)
     extra = work(llm, prompts, variant, args)
-    return {"start": start, "ready": ready, "work": peak_rss(), **extra}
+    return {"start": start, "ready": ready, "work": peak(args.device), **extra}
 
 
 def rest(llm: Any, prompts: Prompts, variant: str, args: argparse.Namespace) -> dict[str, float]:
@@ -202,7 +227,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="125m")
     parser.add_argument("--dtype", choices=("bfloat16", "float32", "float16"), default="bfloat16")
-    parser.add_argument("--kv-mib", type=int, default=256, help="KV cache, MiB")
+    parser.add_argument("--kv-mib", type=int, help="KV cache, MiB (default: 256; on a GPU 4096)")
     parser.add_argument("--slot-rank", type=int, default=16, help="max_lora_rank of all variants")
     parser.add_argument("--batch", type=int, default=16, help="examples a step")
     parser.add_argument("--rank", type=int, default=2)
@@ -214,7 +239,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--fold-steps", type=int, default=70, help="3 folds, and one at the end")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--variants", default=",".join(VARIANTS), help=f"of: {', '.join(VARIANTS)}")
-    parser.add_argument("--cores", help='cores to use, e.g. "0,1" (default: the first two)')
+    add_device(parser)
+    parser.add_argument("--cores", help='cores to use, e.g. "0,1" (default: the first two; GPU: all)')
     parser.add_argument("--json", type=Path, help="write everything measured to this file")
     args = parser.parse_args(argv)
     args.variants = args.variants.split(",")
@@ -222,14 +248,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"--variants {unknown.pop()}: must be of {', '.join(VARIANTS)}")
     if min(args.bank_steps, args.fold_steps) <= args.interval:
         parser.error(f"--bank-steps and --fold-steps: must exceed --interval {args.interval}, to hold a refresh")
-    args.cores = facts.chosen_cores(args.cores)
+    choose_device(parser, args)
+    args.kv_mib = args.kv_mib or KV_MIB[args.device]
+    args.cores = facts.chosen_cores(args.cores, args.device)
     return args
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     os.sched_setaffinity(0, args.cores)
-    machine = facts.machine(args.cores)
+    machine = facts.machine(args.cores) | {"gpu": args.card}
     scratch = Path(tempfile.mkdtemp(prefix="memory_"))
     try:
         args.model_dir = str(make_checkpoint(args, scratch))
@@ -241,6 +269,8 @@ def main(argv: list[str] | None = None) -> None:
     finally:
         shutil.rmtree(scratch)
     summary = summarise(rounds)
+    if args.card is not None:
+        print(f"OPT {args.shape} {args.dtype} on {args.card['name']}, KV cache {args.kv_mib} MiB\n")
     print(markdown(summary))
     if "bank" in summary and "serving" in summary:
         ratio = summary["bank"]["peak_to_serving"]

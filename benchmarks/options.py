@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from benchmarks.baselines import CONTENDERS
+from benchmarks import gpu
+from benchmarks.baselines import CONTENDERS, CPU_ONLY, GPU_ONLY
 from benchmarks.facts import chosen_cores
 from benchmarks.shapes import SHAPES
 
-SLOW = ("official", "official-addmm", "strong")
+SLOW = ("dense-mezo", "official-full", "official", "official-addmm", "strong")
 """Contenders that take only the first steps of a window."""
+DEFAULT_AGAINST = {"cpu": "official,strong,packed,packed-prepacked", "cuda": "official-full,official,compiled,gemms"}
 
 
 def parse(argv: list[str] | None, description: str | None) -> argparse.Namespace:
@@ -29,14 +31,40 @@ def parse(argv: list[str] | None, description: str | None) -> argparse.Namespace
     if args.slow_steps < 2:
         parser.error(f"--slow-steps {args.slow_steps}: must be at least 2, a refresh step and a plain one")
     args.slow_steps = min(args.slow_steps, args.window)
-    args.cores = chosen_cores(args.cores)
-    names = [name for name in args.against.split(",") if name]
+    if args.method == "factorized-mezo" and args.space != "fold":
+        parser.error("--method factorized-mezo: its V is new at every step; give --space fold")
+    choose_device(parser, args)
+    args.cores = chosen_cores(args.cores, args.device)
+    against = DEFAULT_AGAINST[args.device] if args.against is None else args.against
+    names = [name for name in against.split(",") if name]
     if unknown := [name for name in names if name not in CONTENDERS]:
         parser.error(f"--against {unknown[0]}: must be one of {', '.join(CONTENDERS)}")
+    elsewhere = CPU_ONLY if args.device == "cuda" else GPU_ONLY
+    if wrong := [name for name in names if name in elsewhere]:
+        parser.error(f"--against {wrong[0]}: not for --device {args.device}")
+    if "compiled" in names and args.dtype == "float32":
+        parser.error("--dtype float32: `compiled` calls FlashAttention, which takes 16-bit types")
     args.contenders = names if args.no_ours else ["ours", *names]
     args.first_step = args.interval
-    args.total_steps = args.first_step + args.rounds * args.window
+    args.stride = args.window + (args.interval if args.device == "cuda" else 0)
+    args.total_steps = args.first_step + args.rounds * args.stride
+    args.apart = False
+    if args.card is not None:
+        fits = gpu.fit_together(SHAPES[args.shape], args.dtype, len(args.contenders), args.card["memory_bytes"])
+        args.apart = not fits
     return args
+
+
+def choose_device(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Sets `device`, and `card` to what is known of the GPU (None on a CPU)."""
+    args.card = None if args.device == "cpu" else gpu.find()
+    if args.device == "cuda" and args.card is None:
+        parser.error("--device cuda: torch sees no GPU")
+    args.device = "cpu" if args.card is None else "cuda"
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where torch sees a GPU")
 
 
 def _parser(description: str | None) -> argparse.ArgumentParser:
@@ -44,6 +72,7 @@ def _parser(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--shape", choices=SHAPES, default="125m")
     parser.add_argument("--dtype", choices=("bfloat16", "float32", "float16"), default="bfloat16")
     parser.add_argument("--batch", type=int, default=16, help="examples a step")
+    parser.add_argument("--method", choices=("lozo", "factorized-mezo"), default="lozo", help="what ours runs")
     parser.add_argument("--rank", type=int, default=2)
     parser.add_argument("--interval", type=int, default=50, help="steps between refreshes of V")
     parser.add_argument("--eps", type=float, default=1e-3)
@@ -57,12 +86,13 @@ def _parser(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--warmup", type=int, default=3, help="steps before timing starts")
     parser.add_argument("--rounds", type=int, default=5, help="windows of each contender")
     parser.add_argument(
-        "--against", default="official,strong,packed,packed-prepacked", help=f"of: {', '.join(CONTENDERS)}"
+        "--against", help=f"of: {', '.join(CONTENDERS)} (default: {'; '.join(DEFAULT_AGAINST.values())} on a GPU)"
     )
     parser.add_argument(
         "--no-ours", action="store_true", help="time the baselines only; ratios are to the last of them"
     )
-    parser.add_argument("--cores", default=None, help='cores to use, e.g. "0,1" (default: the first two)')
+    add_device(parser)
+    parser.add_argument("--cores", default=None, help='cores to use, e.g. "0,1" (default: the first two; GPU: all)')
     parser.add_argument("--model-dir", help="use this checkpoint of the shape instead of making one")
     parser.add_argument("--json", type=Path, help="write everything measured to this file")
     return parser

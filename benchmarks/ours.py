@@ -4,6 +4,8 @@ The job runs its steps one after another inside the engine. A callback after eac
 `children.run_baseline` does: it notes the time, and at the end of a window answers the parent and waits for the next
 one. The engine core is in this process (VLLM_ENABLE_V1_MULTIPROCESSING=0), where it works only when the caller steps
 it: while the callback waits, the engine is idle. Steps that lie between two windows are taken without being timed.
+On a GPU the next step is already under way when a record arrives, so a step's time is the time between two records, and
+windows lie an interval apart, which fills the pipeline again before the clock counts.
 """
 
 from __future__ import annotations
@@ -14,15 +16,16 @@ from argparse import Namespace
 from multiprocessing.connection import Connection
 from typing import Any
 
-from benchmarks.children import Ready, Timing, Window
+from benchmarks import gpu
+from benchmarks.children import Ready, Timing, Window, gpu_bytes
 from benchmarks.shapes import OPTION_TEXTS, SHAPES, Prompts
 
 
 class WindowClock:
     """A callback of `finetune` that splits the job's steps into the windows the parent asks for."""
 
-    def __init__(self, conn: Connection) -> None:
-        self.conn = conn
+    def __init__(self, conn: Connection, device: str) -> None:
+        self.conn, self.device = conn, device
         self._next_window()
 
     def _next_window(self) -> None:
@@ -41,26 +44,47 @@ class WindowClock:
             self.losses.append(record["loss"])
         self.last = now
         if len(self.seconds) == self.window.count:
-            self.conn.send(Timing(self.seconds, self.losses, time.process_time() - self.cpu))
+            cpu = time.process_time() - self.cpu
+            self.conn.send(Timing(self.seconds, self.losses, cpu, gpu_bytes(self.device)))
             self._next_window()
+
+
+def engine_details(llm: Any) -> dict[str, Any]:
+    """What vLLM chose for itself."""
+    config = llm.llm_engine.vllm_config
+    return {
+        "async_scheduling": bool(config.scheduler_config.async_scheduling),
+        "v2_model_runner": bool(config.use_v2_model_runner),
+        "cudagraph_mode": str(config.compilation_config.cudagraph_mode),
+        "graphs_up_to": config.compilation_config.max_cudagraph_capture_size,
+    }
 
 
 def run_ours(conn: Connection, args: Namespace) -> None:
     """Answer every `Window` with a `Timing` until None comes. `args` are those of core_step.py."""
-    from vllm_zo import LLM, Classification, LoZO
+    from vllm_zo import LLM, Classification, FactorizedMeZO, LoZO
+    from vllm_zo.methods.spaces import SLOT_RANKS
 
-    llm = LLM(args.model_dir, dtype=args.dtype, zo_training=True)
     prompts = Prompts(SHAPES[args.shape].vocab, args.batch, args.seed)
-    conn.send(Ready({"pid": os.getpid(), "space": args.space}))
+    options: dict[str, Any] = {}
+    if args.device == "cuda":
+        options = gpu.engine_options(args.model_dir, map(prompts.tokens, range(args.total_steps)), 2 * args.batch)
+    method: Any = LoZO(rank=args.rank, interval=args.interval, eps=args.eps)
+    zo_training: Any = True
+    if args.method == "factorized-mezo":
+        method = FactorizedMeZO(rank=args.rank, eps=args.eps)
+        zo_training = {"slot_rank": min(r for r in SLOT_RANKS if r >= 2 * args.rank)}
+    llm = LLM(args.model_dir, dtype=args.dtype, zo_training=zo_training, **options)
+    conn.send(Ready({"pid": os.getpid(), "space": args.space, **engine_details(llm)}))
     llm.finetune(
         train=prompts.records(),
         objective=Classification(template="{sentence}", options=list(OPTION_TEXTS)),
-        method=LoZO(rank=args.rank, interval=args.interval, eps=args.eps),
+        method=method,
         learning_rate=args.lr,
         batch_size=args.batch,
         steps=args.total_steps,
         seed=args.seed,
         update_space=args.space,
-        callbacks=[WindowClock(conn)],
+        callbacks=[WindowClock(conn, args.device)],
         progress=False,
     )

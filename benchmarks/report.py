@@ -52,6 +52,7 @@ def summarise(measured: dict[str, Any], interval: int, reference: str) -> dict[s
             f"ratio_to_{reference}": median(ratios),
             "ratio_range": (min(ratios), max(ratios)),
             "foreign_load": max(window["foreign_load"] for window in contender["windows"]),
+            "gpu_bytes": max(window.get("gpu_bytes", 0) for window in contender["windows"]),
             "refreshes": sum(step % interval == 0 for w in contender["windows"] for step in steps_of(w)),
         }
     return measured
@@ -70,13 +71,17 @@ def show(document: dict[str, Any]) -> None:
     console.print(
         f"OPT {settings['shape']} {settings['dtype']}, batch {settings['batch']}, rank {settings['rank']}, "
         f"interval {settings['interval']}, {settings['rounds']} windows of {settings['window']} steps; "
-        f"ours in {settings['space']} space",
+        f"ours: {settings['method']} in {settings['space']} space",
         highlight=False,
     )
     ratio = next(key for key in next(iter(contenders.values()))["summary"] if key.startswith("ratio_to_"))
+    least = document.get("floor")
+    if least is not None:
+        show_card(console, document)
     table = Table(
-        "contender", *("ms/step", "min-max", "plain", "refresh", ratio.replace("_", " "), "min-max", "others")
-    )
+        "contender", *("ms/step", "min-max", "plain", "refresh", ratio.replace("_", " "), "min-max", "others"),
+        *(("of floor", "GiB") if least else ()),
+    )  # fmt: skip
     for column in table.columns[1:]:
         column.justify = "right"
     for name, contender in contenders.items():
@@ -86,6 +91,7 @@ def show(document: dict[str, Any]) -> None:
         table.add_row(
             name, f"{s['amortised_ms']:.1f}", f"{low:.1f}-{high:.1f}", f"{s['plain_ms']:.1f}", f"{s['refresh_ms']:.1f}",
             f"{s[ratio]:.2f}", f"{low_ratio:.2f}-{high_ratio:.2f}", f"{s['foreign_load']:.0%}",
+            *((f"{least['ms'] / s['amortised_ms']:.0%}", f"{s['gpu_bytes'] / 2**30:.1f}") if least else ()),
         )  # fmt: skip
     console.print(table)
     console.print(
@@ -95,3 +101,21 @@ def show(document: dict[str, Any]) -> None:
         console.print(
             "[yellow]Other processes were busy: repeat on a quiet machine before quoting these figures.[/yellow]"
         )
+
+
+def show_card(console: Console, document: dict[str, Any]) -> None:
+    """The GPU, the floor of a step on it, and how the contenders shared it."""
+    card, least, settings = document["machine"]["gpu"], document["floor"], document["settings"]
+    rates = card["rates"]
+    console.print(
+        f"{card['name']}, driver {card['driver']}, CUDA {card['cuda']}; measured here: a product of 8192 "
+        f"{rates['flops_per_s'] / 1e12:.0f} TFLOP/s, a copy {rates['bytes_per_s'] / 1e9:.0f} GB/s",
+        highlight=False,
+    )
+    console.print(
+        f"floor {least['ms']:.2f} ms: the linear layers' arithmetic for {least['tokens']:.0f} tokens "
+        f"{least['arithmetic_ms']:.2f}, their weights read once {least['traffic_ms']:.2f}",
+        highlight=False,
+    )
+    sharing = "they do not fit together: each was started for its window alone" if settings["apart"] else "all resident"
+    console.print(f"contenders: {sharing}. GiB: most that torch had allocated, a KV cache included.", highlight=False)

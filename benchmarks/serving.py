@@ -2,6 +2,7 @@
 
     python benchmarks/serving.py                              # the demo model, three token budgets
     python benchmarks/serving.py --budgets 64 --rounds 6 --json serving.json
+    python benchmarks/serving.py --shape 13b --dtype float16 --budgets 256,1024,0 --rate 20   # random weights
 
 A real server for each token budget (`vllm-zo serve --zo-token-budget`), a steady stream of streamed completions that
 arrive at random (Poisson), and windows with a job and without, taking turns. TTFT is from sending a request to its
@@ -32,31 +33,40 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks import facts
+from benchmarks import facts, gpu
+from benchmarks.core_step import make_checkpoint
+from benchmarks.options import add_device, choose_device
+from benchmarks.shapes import OPTION_TEXTS, SHAPES, Prompts
 
 ROOT = Path(__file__).parents[1]
 MODEL, REVIEWS = ROOT / "examples" / "demo" / "model", ROOT / "examples" / "demo" / "reviews" / "train.jsonl"
 OBJECTIVE = {"name": "classification", "template": "{sentence} It was", "options": [" terrible", " great"]}
 HYPERPARAMETERS = {"steps": 1_000_000, "learning_rate": 1e-6, "bases": 1, "divergence_factor": None, "batch_size": 16}
-START_S = 180
+START_S = {"cpu": 180, "cuda": 420}
+"""On a GPU a first start compiles the model and captures its graphs."""
+LARGEST_GRAPH = 1024
 
 
 class Server:
-    """`vllm-zo serve` of the demo model on a port of its own."""
+    """`vllm-zo serve` on a port of its own."""
 
-    def __init__(self, budget: int, state_dir: Path) -> None:
+    def __init__(self, budget: int, state_dir: Path, args: argparse.Namespace) -> None:
+        self.start_s = START_S[args.device]
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
-        command = [sys.executable, "-c", "from vllm_zo.entrypoints.cli import main; main()", "serve", str(MODEL)]
-        command += ["--served-model-name", "demo", "--dtype", "float32", "--max-model-len", "256", "--port", str(port)]
+        command = [sys.executable, "-c", "from vllm_zo.entrypoints.cli import main; main()", "serve", args.model_dir]
+        command += ["--served-model-name", "demo", "--dtype", args.dtype, "--max-model-len", "256", "--port", str(port)]
         command += ["--zo-state-dir", str(state_dir), "--zo-token-budget", str(budget), "--disable-uvicorn-access-log"]
+        if args.device == "cuda":
+            command += gpu_flags(args.model_dir)
         variables = {"VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+        variables["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"  # a server's engine is a process of its own
         self.process = subprocess.Popen(command, env={**os.environ, **variables}, stdout=subprocess.DEVNULL)
 
     def __enter__(self) -> Server:
-        deadline = time.monotonic() + START_S
+        deadline = time.monotonic() + self.start_s
         while True:
             if self.process.poll() is not None or time.monotonic() > deadline:
                 raise SystemExit("the server does not start")
@@ -69,6 +79,15 @@ class Server:
     def __exit__(self, *_: object) -> None:
         self.process.send_signal(signal.SIGTERM)
         self.process.wait(30)
+
+
+def gpu_flags(model_dir: str) -> list[str]:
+    """`gpu.engine_options` as flags of the server."""
+    options = gpu.engine_options(model_dir, range(16, LARGEST_GRAPH + 1, 16))
+    flags: list[str] = []
+    for name, value in options.items():
+        flags += [f"--{name.replace('_', '-')}", json.dumps(value) if isinstance(value, dict) else str(value)]
+    return flags
 
 
 async def one_request(client: httpx.AsyncClient, prompt: str, tokens: int) -> tuple[float, float]:
@@ -114,12 +133,15 @@ async def status_is(client: httpx.AsyncClient, job: str, status: str, step: int 
 
 async def measure(server: Server, args: argparse.Namespace) -> dict[str, Any]:
     """Windows without and with the job, in turns: the job is paused in between."""
-    prompts = [json.loads(line)["sentence"] + " It was" for line in REVIEWS.read_text().splitlines()]
+    prompts = [json.loads(line)["sentence"] + args.suffix for line in args.rows.splitlines()]
     samples: dict[str, list[Any]] = {"without": [], "with": []}
     speeds = []
     async with httpx.AsyncClient(base_url=server.url, timeout=120) as client:
-        file = await post(client, "/v1/files", files={"file": REVIEWS.read_bytes()}, data={"purpose": "fine-tune"})
-        method = {"type": "zeroth_order", "zeroth_order": {"hyperparameters": HYPERPARAMETERS, "objective": OBJECTIVE}}
+        file = await post(client, "/v1/files", files={"file": args.rows.encode()}, data={"purpose": "fine-tune"})
+        method = {
+            "type": "zeroth_order",
+            "zeroth_order": {"hyperparameters": HYPERPARAMETERS, "objective": args.objective},
+        }
         body = {"model": "demo", "training_file": file["id"], "method": method}
         job = (await post(client, "/v1/fine_tuning/jobs", json=body))["id"]
         await status_is(client, job, "running", step=30)
@@ -180,19 +202,37 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=8.0, help="length of a window")
     parser.add_argument("--rounds", type=int, default=4, help="windows of each kind")
     parser.add_argument("--json", type=Path, help="write every figure to this file")
+    parser.add_argument("--shape", choices=SHAPES, help="an OPT of random weights instead of the demo model")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32", "float16"), default="float32")
+    add_device(parser)
     args = parser.parse_args()
+    choose_device(parser, args)
     cores = sorted(os.sched_getaffinity(0))
     document: dict[str, Any] = {
-        "machine": facts.machine(cores),
+        "machine": facts.machine(cores) | {"gpu": args.card},
         "settings": {**vars(args), "json": None},
         "results": {},
     }
+    scratch = tempfile.TemporaryDirectory()
+    choose_workload(args, Path(scratch.name))
     for budget in map(int, args.budgets.split(",")):
-        with tempfile.TemporaryDirectory() as directory, Server(budget, Path(directory) / "state") as server:
+        with tempfile.TemporaryDirectory() as directory, Server(budget, Path(directory) / "state", args) as server:
             document["results"][str(budget)] = summarise(asyncio.run(measure(server, args)))
         if args.json:
             args.json.write_text(json.dumps(document, indent=1))
+    scratch.cleanup()
     show(document["results"])
+
+
+def choose_workload(args: argparse.Namespace, scratch: Path) -> None:
+    """Sets the model, the training rows, what makes a prompt of a row, and the objective of the job."""
+    if args.shape is None:
+        args.model_dir, args.rows, args.suffix, args.objective = str(MODEL), REVIEWS.read_text(), " It was", OBJECTIVE
+        return
+    args.model_dir = str(make_checkpoint(args, scratch))
+    args.rows = "".join(json.dumps(row) + "\n" for row in Prompts(SHAPES[args.shape].vocab, 16).records())
+    args.suffix = ""
+    args.objective = {"name": "classification", "template": "{sentence}", "options": list(OPTION_TEXTS)}
 
 
 if __name__ == "__main__":

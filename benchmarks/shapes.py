@@ -69,6 +69,17 @@ def mean_longest(batch_size: int) -> float:
     return weighted / comb(len(lengths), batch_size)
 
 
+def padded_size(tokens: int) -> int:
+    """Token count of the CUDA graph that a batch runs in: padding is at most 16 tokens, or some 6 % of more than 1,024,
+    where a graph for every multiple of 16 would take minutes to capture.
+
+    >>> padded_size(441), padded_size(3530)
+    (448, 3584)
+    """
+    multiple = 16 if tokens <= 1024 else 64
+    return -(-tokens // multiple) * multiple
+
+
 @dataclass(frozen=True)
 class Prompts:
     """1,000 labelled prompts of random tokens with SST-2's lengths, served in a fixed order of full batches.
@@ -100,12 +111,16 @@ class Prompts:
         chosen = [self.rows[i] for i in self.indices(step)]
         return [ids for ids, _ in chosen], [label for _, label in chosen]
 
+    def tokens(self, step: int) -> int:
+        """Packed tokens of a step: its prompts, once for each sign."""
+        return 2 * sum(map(len, self.batch(step)[0]))
+
     def records(self) -> list[dict[str, str | int]]:
         """The rows as text: the tokenizer that `write_checkpoint` saves gives back the very same ids."""
         return [{"sentence": " ".join(f"t{i}" for i in ids[1:]), "label": label} for ids, label in self.rows]
 
 
-def write_checkpoint(shape: Shape, dtype: str, directory: str | Path, seed: int = 0) -> Path:
+def write_checkpoint(shape: Shape, dtype: str, directory: str | Path, seed: int = 0, *, weights: bool = True) -> Path:
     """Save an OPT of random weights (normal, std 0.02) as safetensors, with config and a tokenizer.
 
     The tokenizer's words are "t<id>", separated by spaces, with </s> in front as OPT's own has it: a program that takes
@@ -113,6 +128,7 @@ def write_checkpoint(shape: Shape, dtype: str, directory: str | Path, seed: int 
 
     Args:
         dtype: "float32", "bfloat16" or "float16": of the weights in the file and of the run.
+        weights: False leaves them out, for programs that make random ones themselves.
     """
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -122,15 +138,19 @@ def write_checkpoint(shape: Shape, dtype: str, directory: str | Path, seed: int 
         hidden_size=shape.hidden, word_embed_proj_dim=shape.hidden, num_hidden_layers=shape.layers,
         num_attention_heads=shape.heads, ffn_dim=shape.ffn, vocab_size=shape.vocab,
         max_position_embeddings=shape.positions, bos_token_id=BOS, eos_token_id=BOS, pad_token_id=PAD,
-        dropout=0.0, attention_dropout=0.0,
+        dropout=0.0, attention_dropout=0.0, architectures=["OPTForCausalLM"],
     )  # fmt: skip
-    torch.manual_seed(seed)
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(getattr(torch, dtype))  # 13B is never held in float32 on the way
-    try:
-        OPTForCausalLM(config).save_pretrained(directory)
-    finally:
-        torch.set_default_dtype(default)
+    if weights:
+        torch.manual_seed(seed)
+        default = torch.get_default_dtype()
+        torch.set_default_dtype(getattr(torch, dtype))  # 13B is never held in float32 on the way
+        try:
+            OPTForCausalLM(config).save_pretrained(directory)
+        finally:
+            torch.set_default_dtype(default)
+    else:
+        config.dtype = dtype
+        config.save_pretrained(directory)
     words = ["<s>", "<pad>", "</s>", "<unk>", *(f"t{i}" for i in range(NUM_SPECIAL, shape.vocab))]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

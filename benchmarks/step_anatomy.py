@@ -9,6 +9,9 @@ Three tables from one engine (its core in this process, its worker timed at the 
     batch        ms per step and per example, batch 16 to 128
 
 The configurations of the last two take turns, round by round; figures are medians over the steps of all rounds.
+
+On a GPU work is only queued by the host. So the steps of the phases table wait for the device at every border, which
+undoes the overlap: its rows add up to more than a step, which is timed without waiting.
 """
 
 from __future__ import annotations
@@ -28,13 +31,14 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks import facts
+from benchmarks import facts, gpu
 from benchmarks.children import environment
 from benchmarks.core_step import make_checkpoint
+from benchmarks.options import add_device, choose_device
 from benchmarks.shapes import OPTION_TEXTS, SHAPES, Prompts
 
 PHASES = ("materialise", "forward", "score", "update", "sample", "host")
-DIRECTIONS = (1, 2, 4, 8)
+DIRECTIONS = {"cpu": (1, 2, 4, 8), "cuda": (1, 2, 4, 8, 16)}
 BATCHES = (16, 32, 64, 128)
 
 
@@ -44,16 +48,23 @@ class PhaseClock:
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
         self.start = time.perf_counter()
+        self.finish: Callable[[], None] | None = None
+        """Waits for the device at the borders of a phase; None: does not wait."""
+
+    def now(self) -> float:
+        if self.finish is not None:
+            self.finish()
+        return time.perf_counter()
 
     def wrap(self, owner: Any, name: str, phase: Callable[..., str]) -> None:
         inner = getattr(owner, name)
 
         def timed(*args: Any, **kwargs: Any) -> Any:
-            start = time.perf_counter()
+            start = self.now()
             try:
                 return inner(*args, **kwargs)
             finally:
-                self.seconds[phase(*args)] += time.perf_counter() - start
+                self.seconds[phase(*args)] += self.now() - start
 
         setattr(owner, name, timed)
 
@@ -102,11 +113,13 @@ def measure(args: argparse.Namespace, model: str) -> dict[str, Any]:
     from vllm_zo import LLM
 
     # Every configuration in one pass: else a group of 256 sequences would be taken in waves.
-    slots = 2 * max(DIRECTIONS)
-    zo = {"slots": slots}
-    llm = LLM(model, dtype=args.dtype, max_num_seqs=512, max_num_batched_tokens=16384, zo_training=zo)
+    directions = DIRECTIONS[args.device]
+    configurations = [(b, 1) for b in BATCHES] + [(16, k) for k in directions if k > 1]
+    options = {"max_num_seqs": 512, "max_num_batched_tokens": 16384}
+    if args.device == "cuda":
+        options |= gpu.engine_options(model, group_tokens(args, configurations), max_num_seqs=512)
+    llm = LLM(model, dtype=args.dtype, zo_training={"slots": 2 * max(directions)}, **options)
     clock = attach_clock(llm)
-    configurations = [(b, 1) for b in BATCHES] + [(16, k) for k in DIRECTIONS if k > 1]
     steps: dict[tuple[int, int], list[dict[str, Any]]] = {c: [] for c in configurations}
     for number in range(args.rounds):
         for batch, queries in configurations:
@@ -114,10 +127,26 @@ def measure(args: argparse.Namespace, model: str) -> dict[str, Any]:
             middle = median(s["step"] for s in steps[batch, queries])
             print(f"round {number + 1}: batch {batch}, K {queries}: {middle:.1f} ms", file=sys.stderr)
     ms = {c: median(s["step"] for s in taken) for c, taken in steps.items()}
+    apart = steps[16, 1]
+    if args.device == "cuda":
+        import torch
+
+        clock.finish = torch.cuda.synchronize
+        apart = [step for _ in range(args.rounds) for step in take_steps(llm, clock, args, 16, 1)]
     return {
-        "phases": {p: median(s[p] for s in steps[16, 1]) for p in (*PHASES, "step")},
-        "directions": {k: ms[16, k] for k in DIRECTIONS},
+        "phases": {p: median(s[p] for s in apart) for p in PHASES} | {"step": ms[16, 1]},
+        "directions": {k: ms[16, k] for k in directions},
         "batch": {b: ms[b, 1] for b in BATCHES},
+    }
+
+
+def group_tokens(args: argparse.Namespace, configurations: list[tuple[int, int]]) -> set[int]:
+    """Sizes of all groups that will be run: every job starts with the same batches."""
+    vocab = SHAPES[args.shape].vocab
+    return {
+        queries * Prompts(vocab, batch, seed=0).tokens(step)
+        for batch, queries in configurations
+        for step in range(args.warmup + args.steps)
     }
 
 
@@ -146,19 +175,22 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--warmup", type=int, default=2, help="first steps of a job that do not count")
     parser.add_argument("--steps", type=int, default=6, help="counted steps of a job")
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--cores", default=None, help='cores to use, e.g. "0,1" (default: the first two)')
+    add_device(parser)
+    parser.add_argument("--cores", default=None, help='cores to use, e.g. "0,1" (default: the first two; GPU: all)')
     parser.add_argument("--model-dir", help="use this checkpoint of the shape instead of making one")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     args = parser.parse_args(argv)
-    cores = facts.chosen_cores(args.cores)
+    choose_device(parser, args)
+    cores = facts.chosen_cores(args.cores, args.device)
     os.sched_setaffinity(0, cores)
     os.environ.update(environment("ours", cores))
-    machine = facts.machine(cores)
+    machine = facts.machine(cores) | {"gpu": args.card}
     scratch = Path(tempfile.mkdtemp(prefix="step_anatomy_"))
     try:
         result = measure(args, args.model_dir or str(make_checkpoint(args, scratch)))
     finally:
         shutil.rmtree(scratch)
+    print(f"OPT {args.shape} {args.dtype}, {args.space}, on {args.card['name'] if args.card else 'the CPU'}")
     show(result)
     if args.json:
         args.json.write_text(json.dumps({"machine": machine, **result}, indent=1) + "\n")

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +25,8 @@ from benchmarks.shapes import PROMPT_LENGTHS, Prompts, mean_longest, mean_prompt
 RANK, INTERVAL, EPS, LR = 2, 2, 1e-2, 3e-3
 OPTIONS = (17, 5)
 STEPS = 5  # refreshes before steps 0, 2 and 4: two of them fold
-STEPPERS = [name for name in CONTENDERS if name != "gemms"]
+WHOLE_MODEL = ("official-full", "dense-mezo")
+STEPPERS = [name for name in CONTENDERS if name not in ("gemms", *WHOLE_MODEL)]
 
 LOSS_TOLERANCE = 2e-5
 """Nats. A float32 forward of this model is within 1e-6 of float64; an official step also adds and subtracts eps U V^T
@@ -137,6 +139,31 @@ def test_every_baseline_has_the_losses_and_updates_of_a_naive_dense_float64_step
         assert mean == pytest.approx(sum(expected) / 2, abs=LOSS_TOLERANCE)
     for ours, theirs in zip(contender.effective_weights(), reference.weights, strict=True):
         torch.testing.assert_close(ours.double(), theirs, atol=WEIGHT_TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("name", WHOLE_MODEL)
+def test_the_rules_as_released_probe_and_move_every_parameter(
+    name: str, build: Callable[[str, torch.dtype], Step], batches: list[tuple[list[list[int]], list[int]]]
+) -> None:
+    contender: Any = build(name, torch.float32)
+    batch, labels = batches[0]
+    contender.v = contender.layout.split_v(contender.directions.v(0))
+    moved = list(contender.perturbed())
+    assert sum(parameter.numel() for parameter, _ in moved) == sum(p.numel() for p in contender.model.parameters())
+    start = [parameter.clone() for parameter, _ in moved]
+    losses = []
+    for sign in (1, -1):
+        with torch.no_grad():
+            for (parameter, direction), before in zip(moved, start, strict=True):
+                parameter.copy_(before + sign * EPS * direction)
+            losses.append(naive_loss(contender.model, batch, labels))
+            for (parameter, _), before in zip(moved, start, strict=True):
+                parameter.copy_(before)
+    contender.step(batch, labels)
+    assert contender.losses == pytest.approx(losses, abs=LOSS_TOLERANCE)
+    c = contender.coefficient(*contender.losses)
+    for (parameter, direction), before in zip(moved, start, strict=True):
+        torch.testing.assert_close(parameter.data, before - LR * c * direction, atol=WEIGHT_TOLERANCE, rtol=0)
 
 
 def test_the_reference_run_moves_losses_and_weights_by_more_than_the_tolerances(

@@ -11,14 +11,22 @@ if TYPE_CHECKING:
     from benchmarks.baselines.common import Step
 
 CONTENDERS = {
+    "official-full": "official, and all other parameters (embeddings, biases, norms) perturbed too, as released",
     "official": "dense perturbation as in the official code, both options as padded sequences, full logits",
     "official-addmm": "the same with each dense sweep fused into one in-place addmm_",
+    "dense-mezo": "MeZO as released: official-full along dense Gaussian directions",
     "strong": "Hugging Face model, low-rank probes as hooks, one padded batch of stems, two label rows, lazy fold",
     "packed": "one-model loop: packed tokens, fused qkv, shared shrink, lazy fold; weights as torch keeps them",
     "packed-prepacked": "packed, with weights prepacked by whatever multiplies fastest here",
     "packed-pruned": "packed-prepacked, and the last layer runs past attention for the last tokens only",
+    "compiled": "packed, compiled and in CUDA graphs: plain PyTorch at its best on a GPU",
     "gemms": "nothing but the six GEMMs of each layer on the packed tokens: a floor, not a step",
 }
+
+CPU_ONLY = ("packed-prepacked", "packed-pruned")
+"""Their weights are packed for a CPU's products."""
+GPU_ONLY = ("compiled",)
+"""Right on a CPU too (the tests check it there), but without graphs it is a slower `packed`."""
 
 
 def make(name: str, *args: Any, **kwargs: Any) -> Step:
@@ -26,15 +34,24 @@ def make(name: str, *args: Any, **kwargs: Any) -> Step:
     if name.startswith("official"):
         from benchmarks.baselines.official_lozo import OfficialLOZO
 
-        return OfficialLOZO(*args, fused=name == "official-addmm", **kwargs)
+        return OfficialLOZO(*args, fused=name == "official-addmm", everything=name == "official-full", **kwargs)
+    if name == "dense-mezo":
+        from benchmarks.baselines.official_lozo import DenseMeZO
+
+        return DenseMeZO(*args, **kwargs)
     if name == "strong":
         from benchmarks.baselines.strong_hf import StrongHF
 
         return StrongHF(*args, **kwargs)
+    if name == "compiled":
+        from benchmarks.baselines.compiled import Compiled
+
+        return Compiled(*args, **kwargs)
+    on_cpu = kwargs.get("device", "cpu") == "cpu"  # torch's own product is the fastest there is on a GPU
     if name == "gemms":
         from benchmarks.baselines.gemm_floor import GemmFloor
 
-        return GemmFloor(*args, **kwargs)
+        return GemmFloor(*args, prepack=on_cpu, **kwargs)
     from benchmarks.baselines.hand_packed import HandPacked
 
     return HandPacked(*args, prepack=name != "packed", prune_last_layer=name == "packed-pruned", **kwargs)

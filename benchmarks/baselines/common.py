@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import OPTForCausalLM
+from transformers import OPTConfig, OPTForCausalLM
 
 from benchmarks.shapes import OPTION_IDS
 
@@ -64,14 +64,26 @@ class GaussianDirections:
     layout: Layout
     rank: int
     seed: int
+    device: str = "cpu"
 
     def u(self, step: int) -> Tensor:
-        generator = torch.Generator().manual_seed(1_000_003 * self.seed + step)
-        return torch.randn(sum(self.layout.out_features), self.rank, generator=generator)
+        return self._normal(sum(self.layout.out_features), 1_000_003 * self.seed + step)
 
     def v(self, epoch: int) -> Tensor:
-        generator = torch.Generator().manual_seed(-1 - 1_000_003 * self.seed - epoch)
-        return torch.randn(sum(self.layout.in_features), self.rank, generator=generator)
+        return self._normal(sum(self.layout.in_features), -1 - 1_000_003 * self.seed - epoch)
+
+    def _normal(self, rows: int, seed: int) -> Tensor:
+        generator = torch.Generator(self.device).manual_seed(seed)
+        return torch.randn(rows, self.rank, generator=generator, device=self.device)
+
+
+def load_model(model_dir: str | Path, dtype: torch.dtype, device: str) -> OPTForCausalLM:
+    """The checkpoint; where its directory holds a config only, a model of random weights that is made on the device."""
+    if any(Path(model_dir).glob("*.safetensors")):
+        return OPTForCausalLM.from_pretrained(model_dir, dtype=dtype, attn_implementation="sdpa").to(device)
+    with torch.device(device):
+        config = OPTConfig.from_pretrained(model_dir)
+        return OPTForCausalLM._from_config(config, dtype=dtype, attn_implementation="sdpa")
 
 
 class Step(ABC):
@@ -84,6 +96,7 @@ class Step(ABC):
         seed: of the directions.
         options: token ids of the two answers; each must be a single token.
         directions: takes the place of torch's generator (tests inject one).
+        device: "cpu" or "cuda"; everything lives there.
     """
 
     name: str
@@ -99,10 +112,13 @@ class Step(ABC):
         seed: int,
         options: tuple[int, int] = OPTION_IDS,
         directions: Directions | None = None,
+        device: str = "cpu",
     ) -> None:
         self.rank, self.interval, self.eps, self.lr = rank, interval, eps, lr
+        self.device = device
         self.options = list(options)
-        self.model = OPTForCausalLM.from_pretrained(model_dir, dtype=dtype, attn_implementation="sdpa").eval()
+        self.option_index = torch.tensor(self.options, device=device)
+        self.model = load_model(model_dir, dtype, device).eval()
         if not self.model.config.do_layer_norm_before:
             raise ValueError(f"model_dir={str(model_dir)!r}: post-LN OPT (350M) is not written here; use another size")
         self.model.requires_grad_(False)
@@ -111,7 +127,7 @@ class Step(ABC):
         self.layout = Layout(
             tuple(linear.out_features for linear in self.linears), tuple(linear.in_features for linear in self.linears)
         )
-        self.directions = directions or GaussianDirections(self.layout, rank, seed)
+        self.directions = directions or GaussianDirections(self.layout, rank, seed, device)
         self.dtype = dtype
         self.step_index = 0
         """Number of the next step. May be set, to skip ahead; a multiple of `interval` starts with a refresh."""
@@ -122,6 +138,10 @@ class Step(ABC):
     def details(self) -> dict[str, Any]:
         """Choices made on this machine that a reader of the numbers should know."""
         return {}
+
+    def prepare(self, batches: list[list[list[int]]]) -> int:
+        """Whatever a user would do once before a run over such batches, untimed; how many graphs that took."""
+        return 0
 
     def step(self, batch: list[list[int]], labels: list[int]) -> float:
         """Take one step.
@@ -134,7 +154,7 @@ class Step(ABC):
             (L+ + L-) / 2, mean nats per example.
         """
         with torch.inference_mode():
-            plus, minus = self._step(batch, torch.tensor(labels))
+            plus, minus = self._step(batch, torch.tensor(labels, device=self.device))
         self.losses = (plus, minus)
         self.step_index += 1
         return (plus + minus) / 2
@@ -161,7 +181,7 @@ class LazyStep(Step):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.acc = torch.zeros(sum(self.layout.out_features), self.rank)
+        self.acc = torch.zeros(sum(self.layout.out_features), self.rank, device=self.device)
         self.v_float: tuple[Tensor, ...] = ()
         self.v: tuple[Tensor, ...] = ()
         """Per weight, (I, R) in the model's dtype; `v_float` is the same before rounding."""
@@ -203,7 +223,7 @@ class LazyStep(Step):
 
         Exact for single-token options: the normaliser over the vocabulary cancels between the two.
         """
-        rows_2H = self.model.lm_head.weight[self.options].float()
+        rows_2H = self.model.lm_head.weight[self.option_index].float()
         logits = last_hidden_2BH.float() @ rows_2H.T
         return F.cross_entropy(logits, labels_B.repeat(2), reduction="none").view(2, -1).mean(dim=1)
 

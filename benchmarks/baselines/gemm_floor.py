@@ -19,8 +19,8 @@ class GemmFloor(HandPacked):
 
     def _step(self, batch: list[list[int]], labels: Tensor) -> tuple[float, float]:
         tokens = 2 * sum(map(len, batch))
-        narrow = torch.ones(tokens, self.model.config.hidden_size, dtype=self.dtype)
-        wide = torch.ones(tokens, self.model.config.ffn_dim, dtype=self.dtype)
+        narrow = torch.ones(tokens, self.model.config.hidden_size, dtype=self.dtype, device=self.device)
+        wide = torch.ones(tokens, self.model.config.ffn_dim, dtype=self.dtype, device=self.device)
         for sites in self.layers:
             for name, site in sites.items():
                 site.linear(wide if name == "fc2" else narrow)

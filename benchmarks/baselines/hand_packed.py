@@ -86,18 +86,18 @@ class HandPacked(LazyStep):
 
     def score(self, batch: list[list[int]], labels: Tensor) -> Tensor:
         where = spans(batch)
-        ids = torch.tensor([token for prompt in batch for token in prompt])
-        positions = torch.cat([torch.arange(end - start) for start, end in where]) + POSITION_OFFSET
+        ids = torch.tensor([token for prompt in batch for token in prompt], device=self.device)
+        positions = torch.cat([torch.arange(end - start) for start, end in where]).to(self.device) + POSITION_OFFSET
         hidden = (self.tokens[ids] + self.positions[positions]).repeat(2, 1)  # [+ rows, - rows]
-        sign = torch.ones(2 * len(ids), 1, dtype=self.dtype)
+        sign = torch.ones(2 * len(ids), 1, dtype=self.dtype, device=self.device)
         sign[len(ids) :] = -1
-        last = torch.tensor([end - 1 for _, end in where])
+        last = torch.tensor([end - 1 for _, end in where], device=self.device)
         last = torch.cat([last, last + len(ids)])
         for layer, (norm, ffn_norm) in enumerate(self.norms):
             attended = self._attend(self._apply(layer, "qkv", _norm(hidden, norm), sign), where)
             if self.prune_last_layer and layer == len(self.norms) - 1:
                 attended, hidden, sign = attended[last], hidden[last], sign[last]
-                last = torch.arange(len(last))
+                last = torch.arange(len(last), device=self.device)
             hidden += self._apply(layer, "out", attended, sign)
             inner = self._apply(layer, "fc1", _norm(hidden, ffn_norm), sign).relu_()
             hidden += self._apply(layer, "fc2", inner, sign)
@@ -115,7 +115,7 @@ class HandPacked(LazyStep):
     def _attend(self, qkv: Tensor, where: list[tuple[int, int]]) -> Tensor:
         """Causal attention within each prompt, both signs at once: (2T, 3H) -> (2T, H)."""
         q, k, v = qkv.view(2, len(qkv) // 2, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        out = torch.empty(2, q.shape[2], self.heads, q.shape[3], dtype=qkv.dtype)
+        out = torch.empty(2, q.shape[2], self.heads, q.shape[3], dtype=qkv.dtype, device=qkv.device)
         for start, end in where:
             part = slice(start, end)
             attended = F.scaled_dot_product_attention(q[:, :, part], k[:, :, part], v[:, :, part], is_causal=True)

@@ -4,11 +4,12 @@ Transcribed in kind (not copied) from optsuite/LOZO `large_models/LOZOtrainer.py
 `lowrank_zo_step`, `lowrank_zo_update`) and princeton-nlp/MeZO `large_models/utils.py` (`forward_wrap_with_option_len`,
 the left-padding collator). Left out, all in its favour: the HF Trainer around it, the data loader, the key-value cache
 that `use_cache=True` would fill, the weight-decay term (0 in the published runs, but computed), one of the temporaries
-in the scaling of U V^T, and all parameters but the six linear weights of a layer.
+in the scaling of U V^T and, but for `everything`, all parameters other than the six linear weights of a layer.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -25,13 +26,17 @@ class OfficialLOZO(Step):
     Args:
         fused: run a sweep as one in-place `addmm_` instead of the official expression
             `param.data = param.data + factor * (u @ v.t())`, which makes temporaries as large as the weight.
+        everything: perturb the rest of the model as well, as the released code does: embeddings along low-rank
+            directions, biases and norms along dense ones.
     """
 
-    def __init__(self, *args: Any, fused: bool = False, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, fused: bool = False, everything: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.name = "official-addmm" if fused else "official"
+        self.name = "official-full" if everything else "official-addmm" if fused else "official"
         self.fused = fused
         self.v: tuple[Tensor, ...] = ()
+        in_scope = {id(linear.weight) for linear in self.linears}
+        self.rest = [p for p in self.model.parameters() if id(p) not in in_scope] if everything else []
 
     def _step(self, batch: list[list[int]], labels: Tensor) -> tuple[float, float]:
         if self.step_index % self.interval == 0 or not self.v:
@@ -48,12 +53,32 @@ class OfficialLOZO(Step):
 
     def _sweep(self, factor: float) -> None:
         """W += factor U V^T for every weight in scope."""
-        us = self.layout.split_u(self.directions.u(self.step_index).to(self.dtype))
-        for linear, u, v in zip(self.linears, us, self.v, strict=True):
-            if self.fused:
-                linear.weight.addmm_(u, v.T, alpha=factor)
+        if not self.fused:
+            for parameter, direction in self.perturbed():
+                parameter.data = parameter.data + factor * direction
+            return
+        for linear, u, v in zip(self.linears, self._us(), self.v, strict=True):
+            linear.weight.addmm_(u, v.T, alpha=factor)
+
+    def _us(self) -> tuple[Tensor, ...]:
+        return self.layout.split_u(self.directions.u(self.step_index).to(self.dtype))
+
+    def perturbed(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Every parameter in scope with its direction of this step, one after another: all together would take as much
+        memory as the model."""
+        for linear, u, v in zip(self.linears, self._us(), self.v, strict=True):
+            yield linear.weight, u @ v.T
+        if not self.rest:
+            return
+        step = torch.Generator(self.device).manual_seed(7 + self.step_index)
+        epoch = torch.Generator(self.device).manual_seed(-7 - self.step_index // self.interval)
+        like: dict[str, Any] = {"device": self.device, "dtype": self.dtype}
+        for parameter in self.rest:
+            if parameter.ndim < 2:
+                yield parameter, torch.randn(parameter.shape, generator=step, **like)
             else:
-                linear.weight.data = linear.weight.data + factor * (u @ v.T)
+                u = torch.randn(len(parameter), self.rank, generator=step, **like)
+                yield parameter, u @ torch.randn(self.rank, parameter.shape[1], generator=epoch, **like)
 
     def _option_sequences(self, batch: list[list[int]]) -> tuple[Tensor, Tensor]:
         """(2B, T) token ids and attention mask, left-padded: the two options of an example are adjacent rows."""
@@ -62,7 +87,7 @@ class OfficialLOZO(Step):
         for i, prompt in enumerate(batch):
             for j, option in enumerate(self.options):
                 ids[2 * i + j, width - len(prompt) - 1 :] = torch.tensor([*prompt, option])
-        return ids, (ids != PAD).long()
+        return ids.to(self.device), (ids != PAD).long().to(self.device)
 
     def _loss(self, ids: Tensor, mask: Tensor, labels: Tensor) -> float:
         """Mean cross-entropy over the options' log-probabilities, from log-probabilities of the whole vocabulary."""
@@ -75,3 +100,16 @@ class OfficialLOZO(Step):
 
     def effective_weights(self) -> list[Tensor]:
         return [linear.weight.float().clone() for linear in self.linears]
+
+
+class DenseMeZO(OfficialLOZO):
+    """MeZO as released: the same step along a dense Gaussian direction of every parameter."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.name = "dense-mezo"
+
+    def perturbed(self) -> Iterator[tuple[Tensor, Tensor]]:
+        generator = torch.Generator(self.device).manual_seed(7 + self.step_index)
+        for parameter in self.model.parameters():
+            yield parameter, torch.randn(parameter.shape, generator=generator, device=self.device, dtype=self.dtype)

@@ -37,7 +37,8 @@ class StrongHF(LazyStep):
     def score(self, batch: list[list[int]], labels: Tensor) -> Tensor:
         lengths = torch.tensor([len(ids) for ids in batch])
         width = int(lengths.max())
-        padded = torch.tensor([ids + [PAD] * (width - len(ids)) for ids in batch])
+        padded = torch.tensor([ids + [PAD] * (width - len(ids)) for ids in batch], device=self.device)
         hidden = self.model.model(input_ids=padded.repeat(2, 1), use_cache=False).last_hidden_state
-        last_hidden = hidden[torch.arange(len(hidden)), lengths.repeat(2) - 1]
+        last = lengths.repeat(2).to(self.device) - 1
+        last_hidden = hidden[torch.arange(len(hidden), device=self.device), last]
         return self.two_option_losses(last_hidden, labels)

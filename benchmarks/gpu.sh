@@ -1,0 +1,91 @@
+#!/usr/bin/env bash
+# Everything that is to be measured on a GPU, in pieces of under ten minutes each.
+#
+#   bash benchmarks/gpu.sh check            # first: tests marked gpu, every contender for a few steps at 125M
+#   bash benchmarks/gpu.sh core-13b         # one of the pieces below; results in $OUT
+#   OUT=/tmp/results DTYPE=bfloat16 bash benchmarks/gpu.sh core-1.3b
+#
+# Each piece writes PIECE.json and PIECE.txt to $OUT (benchmarks/results/gpu). A machine with network: `make install`
+# before. One without: VLLM_KIT names a directory whose bootstrap.sh, sourced here, puts vLLM on the path; this package
+# is then installed from its source, without an index, where the run can see its entry points.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+PIECES="check core-1.3b core-2.7b core-6.7b core-13b b32-1.3b b64-1.3b b128-1.3b b32-13b b64-13b b128-13b
+mezo anatomy-1.3b anatomy-13b memory serving long-1.3b long-13b"
+OUT=${OUT:-benchmarks/results/gpu}
+DTYPE=${DTYPE:-float16} # what the OPT checkpoints are in
+LIMIT_S=${LIMIT_S:-585}
+
+usage() {
+    sed -n '2,11s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+    echo "pieces:" $PIECES
+    exit 2
+}
+
+find_python() {
+    PYTHON=python3
+    if [[ -n ${VLLM_KIT:-} ]]; then
+        set +u # the kit's script is not written for it
+        GPU_SKIP_PROBE=1 . "$VLLM_KIT/bootstrap.sh"
+        set -u
+        local site=${TMPDIR:-/tmp}/vllm-zo-site
+        python3 -m pip install -q --no-index --no-deps --no-build-isolation --upgrade --target "$site" .
+        export PYTHONPATH=$site:${PYTHONPATH:-}
+    elif [[ -x .venv/bin/python ]]; then
+        PYTHON=.venv/bin/python
+    fi
+}
+
+record() { # record NAME PROGRAM ARGUMENTS...: what it prints goes to the screen and to NAME.txt
+    local name=$1
+    shift
+    timeout "$LIMIT_S" "$PYTHON" "$@" 2>"$OUT/$name.log" | tee "$OUT/$name.txt" || {
+        tail -n 40 "$OUT/$name.log" >&2
+        echo "$name failed; the whole log: $OUT/$name.log" >&2
+        return 1
+    }
+}
+
+core() { # core NAME SHAPE ARGUMENTS...
+    local name=$1 shape=$2
+    shift 2
+    program "$name" core_step.py "$shape" "$@"
+}
+
+check() {
+    local failed=0
+    # Named one by one: the other files need packages that a machine without network may lack.
+    record check-tests -m pytest -o addopts= -p no:cacheprovider -rA -m gpu $(grep -l 'mark\.gpu' tests/test_*.py) || failed=1
+    core check-core 125m --rounds 1 --interval 10 --slow-steps 4 \
+        --against official-full,official,dense-mezo,strong,packed,compiled,gemms || failed=1
+    return $failed
+}
+
+program() { # program NAME FILE SHAPE ARGUMENTS...
+    local name=$1 file=$2 shape=$3
+    shift 3
+    record "$name" "benchmarks/$file" --device cuda --shape "$shape" --dtype "$DTYPE" --json "$OUT/$name.json" "$@"
+}
+
+piece=${1:-}
+shape=${piece#*-}
+[[ -n $piece && " ${PIECES//$'\n'/ } " == *" $piece "* ]] || usage
+mkdir -p "$OUT"
+find_python
+case $piece in
+    check) LIMIT_S=290 check ;;
+    core-1.3b) core "$piece" "$shape" --rounds 3 --against official-full,official,strong,compiled,gemms ;;
+    core-2.7b) core "$piece" "$shape" --rounds 2 --against official-full,official,strong,compiled,gemms ;;
+    core-*) core "$piece" "$shape" --rounds 2 ;;
+    b32-* | b64-* | b128-*)
+        batch=${piece%%-*}
+        core "$piece" "$shape" --batch "${batch#b}" --rounds 2 --interval 20 --against official,compiled,gemms
+        ;;
+    mezo) core mezo 1.3b --method factorized-mezo --space fold --rank 128 --rounds 2 --against dense-mezo ;;
+    anatomy-*) program "$piece" step_anatomy.py "$shape" ;;
+    memory) program memory memory.py 1.3b --rounds 1 ;;
+    serving) program serving serving.py 13b --budgets 256,1024,0 --rate 20 --rounds 2 --seconds 6 ;;
+    long-1.3b) program "$piece" long_run.py "$shape" ;;
+    long-13b) program "$piece" long_run.py "$shape" --steps 350 --eval-interval 150 ;;
+esac
