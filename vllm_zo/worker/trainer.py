@@ -28,7 +28,6 @@ from vllm_zo.commands import (
     CommandFailed,
     DropGroup,
     Fold,
-    GroupResult,
     Materialise,
     OpenGroup,
     Publish,
@@ -44,6 +43,7 @@ from vllm_zo.methods.fold import fold_into
 from vllm_zo.methods.spaces import basis_of
 from vllm_zo.methods.state import AdapterState
 from vllm_zo.worker.base_weights import BaseWeights, check_writable
+from vllm_zo.worker.host_copy import HostCopies, PendingGroup
 from vllm_zo.worker.host_memory import TRIM_INTERVAL, give_back_freed_memory
 from vllm_zo.worker.modules import Target, find_targets
 from vllm_zo.worker.rows import Chunk
@@ -96,27 +96,6 @@ class OpenedGroup:
     table: LossTable
 
 
-@dataclass
-class PendingGroup:
-    """A closed group whose numbers are still on the device."""
-
-    group_id: str
-    losses: Tensor
-    predictions: Tensor
-    coefficients: Tensor
-    finite: Tensor
-
-    def resolve(self) -> GroupResult:
-        """Copy to the host; the only wait for the device, and not in the step."""
-        return GroupResult(
-            self.group_id,
-            self.losses.tolist(),
-            self.predictions.tolist(),
-            self.coefficients.tolist(),
-            bool(self.finite.item()),
-        )
-
-
 class Trainer:
     """Training state of one worker: jobs, open groups, slots, published versions, base weights."""
 
@@ -132,6 +111,7 @@ class Trainer:
         self._failed: set[str] = set()
         """Jobs of which a command failed. The scheduler hears of it a step later: groups that close meanwhile are
         dropped, or the state would hold an update that no log has."""
+        self._copies = HostCopies(device)
         self._pending: list[PendingGroup] = []
         self._results = ZOResults()
         serve_versions(lora_manager, self.versions)
@@ -259,7 +239,7 @@ class Trainer:
             coefficients, finite = job.take_round(plan, losses, command.learning_rate)
             if self.device.type == "cpu" and plan.step % TRIM_INTERVAL == 0:
                 give_back_freed_memory()
-        self._pending.append(PendingGroup(command.group_id, losses, predictions, coefficients, finite))
+        self._pending.append(self._copies.start(command.group_id, losses, predictions, coefficients, finite))
 
     @execute.register
     def _fold(self, command: Fold) -> None:

@@ -27,9 +27,10 @@ from vllm_zo import compat
 from vllm_zo.commands import COMMANDS_ATTR, RESULTS_ATTR, ScoreMember, ZOCommands, ZOResults
 from vllm_zo.compat import cpu_lora
 from vllm_zo.config import ZOTrainingConfig
+from vllm_zo.worker.host_copy import PendingGroup
 from vllm_zo.worker.kernels.shared_rows import SharedRows
 from vllm_zo.worker.scoring import Head
-from vllm_zo.worker.trainer import PendingGroup, Trainer
+from vllm_zo.worker.trainer import Trainer
 
 logger = init_logger("vllm.zo.worker")
 
