@@ -19,7 +19,7 @@ class PendingGroup:
     predictions: Tensor
     coefficients: Tensor
     finite: Tensor
-    arrived: torch.cuda.Event | None = None
+    arrived: torch.cuda.Event | None
     """None: they are there."""
 
     def resolve(self) -> GroupResult:
@@ -49,14 +49,14 @@ class HostCopies:
         self, group_id: str, losses: Tensor, predictions: Tensor, coefficients: Tensor, finite: Tensor
     ) -> PendingGroup:
         """Begin to copy what has been queued on the current stream so far."""
-        on_device = {"losses": losses, "predictions": predictions, "coefficients": coefficients, "finite": finite}
         if self._stream is None:
-            return PendingGroup(group_id, **on_device)
+            return PendingGroup(group_id, losses, predictions, coefficients, finite, arrived=None)
+        on_device = (losses, predictions, coefficients, finite)
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
-            on_host = {name: tensor.to("cpu", non_blocking=True) for name, tensor in on_device.items()}
+            losses, predictions, coefficients, finite = (tensor.to("cpu", non_blocking=True) for tensor in on_device)
             arrived = torch.cuda.Event()
             arrived.record(self._stream)
-        for tensor in on_device.values():  # or its memory could be given to the next step before it is read
+        for tensor in on_device:  # or its memory could be given to the next step before it is read
             tensor.record_stream(self._stream)
-        return PendingGroup(group_id, **on_host, arrived=arrived)
+        return PendingGroup(group_id, losses, predictions, coefficients, finite, arrived)
