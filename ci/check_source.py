@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_zo import compat
+from vllm_zo.compat.moved import PLACES
 from vllm_zo.compat.registry import patches_in
 from vllm_zo.compat.seams import EXTENDED
 
@@ -146,6 +147,9 @@ def problems(source: Source) -> Iterator[str]:
     for file, module, name in sorted(set(imported())):
         if source.find(module, name) is None:
             yield f"missing: from {module} import {name} ({file})"
+    for name, modules in PLACES.items():
+        if not any(source.find(module, name) for module in modules):
+            yield f"missing: {name}, in none of {', '.join(modules)}"
     for target in seams():
         if source.member(target) is None:
             yield f"missing: {target}"

@@ -16,6 +16,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
+from vllm_zo.compat import moved
 from vllm_zo.config import ZOTrainingConfig
 from vllm_zo.entrypoints.cpu_defaults import apply_cpu_defaults, is_cpu_build
 from vllm_zo.entrypoints.openai.settings import (
@@ -93,9 +94,7 @@ def serve(argv: Sequence[str]) -> None:
     """
     os.environ["VLLM_PLUGINS"] = plugin_allow_list(os.environ)
     apply_cpu_defaults(in_process=False)
-    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
-
-    cli_env_setup()
+    moved.find("cli_env_setup")()
     args = parse(argv)
     if args.zo_print_flags:
         print(as_command(args, argv))
@@ -103,17 +102,16 @@ def serve(argv: Sequence[str]) -> None:
     StateDir(Path(args.zo_state_dir)).acquire().release()  # before the engine is loaded for nothing
     import uvloop
     from vllm.entrypoints.launchers.api_server.entry import run_server
-    from vllm.entrypoints.launchers.cli_args import validate_parsed_serve_args
-    from vllm.logger import configure_logging_from_args
+    from vllm import logger as vllm_logger
 
-    configure_logging_from_args(args)
-    validate_parsed_serve_args(args)
+    if hasattr(vllm_logger, "configure_logging_from_args"):  # 0.30 has no flags for logging yet
+        vllm_logger.configure_logging_from_args(args)
+    moved.find("validate_parsed_serve_args")(args)
     uvloop.run(run_server(args))
 
 
 def parse(argv: Sequence[str]) -> Namespace:
     """vLLM's arguments for its server, with training switched on."""
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     parser = FlexibleArgumentParser(
@@ -122,7 +120,7 @@ def parse(argv: Sequence[str]) -> Namespace:
         description="vLLM's OpenAI-compatible server that also fine-tunes the model it serves.",
     )
     add_flags(parser)
-    make_arg_parser(parser)
+    moved.find("make_arg_parser")(parser)
     args = parser.parse_args(list(argv))
     args.model = args.model_tag or args.model
     _switch_training_on(args, {name for name, value in vars(args).items() if value != parser.get_default(name)})

@@ -12,6 +12,7 @@ from typing import Any
 from fastapi import FastAPI
 from starlette.datastructures import State
 
+from vllm_zo.compat import moved
 from vllm_zo.config import ZOTrainingConfig
 from vllm_zo.entrypoints.engine_client import AsyncEngineClient
 from vllm_zo.entrypoints.openai import page, routes_files, routes_graders, routes_jobs, routes_models
@@ -127,7 +128,5 @@ def check_arguments(args: Namespace) -> None:
 
 
 def _template_of(state: State, args: Namespace) -> str | None:
-    from vllm.renderers.chat_utils import load_chat_template
-
-    template: str | None = load_chat_template(args.chat_template)
+    template: str | None = moved.find("load_chat_template")(args.chat_template)
     return template
