@@ -101,8 +101,8 @@ def serve(argv: Sequence[str]) -> None:
         return
     StateDir(Path(args.zo_state_dir)).acquire().release()  # before the engine is loaded for nothing
     import uvloop
-    from vllm.entrypoints.launchers.api_server.entry import run_server
     from vllm import logger as vllm_logger
+    from vllm.entrypoints.launchers.api_server.entry import run_server
 
     if hasattr(vllm_logger, "configure_logging_from_args"):  # 0.30 has no flags for logging yet
         vllm_logger.configure_logging_from_args(args)
