@@ -34,7 +34,7 @@ def test_a_step_is_a_share_of_the_probe_radius() -> None:
         size.note(coefficients)
     measured = steps[:CALIBRATION_STEPS]
     norm = math.sqrt(sum(sum(c**2 for c in step) for step in measured) / len(measured))
-    assert size.base == pytest.approx(3.0 * method.optimizer.auto_share * 2e-3 / norm, rel=1e-12)
+    assert size.base == pytest.approx(3.0 * method.optimizer.auto_share * 2e-3 * math.sqrt(4) / norm, rel=1e-12)
 
 
 def test_steps_that_say_nothing_do_not_count() -> None:
@@ -75,7 +75,8 @@ def test_the_first_steps_measure_and_the_others_move(engines: Engines, options: 
     rates = [record["learning_rate"] for record in run.history]
     norms = [sum(c**2 for c in record["projected_grad"]) for record in run.history[:CALIBRATION_STEPS]]
     method = run.config.method
-    expected = method.optimizer.auto_share * method.eps / math.sqrt(sum(norms) / CALIBRATION_STEPS)
+    share = method.optimizer.auto_share * math.sqrt(method.queries)
+    expected = share * method.eps / math.sqrt(sum(norms) / CALIBRATION_STEPS)
     assert rates == [0.0] * CALIBRATION_STEPS + [pytest.approx(expected, rel=1e-6)] * 5
     if run.config.space == "fold":
         llm.restore_base(run)

@@ -3,8 +3,9 @@
 A probe moves the weights by eps along a direction, far enough to be felt and near enough for the loss to be almost
 straight. A step is made to move them by a share of that, the optimizer's `auto_share`:
 
-    sgd and its like    lr = share * eps / w,   w the root mean square, over CALIBRATION_STEPS steps, of the norm |w_K|
-                        of a step's coefficients: the step is lr * sum_k w_k Z_k, and a probe is eps * Z_k
+    sgd and its like    lr = share * eps * sqrt(K) / w,   w the root mean square, over CALIBRATION_STEPS steps, of the
+                        norm |w_K| of a step's coefficients: the step is lr * sum_k w_k Z_k, and a probe is eps * Z_k.
+                        K directions average the noise of the estimate, so that the step may be sqrt(K) times as long
     scale-free ones     lr = share * eps: the length of their step does not depend on w_K (adam, meazo, sign, muon)
 
 The coefficients come from the first steps of the run, which are taken with learning rate 0. The result is a function of
@@ -56,8 +57,10 @@ class StepSize:
         self._squares.append(square)
         if len(self._squares) == CALIBRATION_STEPS:
             norm = math.sqrt(math.fsum(self._squares) / CALIBRATION_STEPS)
-            self.base = self._multiplier * self._method.optimizer.auto_share * self._method.eps / norm
+            method = self._method
+            share = self._multiplier * method.optimizer.auto_share * math.sqrt(method.queries)
+            self.base = share * method.eps / norm
             logger.info(
-                "learning_rate='auto': %.3g (steps of %g eps at eps=%g; coefficients of %.3g in %d steps)",
-                self.base, self._method.optimizer.auto_share, self._method.eps, norm, CALIBRATION_STEPS,
+                "learning_rate='auto': %.3g (steps of %.2g eps at eps=%g; coefficients of %.3g in %d steps)",
+                self.base, share, method.eps, norm, CALIBRATION_STEPS,
             )  # fmt: skip
