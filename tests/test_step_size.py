@@ -75,8 +75,7 @@ def test_the_first_steps_measure_and_the_others_move(engines: Engines, options: 
     rates = [record["learning_rate"] for record in run.history]
     norms = [sum(c**2 for c in record["projected_grad"]) for record in run.history[:CALIBRATION_STEPS]]
     method = run.config.method
-    share = method.optimizer.auto_share * math.sqrt(method.queries)
-    expected = share * method.eps / math.sqrt(sum(norms) / CALIBRATION_STEPS)
+    expected = method.auto_step * method.eps / math.sqrt(sum(norms) / CALIBRATION_STEPS)
     assert rates == [0.0] * CALIBRATION_STEPS + [pytest.approx(expected, rel=1e-6)] * 5
     if run.config.space == "fold":
         llm.restore_base(run)

@@ -16,6 +16,7 @@ A method puts the three together with its hyperparameters. One step, as the engi
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
@@ -54,6 +55,8 @@ class Method(ABC):
     """Update spaces the method can run in, default first."""
     refusals: ClassVar[Mapping[str, str]] = {}
     """Why it cannot run in the others."""
+    auto_share: ClassVar[float] = 1.0
+    """Factor of what `learning_rate="auto"` finds (methods/step_size.py)."""
 
     eps: float = 1e-3
     """Probe radius in weight units."""
@@ -132,6 +135,12 @@ class Method(ABC):
     def settle(self, coefficients_K: Tensor, plan: ProbePlan, losses_PE: Tensor) -> Tensor:
         """The coefficients after the further round `plan`; what is returned is what is logged and applied."""
         return self.optimizer.settle(coefficients_K, plan, losses_PE)
+
+    @property
+    def auto_step(self) -> float:
+        """Length of a step with `learning_rate="auto"`, in units of `eps` times a direction."""
+        share = self.auto_share * self.optimizer.auto_share
+        return share if self.optimizer.scale_free else share * math.sqrt(self.queries)
 
     def layout(self, modules: tuple[ModuleShape, ...]) -> FactorLayout:
         """Where the factors of `modules` lie in the flat vectors.

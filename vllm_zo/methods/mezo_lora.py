@@ -21,6 +21,8 @@ class MeZOLoRA(AdapterMethod):
     """
 
     name = "mezo-lora"
+    auto_share = 0.2
+    """Both factors move, and the product feels either: whole radii overshot on the demo model."""
     refusals: ClassVar[Mapping[str, str]] = {
         "fold": "both factors are trained for the whole run: there is no refresh to fold at"
     }

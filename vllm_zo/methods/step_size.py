@@ -1,7 +1,7 @@
 """`learning_rate="auto"`: a step size measured on the run itself, in units of the probe radius.
 
 A probe moves the weights by eps along a direction, far enough to be felt and near enough for the loss to be almost
-straight. A step is made to move them by a share of that, the optimizer's `auto_share`:
+straight. A step is made to move them by a share of that, the `auto_share` of optimizer and method:
 
     sgd and its like    lr = share * eps * sqrt(K) / w,   w the root mean square, over CALIBRATION_STEPS steps, of the
                         norm |w_K| of a step's coefficients: the step is lr * sum_k w_k Z_k, and a probe is eps * Z_k.
@@ -44,7 +44,7 @@ class StepSize:
         if given != AUTO:
             self.base = float(given) * multiplier
         elif method.optimizer.scale_free:
-            self.base = multiplier * method.optimizer.auto_share * method.eps
+            self.base = multiplier * method.auto_step * method.eps
 
     def may_be_known_after(self, steps: int) -> bool:
         """Whether the results of the first `steps` steps may decide it: those must be in before the next is made."""
@@ -58,7 +58,7 @@ class StepSize:
         if len(self._squares) == CALIBRATION_STEPS:
             norm = math.sqrt(math.fsum(self._squares) / CALIBRATION_STEPS)
             method = self._method
-            share = self._multiplier * method.optimizer.auto_share * math.sqrt(method.queries)
+            share = self._multiplier * method.auto_step
             self.base = share * method.eps / norm
             logger.info(
                 "learning_rate='auto': %.3g (steps of %.2g eps at eps=%g; coefficients of %.3g in %d steps)",
