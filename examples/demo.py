@@ -42,7 +42,6 @@ def main() -> None:
         objective=Classification(TEMPLATE, OPTIONS),
         method=LoZO(rank=2, eps=1e-3),
         bases=1,
-        learning_rate=3e-4,
         batch_size=16,
         steps=args.steps,
         eval_interval=max(1, args.steps // 4),
