@@ -96,7 +96,7 @@ def no_engine(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--slots", 1], "zo_training.slots=1: expected an integer >= 2; a pair of probes needs 2."),
         (["--slot-rank", 24], "zo_training.slot_rank=24: expected one of 1, 8, 16"),
         (["--batch-size", 25], "batch_size=25: the training data has 24 examples; use a smaller batch or more data."),
-        (["--learning-rate", -1], "learning_rate=-1.0: expected a number >= 0; LoZO uses 1e-7 for OPT-13B."),
+        (["--learning-rate", -1], "learning_rate=-1.0: expected a number >= 0; 'auto' finds one."),
         (["--steps", -1], "steps=-1: expected an integer >= 0."),
         (["--method", "lozoo"], "unknown method 'lozoo': did you mean 'lozo'?"),
         (["--method", "factorized-mezo", "--interval", 3], "unknown hyperparameter of factorized-mezo 'interval'"),

@@ -91,9 +91,10 @@ def test_a_full_disk_delays_what_is_told_and_loses_nothing(tmp_path: Path, monke
     record = job(id="ftjob-1", status="running", exclusive=True)
     store.add("jobs", record)
     answers = [
-        {"status": "running", "error": None, "records": [step(1), step(2)], "next": 2, "published": []},
-        {"status": "failed", "error": "no luck", "records": [step(3)], "next": 3, "published": []},
+        {"status": "running", "error": None, "records": [step(1), step(2)], "next": 2},
+        {"status": "failed", "error": "no luck", "records": [step(3)], "next": 3},
     ]
+    answers = [{"published": [], "learning_rate": None, **answer} for answer in answers]
 
     class Engine:
         async def call(self, method: str, *args: Any) -> Any:
