@@ -48,7 +48,7 @@ def make(tmp_path: Path, reward: Any, samples: int = 1, **options: Any) -> tuple
     objective = Reward("{q}", reward=reward, samples=samples, **options)
     row = ScoringRow((1, 2, 3), (), (), "generate", Generation(4, 1.0, 1.0, (2,)))
     train = [EncodedExample((row,) * samples, columns={"i": i, "prompts": f"p{i}"}) for i in range(ROWS)]
-    config = JobConfig(objective=objective, method=LoZO(interval=1), steps=5, batch_size=ROWS)
+    config = JobConfig(learning_rate=1e-7, objective=objective, method=LoZO(interval=1), steps=5, batch_size=ROWS)
     job = Job("job", tmp_path, config, num_bases=5, train=train, validation=[], eval_batch=8)
     job.rewarder = Rewarder(objective, lambda completions: ["".join(map(chr, ids)) for ids in completions])
     controller, recorder = Controller(slots_per_job=2, block_size=16), Recorder()
