@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import facts, gpu
 from benchmarks.children import environment
 from benchmarks.core_step import make_checkpoint
-from benchmarks.options import add_device, choose_device
+from benchmarks.options import add_device, add_model, choose_device
 from benchmarks.shapes import OPTION_TEXTS, SHAPES, Prompts
 
 PAPER_STEPS, PAPER_EVALUATIONS = 20_000, 5
@@ -89,8 +89,7 @@ def measure(args: argparse.Namespace, model: str) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, default="1.3b")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32", "float16"), default="float16")
+    add_model(parser, shape="1.3b", dtype="float16")
     parser.add_argument("--space", choices=("bank", "fold"), default="bank")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rank", type=int, default=2)

@@ -38,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import facts, gpu
 from benchmarks.children import variables_of
 from benchmarks.core_step import make_checkpoint
-from benchmarks.options import add_device, choose_device
+from benchmarks.options import add_device, add_model, choose_device
 from benchmarks.shapes import OPTION_TEXTS, SHAPES, Prompts
 
 VARIANTS = ("idle", "serving", "bank", "fold")
@@ -225,8 +225,7 @@ def markdown(summary: dict[str, dict[str, float]]) -> str:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, default="125m")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32", "float16"), default="bfloat16")
+    add_model(parser)
     parser.add_argument("--kv-mib", type=int, help="KV cache, MiB (default: 256; on a GPU 4096)")
     parser.add_argument("--slot-rank", type=int, default=16, help="max_lora_rank of all variants")
     parser.add_argument("--batch", type=int, default=16, help="examples a step")

@@ -63,14 +63,18 @@ def choose_device(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
     args.device = "cpu" if args.card is None else "cuda"
 
 
+def add_model(parser: argparse.ArgumentParser, *, shape: str = "125m", dtype: str = "bfloat16") -> None:
+    parser.add_argument("--shape", choices=SHAPES, default=shape)
+    parser.add_argument("--dtype", choices=("bfloat16", "float32", "float16"), default=dtype)
+
+
 def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where torch sees a GPU")
 
 
 def _parser(description: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, default="125m")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32", "float16"), default="bfloat16")
+    add_model(parser)
     parser.add_argument("--batch", type=int, default=16, help="examples a step")
     parser.add_argument("--method", choices=("lozo", "factorized-mezo"), default="lozo", help="what ours runs")
     parser.add_argument("--rank", type=int, default=2)

@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import facts, gpu
 from benchmarks.children import environment
 from benchmarks.core_step import make_checkpoint
-from benchmarks.options import add_device, choose_device
+from benchmarks.options import add_device, add_model, choose_device
 from benchmarks.shapes import OPTION_TEXTS, SHAPES, Prompts
 
 PHASES = ("materialise", "forward", "score", "update", "sample", "host")
@@ -167,8 +167,7 @@ def show(result: dict[str, Any]) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, default="125m")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32", "float16"), default="bfloat16")
+    add_model(parser)
     parser.add_argument("--space", choices=("bank", "fold"), default="bank")
     parser.add_argument("--rank", type=int, default=2)
     parser.add_argument("--interval", type=int, default=50)

@@ -339,7 +339,6 @@ class Job:
             "steps": self.config.steps,
             "loss": self.latest.get("loss"),
             "accuracy": self.latest.get("accuracy"),
-            "learning_rate": self.step_size.base,
             "tokens": self.tokens,
             "steps_per_second": self.meter.steps_per_second,
             "group_latency_s": self.meter.group_latency_s,

@@ -31,8 +31,6 @@ from vllm_zo.methods.step_size import AUTO
 from vllm_zo.objectives import OBJECTIVES, Objective, Reward, build_objective, describe
 from vllm_zo.validation import check_int, check_keys, check_known
 
-OPENAI_HYPERPARAMETERS = ("n_epochs", "batch_size", "learning_rate_multiplier")
-"""The last two are options of `JobConfig` as well."""
 COUNTS = {"n_evals": "eval_interval", "n_checkpoints": "publish_interval"}
 """How many evaluations and checkpoints -> the interval of `JobConfig` that gives them."""
 DEFAULT_COUNT = 4
@@ -179,7 +177,7 @@ def check_hyperparameters(algorithm: str, given: Mapping[str, Any], more: Collec
         more: names that are known besides those of every job: `REWARD_OPTIONS` where there is a reward.
     """
     set_values = {name for name, value in given.items() if value not in (AUTO, None)}
-    known = {*OPENAI_HYPERPARAMETERS, *COUNTS, *JOB_OPTIONS, *_method_options(algorithm), *more}
+    known = {"n_epochs", *COUNTS, *JOB_OPTIONS, *_method_options(algorithm), *more}
     if more:
         known |= REFERENCE.keys() - set_values
         if unused := sorted(REFERENCE.keys() & set_values):

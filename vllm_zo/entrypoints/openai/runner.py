@@ -209,14 +209,9 @@ class JobRunner:
                 job = await self._prepare(job)
             async with self.turns.turn(job_id, alone=job["exclusive"]):
                 await self._follow(await self._start(job))
-        except (ZOError, OSError) as error:
-            if self._stopping:
-                return
-            full = disk_error(error.__cause__ if isinstance(error.__cause__, OSError) else error)
-            code = "invalid_training_file" if job["status"] == VALIDATING else "job_refused"
-            await self._fail(job_id, str(full or error), code)
         except Exception as error:  # the boundary of the job: an unknown failure must not end the server
-            await self._on_unknown(job_id, error)
+            if not self._stopping:
+                await self._on_error(job, error)
 
     async def _prepare(self, job: dict[str, Any]) -> dict[str, Any]:
         await self._set(job["id"], f"Validating training file: {job['training_file']}")
@@ -248,10 +243,13 @@ class JobRunner:
         state, files = self._preparer.state, self._preparer.files
         return Follower(job, self._client, state, self._store, files, self._names, self._hub, observer)
 
-    async def _on_unknown(self, job_id: str, error: Exception) -> None:
-        if self._stopping:
-            return
-        if not self._engine_gone():
+    async def _on_error(self, job: dict[str, Any], error: Exception) -> None:
+        job_id = job["id"]
+        if isinstance(error, ZOError | OSError):
+            full = disk_error(error.__cause__ if isinstance(error.__cause__, OSError) else error)
+            code = "invalid_training_file" if job["status"] == VALIDATING else "job_refused"
+            await self._fail(job_id, str(full or error), code)
+        elif not self._engine_gone():
             logger.exception("job %s", job_id, exc_info=error)
             await self._fail(job_id, f"{type(error).__name__}: {error}", "server_error")
         elif await self._serving.engine_crashed():

@@ -104,7 +104,8 @@ class Serving:
         shutdown = self._engine.shutdown
 
         def acting(*args: Any, **kwargs: Any) -> None:
-            act()
+            if not self._engine.errored:  # an engine that has died by itself is shut down too: its jobs have failed
+                act()
             shutdown(*args, **kwargs)
 
         self._engine.shutdown = acting
