@@ -20,7 +20,7 @@ from vllm import SamplingParams
 from tests.children import Child
 from tests.engines import SENTIMENT, Engines, reviews
 from tests.test_seams import job_in_progress
-from vllm_zo import LoZO
+from vllm_zo import LoZO, Reward
 
 ENGINE: dict[str, Any] = {"max_num_batched_tokens": 96, "max_num_seqs": 16, "enable_prefix_caching": True}
 """Small: some members are prefilled in chunks, and a group takes several engine steps."""
@@ -56,6 +56,14 @@ def results(llm: Any) -> Iterator[tuple[str, Any]]:
     yield "folded", answers(llm)
     llm.restore_base(fold)
     yield "restored", answers(llm)
+    written = Reward("{sentence} It was", reward=letters, max_tokens=6, temperature=0.0)
+    job |= {"objective": written, "method": LoZO(eps=0.5, interval=2), "learning_rate": 1e-2}
+    rewarded = llm.finetune(rows, reviews(6, seed=2), **job)
+    yield "rewards", [loss for record in rewarded.history for loss in (record["loss_plus"], record["loss_minus"])]
+
+
+def letters(completions: list[str], **columns: Any) -> list[float]:
+    return [len(set(text)) / 10 for text in completions]
 
 
 def answers(llm: Any, **options: Any) -> list[float]:
@@ -89,7 +97,7 @@ ROADS: dict[str, dict[str, str]] = {
 """How the child is told which way to go; `tests.children.train_another_way` reads it."""
 NAMES = (
     "losses", "evaluations", "tuned", "losses beside traffic", "prompt logprobs beside a job", "losses in fold",
-    "folded", "restored",
+    "folded", "restored", "rewards",
 )  # fmt: skip
 
 
@@ -114,3 +122,4 @@ def test_the_results_that_should_differ_do(other: dict[str, Any]) -> None:
     for name in ("tuned", "folded"):
         assert max(abs(a - b) for a, b in zip(other[name], other["restored"], strict=True)) > 50 * LOSS_TOLERANCE
     assert len({round(loss, 4) for loss in other["losses"]}) == len(other["losses"])
+    assert len({round(loss, 4) for loss in other["rewards"]}) > len(other["rewards"]) // 2
