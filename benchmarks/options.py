@@ -31,8 +31,8 @@ def parse(argv: list[str] | None, description: str | None) -> argparse.Namespace
     if args.slow_steps < 2:
         parser.error(f"--slow-steps {args.slow_steps}: must be at least 2, a refresh step and a plain one")
     args.slow_steps = min(args.slow_steps, args.window)
-    if args.method == "factorized-mezo" and args.space != "fold":
-        parser.error("--method factorized-mezo: its V is new at every step; give --space fold")
+    if args.method != "lozo" and args.space != "fold":
+        parser.error(f"--method {args.method}: runs in no other space; give --space fold")
     choose_device(parser, args)
     args.cores = chosen_cores(args.cores, args.device)
     against = DEFAULT_AGAINST[args.device] if args.against is None else args.against
@@ -76,7 +76,7 @@ def _parser(description: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model(parser)
     parser.add_argument("--batch", type=int, default=16, help="examples a step")
-    parser.add_argument("--method", choices=("lozo", "factorized-mezo"), default="lozo", help="what ours runs")
+    parser.add_argument("--method", choices=("lozo", "factorized-mezo", "mezo"), default="lozo", help="what ours runs")
     parser.add_argument("--rank", type=int, default=2)
     parser.add_argument("--interval", type=int, default=50, help="steps between refreshes of V")
     parser.add_argument("--eps", type=float, default=1e-3)

@@ -62,7 +62,7 @@ def engine_details(llm: Any) -> dict[str, Any]:
 
 def run_ours(conn: Connection, args: Namespace) -> None:
     """Answer every `Window` with a `Timing` until None comes. `args` are those of core_step.py."""
-    from vllm_zo import LLM, Classification, FactorizedMeZO, LoZO
+    from vllm_zo import LLM, Classification, FactorizedMeZO, LoZO, MeZO
     from vllm_zo.methods.spaces import SLOT_RANKS
 
     prompts = Prompts(SHAPES[args.shape].vocab, args.batch, args.seed)
@@ -74,6 +74,8 @@ def run_ours(conn: Connection, args: Namespace) -> None:
     if args.method == "factorized-mezo":
         method = FactorizedMeZO(rank=args.rank, eps=args.eps)
         zo_training = {"slot_rank": min(r for r in SLOT_RANKS if r >= 2 * args.rank)}
+    if args.method == "mezo":
+        method = MeZO(eps=args.eps)
     llm = LLM(args.model_dir, dtype=args.dtype, zo_training=zo_training, **options)
     conn.send(Ready({"pid": os.getpid(), "space": args.space, **engine_details(llm)}))
     llm.finetune(

@@ -26,13 +26,19 @@ from vllm_zo.objectives.base import EncodedExample, Objective, ScoringRow
 DECODER_LAYER = re.compile(r"(^|.*\.)(layers|h|blocks)\.\d+\..+")
 
 
-def decoder_linears(model: nn.Module) -> dict[str, nn.Linear]:
-    """Linear modules inside decoder layers by Hugging Face name; the LM head and input projections lie outside."""
+def trainable(model: nn.Module) -> dict[str, nn.Module]:
+    """By Hugging Face name: linear modules inside decoder layers, and of a Llama the embeddings and the LM head."""
+    others = ("model.embed_tokens", "lm_head") if model.config.model_type == "llama" else ()
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and DECODER_LAYER.fullmatch(name)
+        if name in others or (isinstance(module, nn.Linear) and DECODER_LAYER.fullmatch(name))
     }
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    """(out, in) view of the weight; an embedding has one-hot inputs."""
+    return module.weight.T if isinstance(module, nn.Embedding) else module.weight
 
 
 class ReferenceTrainer:
@@ -57,14 +63,14 @@ class ReferenceTrainer:
         target_modules: str = "all-linear",
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        linears = decoder_linears(model)
-        self.names = select_modules(target_modules, linears)
-        self.base = {name: linears[name].weight.detach().clone() for name in self.names}
+        modules = trainable(model)
+        self.names = select_modules(target_modules, modules)
+        self.base = {name: weight_of(modules[name]).detach().clone() for name in self.names}
         self.model = copy.deepcopy(model).to(dtype).eval()
-        self.linears = decoder_linears(self.model)
+        self.modules = trainable(self.model)
         self.method, self.objective, self.space = method, objective, update_space
         self.job_seed, self.num_bases = job_seed, num_bases
-        shapes = tuple(ModuleShape(n, linears[n].out_features, linears[n].in_features) for n in self.names)
+        shapes = tuple(ModuleShape(name, *weight.shape) for name, weight in self.base.items())
         self.layout = method.layout(shapes)
         self.state = AdapterState(method, self.layout, job_seed, num_bases)
         self.basis = 0
@@ -135,7 +141,7 @@ class ReferenceTrainer:
     def score(self, examples: Sequence[EncodedExample], offset_N: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(1, E) losses in nats and (1, E) predictions at the current weights, or at a probe's."""
         for name, weight in self.weights(offset_N).items():
-            self.linears[name].weight.copy_(weight)
+            weight_of(self.modules[name]).copy_(weight)
         cells = [self._cells(row) for example in examples for row in example.rows]
         return self.objective.loss(torch.cat(cells)[None], examples)
 

@@ -24,12 +24,16 @@ def token_ids(model: Path | str) -> list[list[int]]:
 
 
 def of_vllm(llm: Any, model: Path | str, **kwargs: Any) -> list[float]:
-    """Log-probability of every token of the texts but their first."""
+    """Log-probability of every token of the texts but their first.
+
+    One text at a time: where an adapter may reach the LM head (Llama), vLLM 0.32 on CPU fails on prompt
+    log-probabilities of two requests at once.
+    """
     from vllm import SamplingParams
 
     params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0)
     prompts = [{"prompt_token_ids": ids} for ids in token_ids(model)]
-    outputs = llm.generate(prompts, params, use_tqdm=False, **kwargs)
+    outputs = [output for prompt in prompts for output in llm.generate([prompt], params, use_tqdm=False, **kwargs)]
     return [
         position[token].logprob
         for output in outputs

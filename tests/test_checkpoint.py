@@ -477,6 +477,14 @@ def test_a_pytorch_bin_base_without_the_model_prefix_and_with_a_tied_head_is_mer
         torch.testing.assert_close(tensor, expected[name], rtol=1e-5, atol=1e-6)
 
 
+def test_embeddings_and_head_that_are_one_matrix_are_not_merged(opt: Path, tmp_path: Path) -> None:
+    module = ModuleShape("model.decoder.embed_tokens", 64, tiny.VOCAB_SIZE)
+    header = header_of(LoZO(rank=2, interval=3), "bank", 2, str(opt), modules=[module])
+    with pytest.raises(ConfigError, match="are one matrix in it, and 'model.decoder.embed_tokens' was trained alone"):
+        export_merged(str(opt), rebuild_state(random_log(header, 4)), tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
 def test_merging_into_another_model_is_refused(opt: Path, tmp_path: Path) -> None:
     log = model_log(opt)
     other = tiny.make_opt(tmp_path / "other", seed=1)
@@ -537,7 +545,7 @@ def test_presets_choose_the_modules_their_names_promise(base: Path) -> None:
     assert set(select_modules("all-linear", names)) == {*attention, *mlp} == set(names) - {"lm_head"}
 
 
-@pytest.mark.parametrize("pattern", ["q_proj", "atention", "lm_head"])
+@pytest.mark.parametrize("pattern", ["q_proj", "atention", "embeddings"])
 def test_a_scope_that_matches_nothing_is_an_error(pattern: str) -> None:
     names = ["model.layers.0.self_attn.q_proj", "lm_head"]
     with pytest.raises(ConfigError, match=f"target_modules='{pattern}'"):

@@ -116,9 +116,12 @@ def test_a_learning_rate_of_zero_and_zero_steps_are_allowed() -> None:
         ({"bases": 0}, r"bases=0: expected an integer >= 1"),
         ({"bases": 2, "update_space": "fold"}, r"bases=2: update_space='fold' keeps one basis"),
         ({"target_modules": "(q_proj"}, r"target_modules='\(q_proj': not a regular expression"),
-        ({"target_modules": ["q_proj"]}, r"target_modules=\['q_proj'\]: expected one of all-linear, attention, mlp or"),
-        ({"target_modules": "embeddings"}, r"target_modules='embeddings': cannot be trained .a ZO slot holds linear"),
-        ({"target_modules": "lm_head"}, r"target_modules='lm_head': cannot be trained .members are scored by the"),
+        (
+            {"target_modules": ["q_proj"]},
+            r"target_modules=\['q_proj'\]: expected one of all-linear, attention, mlp, emb",
+        ),
+        ({"target_modules": "embeddings", "update_space": "fold"}, r"'embeddings': update_space='fold' writes linear"),
+        ({"target_modules": "lm_head", "method": "factorized-mezo"}, r"'lm_head': update_space='fold' writes linear"),
         ({"micro_batches": 0}, r"micro_batches=0: expected an integer >= 1"),
         ({"eps_schedule": "linar"}, r"unknown eps_schedule 'linar': did you mean 'linear'\?"),
         ({"max_coefficient": 0.0}, r"max_coefficient=0\.0: expected a number > 0; None sets no limit"),
@@ -408,7 +411,15 @@ LLAMA = ["model.layers.0.self_attn.q_proj", "model.layers.0.mlp.gate_proj", "mod
     ("target_modules", "names", "expected"),
     [
         ("all-linear", OPT, OPT),
-        ("all-linear", [*OPT, "lm_head", "model.decoder.project_in"], OPT),
+        ("all-linear", ["model.decoder.embed_tokens", *OPT, "lm_head"], OPT),
+        ("mlp", ["model.decoder.embed_tokens", *OPT, "lm_head"], OPT[2:]),
+        ("embeddings", ["model.decoder.embed_tokens", *OPT, "lm_head"], ["model.decoder.embed_tokens"]),
+        ("lm_head", ["model.decoder.embed_tokens", *OPT, "lm_head"], ["lm_head"]),
+        (
+            r".*(embed_tokens|fc1)",
+            ["model.decoder.embed_tokens", *OPT, "lm_head"],
+            ["model.decoder.embed_tokens", OPT[2]],
+        ),
         ("attention", OPT, OPT[:2]),
         ("mlp", OPT, OPT[2:]),
         ("attention", LLAMA, LLAMA[:1]),
@@ -421,5 +432,5 @@ def test_target_modules_select_by_hugging_face_name(target_modules: str, names: 
 
 
 def test_an_expression_that_matches_no_whole_name_shows_the_names() -> None:
-    with pytest.raises(ConfigError, match=f"target_modules='q_proj': matches no linear module.*{re.escape(OPT[0])}"):
+    with pytest.raises(ConfigError, match=f"target_modules='q_proj': matches no module.*{re.escape(OPT[0])}"):
         select_modules("q_proj", OPT)

@@ -87,6 +87,23 @@ def test_grouped_lora_equals_the_dense_product_and_the_stock_path(dtype: torch.d
         assert error <= (theirs.double() - expected).abs().max() + tolerance * 2
 
 
+def test_rows_of_logits_use_their_own_adapter_or_none() -> None:
+    """Stock vLLM gives a row without an adapter the last slot's, which is a probe of ours."""
+    torch.manual_seed(0)
+    slots = [IDS.index(i) if i else -1 for i in (0, 14, 11, 11, 0, 12)]
+    grouped = GroupedPunicaWrapper(64, 16, "cpu")
+    mapping = LoRAMapping((0, 14, 11, 11, 0, 12), (0, 14, 11, 11, 0, 12), is_prefill=False)
+    grouped.update_metadata(mapping, list(IDS), SLOTS + 1, 100)
+    a, b = torch.randn(SLOTS, 1, RANK, IN), torch.randn(SLOTS, 1, 100, RANK)
+    x, base = torch.randn(6, IN), torch.randn(6, 104)  # padded vocabulary
+    expected = base.double()
+    for t, slot in enumerate(slots):
+        if slot >= 0:
+            expected[t, :100] += 0.5 * x[t].double() @ a[slot, 0].double().T @ b[slot, 0].double().T
+    grouped.add_lora_logits(base, x, a, b, 0.5)
+    torch.testing.assert_close(base.double(), expected, rtol=0, atol=60 * torch.finfo(torch.float32).eps * 4)
+
+
 def test_add_inputs_false_overwrites() -> None:
     wrapper = GroupedPunicaWrapper(64, 16, "cpu")
     wrapper.update_metadata(LoRAMapping((11, 0), (11, 0), is_prefill=True), list(IDS), SLOTS + 1, 100)

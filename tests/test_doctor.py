@@ -7,7 +7,6 @@ import re
 from importlib import metadata
 
 import pytest
-from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
 
 from tests.cli import vllm_zo
 from tests.engines import Engines, worker_of
@@ -64,12 +63,13 @@ def test_doctor_knows_the_memory_that_slots_take_in_the_engine(engines: Engines,
     answer = vllm_zo(capsys, "doctor", "--json", "--model", engines.model("llama"), *flags)
     (check,) = [c for c in json.loads(answer.out) if c["name"] == "training slots"]
     llm = engines.get("llama", zo_training={"slots": 4, "slot_rank": 8})
+    modules = worker_of(llm).model_runner.lora_manager._adapter_manager.modules
+    assert {"lm_head", "model.embed_tokens"} < modules.keys()
+    stacked = [s for module in modules.values() for s in (module.lora_a_stacked, module.lora_b_stacked)]
     taken = sum(
-        tensor[-4:].nbytes
-        for module in worker_of(llm).model_runner.lora_manager._adapter_manager.modules.values()
-        if isinstance(module, BaseLinearLayerWithLoRA)
-        for tensor in (*module.lora_a_stacked, *module.lora_b_stacked)
-    )
+        tensor[-4:].nbytes for one_or_more in stacked for tensor in
+        (one_or_more if isinstance(one_or_more, tuple) else [one_or_more])
+    )  # fmt: skip
     assert check["value"].startswith(f"4 of rank 8: {taken / 2**20:.1f} MiB, ")
     unknown = vllm_zo(capsys, "doctor", "--model", "/no/such/model")
     assert unknown.status == 2 and "no such directory" in unknown.error

@@ -57,6 +57,14 @@ CASES: dict[str, dict[str, Any]] = {
     "llama packs qkv and gate_up": {"method": LOZO, "family": "llama"},
     "qwen2": {"method": LOZO, "family": "qwen2", "update_space": "fold"},
     "attention only": {"method": LOZO, "target_modules": "attention"},
+    "embeddings": {"method": LOZO, "family": "llama", "target_modules": "embeddings"},
+    "LM head": {"method": LOZO, "family": "llama", "target_modules": "lm_head", "bases": 2},
+    "embeddings, LM head and layers, all tokens of a text": {
+        "method": replace(LOZO, queries=2),
+        "family": "llama",
+        "target_modules": ".*",
+        "objective": LanguageModeling(prompt_field="sentence", completion_field="sentence"),
+    },
     "options as full sequences": {"method": LOZO, "objective": replace(SENTIMENT, mode="full")},
     "two-token options": {"method": LOZO, "objective": replace(SENTIMENT, options=(" so terrible", " so great"))},
     "language modelling": {

@@ -24,6 +24,13 @@ from vllm_zo.entrypoints.saved_jobs import replay_job
 
 FAMILIES = ["opt", "qwen2"]
 """Qwen2 packs gate and up besides q, k and v, has grouped-query attention, and biases on q, k and v only."""
+ADAPTED: dict[str, tuple[str, dict[str, Any]]] = {
+    **{family: (family, {}) for family in FAMILIES},
+    "llama with embeddings and head": ("llama", {"target_modules": ".*", "learning_rate": 1e-3}),
+    "llama's embeddings": ("llama", {"target_modules": "embeddings", "learning_rate": 1e-3}),
+    "llama's head": ("llama", {"target_modules": "lm_head", "learning_rate": 1e-3}),
+}
+"""Name -> family and options of a `bank` run."""
 PACKED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 VISIBLE = 0.05
 """Nats that training must move some token by: a hundred times the tolerance."""
@@ -39,67 +46,68 @@ def assert_trained(tuned: list[float], base: list[float]) -> None:
 
 @pytest.fixture(scope="module")
 def trained(engines: Engines) -> dict[str, tuple[Any, list[float]]]:
-    """By family: a `bank` run, and what its engine answers with its adapter."""
+    """By name: a `bank` run, and what its engine answers with its adapter."""
     found = {}
-    for family in FAMILIES:
+    for name, (family, options) in ADAPTED.items():
         llm, model = engines.get(family), engines.model(family)
-        run = train(llm, learning_rate=3e-2)
+        run = train(llm, **{"learning_rate": 3e-2, **options})
         answers = scores.of_vllm(llm, model, lora_request=run.lora_request)
         assert_trained(answers, scores.of_vllm(llm, model))
-        found[family] = run, answers
+        found[name] = run, answers
     return found
 
 
 @pytest.fixture(scope="module")
 def saved(trained: dict[str, tuple[Any, list[float]]], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """By family: the adapter directory of the run."""
+    """By name: the adapter directory of the run."""
     found = {}
-    for family, (run, _) in trained.items():
-        found[family] = tmp_path_factory.mktemp(f"adapter-{family}")
-        run.save(found[family])
+    for name, (run, _) in trained.items():
+        found[name] = tmp_path_factory.mktemp("adapter")
+        run.save(found[name])
     return found
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", ADAPTED)
 def test_a_saved_adapter_answers_in_peft_as_in_the_engine(
-    engines: Engines, trained: dict[str, tuple[Any, list[float]]], saved: dict[str, Path], family: str
+    engines: Engines, trained: dict[str, tuple[Any, list[float]]], saved: dict[str, Path], name: str
 ) -> None:
-    model = PeftModel.from_pretrained(load(engines.model(family)), saved[family])
-    answers = scores.of_transformers(model, engines.model(family))
-    assert answers == pytest.approx(trained[family][1], abs=scores.TOLERANCE)
+    directory = engines.model(ADAPTED[name][0])
+    model = PeftModel.from_pretrained(load(directory), saved[name])
+    assert scores.of_transformers(model, directory) == pytest.approx(trained[name][1], abs=scores.TOLERANCE)
 
 
 def test_a_saved_adapter_answers_in_stock_vllm_as_in_the_engine(
     engines: Engines, trained: dict[str, tuple[Any, list[float]]], saved: dict[str, Path]
 ) -> None:
     """In a process that never imports this package: another LoRA kernel, another loader."""
-    pairs = [f"{engines.model(family)}:{saved[family]}" for family in FAMILIES]
+    names = [*FAMILIES, "llama with embeddings and head"]
+    pairs = [f"{engines.model(ADAPTED[name][0])}:{saved[name]}" for name in names]
     reports = Child("answer_in_stock_vllm", *pairs, VLLM_PLUGINS="").finish()
-    for family, report in zip(FAMILIES, reports, strict=True):
-        assert report["answers"] == pytest.approx(trained[family][1], abs=scores.TOLERANCE)
+    for name, report in zip(names, reports, strict=True):
+        assert report["answers"] == pytest.approx(trained[name][1], abs=scores.TOLERANCE)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", ADAPTED)
 def test_a_merged_bank_run_answers_in_transformers_as_in_the_engine(
-    engines: Engines, trained: dict[str, tuple[Any, list[float]]], family: str, tmp_path: Path
+    trained: dict[str, tuple[Any, list[float]]], name: str, tmp_path: Path
 ) -> None:
-    run, answers = trained[family]
+    run, answers = trained[name]
     run.save_merged(tmp_path)
     assert scores.of_transformers(load(tmp_path), tmp_path) == pytest.approx(answers, abs=scores.TOLERANCE)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("case", ADAPTED)
 def test_the_log_alone_gives_the_state_and_the_adapter_bit_for_bit(
-    trained: dict[str, tuple[Any, list[float]]], saved: dict[str, Path], family: str, tmp_path: Path
+    trained: dict[str, tuple[Any, list[float]]], saved: dict[str, Path], case: str, tmp_path: Path
 ) -> None:
-    run, _ = trained[family]
+    run, _ = trained[case]
     shutil.copyfile(run.directory / "seeds.log", tmp_path / "seeds.log")
     log = read_seed_log(tmp_path / "seeds.log")
     assert log.num_steps == run.version == STEPS
     assert torch.equal(rebuild_state(log).acc_BN, load_file(run.version_file)[TENSOR])
     assert list(replay_job(tmp_path, output=tmp_path / "adapter"))
     name = "adapter_model.safetensors"
-    assert (tmp_path / "adapter" / name).read_bytes() == (saved[family] / name).read_bytes()
+    assert (tmp_path / "adapter" / name).read_bytes() == (saved[case] / name).read_bytes()
 
 
 @pytest.fixture

@@ -26,11 +26,12 @@ GREEDY = SamplingParams(max_tokens=8, temperature=0.0, logprobs=2)
 
 def answers(llm: Any, **kwargs: Any) -> list[tuple[list[int], list[float]]]:
     """Greedy tokens of each prompt with the margin of each over the runner-up."""
-    outputs = llm.generate(PROMPTS, GREEDY, use_tqdm=False, **kwargs)
-    return [
-        (list(o.outputs[0].token_ids), [margin([p.logprob for p in step.values()]) for step in o.outputs[0].logprobs])
-        for o in outputs
-    ]
+    return [greedy(output) for output in llm.generate(PROMPTS, GREEDY, use_tqdm=False, **kwargs)]
+
+
+def greedy(output: Any) -> tuple[list[int], list[float]]:
+    (written,) = output.outputs
+    return list(written.token_ids), [margin([p.logprob for p in position.values()]) for position in written.logprobs]
 
 
 def margin(logprobs: list[float]) -> float:
@@ -65,6 +66,41 @@ def test_a_published_adapter_answers_the_same_with_a_job_running(engines: Engine
     assert [a for a, _ in alone] != [a for a, _ in answers(llm)], "the adapter must change something"
     with job_in_progress(llm, learning_rate=1e-2, seed=5):
         assert_agree(answers(llm, lora_request=tuned.lora_request), alone)
+
+
+def test_adapters_of_the_lm_head_answer_the_same_with_a_job_running(engines: Engines) -> None:
+    """A Llama: which slot a row of logits uses must follow the row when those of members are left out, for answers and
+    for log-probabilities of prompt tokens."""
+    llm = engines.get("llama")
+    run = llm.finetune(reviews(16), steps=4, learning_rate=1e-3, target_modules="lm_head", **RUN)
+    assert run.lora_request is not None
+    requests = [None, run.lora_request, None]
+    params = SamplingParams(max_tokens=8, temperature=0.0, logprobs=2, prompt_logprobs=0)
+
+    def ask(prompts: Any, requests: Any) -> list[Any]:
+        return list(llm.generate(prompts, params, use_tqdm=False, lora_request=requests))
+
+    alone = [output for pair in zip(PROMPTS, requests, strict=True) for output in ask(*pair)]
+    together = ask(PROMPTS, requests)
+    with job_in_progress(llm, learning_rate=1e-2, target_modules=".*"):
+        beside = ask(PROMPTS, requests)
+    for outputs in (together, beside):
+        assert_agree([greedy(o) for o in outputs], [greedy(o) for o in alone])
+        assert of_prompts(outputs) == pytest.approx(of_prompts(alone), abs=LOSS_TOLERANCE)
+    change = zip(of_prompts(ask(PROMPTS[1], None)), of_prompts(alone[1:2]), strict=True)
+    assert max(abs(a - b) for a, b in change) > 500 * LOSS_TOLERANCE, "the adapter must show"
+
+
+def of_prompts(outputs: list[Any]) -> list[float]:
+    return [p.logprob for o in outputs for position in o.prompt_logprobs[1:] for p in position.values()]
+
+
+def test_a_scope_that_the_model_cannot_carry_is_refused_with_the_reason(engines: Engines) -> None:
+    llm = engines.get()
+    for scope in ("embeddings", "lm_head"):
+        with pytest.raises(JobError, match=f"target_modules='{scope}': vLLM's LoRA does not carry"):
+            llm.finetune(reviews(16), steps=4, learning_rate=1e-2, target_modules=scope, **RUN)
+    assert not scheduler_of(llm).zo.has_work()
 
 
 def test_the_trajectory_with_traffic_beside_it_stays_within_rounding(engines: Engines) -> None:
@@ -213,7 +249,7 @@ def test_probes_carry_the_directions_that_the_update_uses(engines: Engines, monk
     def look(*args: Any) -> None:
         job = next(iter(trainer.jobs.values()))
         target = job.targets[0]
-        page = target.module.lora_b_stacked[target.slice_index][trainer.pool.first : trainer.pool.first + 2, 0, :, :2]
+        page = target.b_pages[trainer.pool.first : trainer.pool.first + 2, :, :2]
         pages.append(page.clone())
         score(*args)
 

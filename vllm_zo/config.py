@@ -14,7 +14,7 @@ from vllm_zo.methods.base import check_registered
 from vllm_zo.methods.schedules import LR_SCHEDULES, LRSchedule
 from vllm_zo.methods.spaces import SLOT_RANKS, check_space
 from vllm_zo.methods.step_size import AUTO
-from vllm_zo.methods.targets import target_pattern
+from vllm_zo.methods.targets import EMBEDDINGS, LM_HEAD, target_pattern
 from vllm_zo.objectives import Objective, build_objective, describe
 from vllm_zo.validation import (
     check_bool,
@@ -176,6 +176,11 @@ class JobConfig:
         if self.space == "fold" and self.bases not in (None, 1):
             raise ConfigError(f"bases={self.bases}: update_space='fold' keeps one basis; drop bases, or use 'bank'.")
         target_pattern(self.target_modules)
+        if self.space == "fold" and self.target_modules in (EMBEDDINGS, LM_HEAD):
+            raise ConfigError(
+                f"target_modules={self.target_modules!r}: update_space='fold' writes linear layers only; use 'bank' "
+                "and a method that runs in it."
+            )
 
     def _check_bookkeeping(self) -> None:
         check_optional_int("eval_interval", self.eval_interval, 1, fix="None evaluates at the start and the end only")

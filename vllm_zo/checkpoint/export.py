@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save
 from torch import Tensor
+from transformers import AutoConfig
 
 from vllm_zo import noise
 from vllm_zo.checkpoint.compress import truncate
@@ -30,9 +31,12 @@ from vllm_zo.methods.base import ModuleShape
 from vllm_zo.methods.fold import fold_into
 from vllm_zo.methods.spaces import SLOT_RANKS
 from vllm_zo.methods.state import AdapterState
+from vllm_zo.methods.targets import EMBEDDINGS, LINEAR, kind_of
 from vllm_zo.validation import check_int
 
 MERGE_STREAM = "merge"
+_PEFT_KEYS = {False: ("lora_A.weight", "lora_B.weight"), True: ("lora_embedding_A", "lora_embedding_B")}
+"""What `peft` calls the factors of an embedding, and of anything else."""
 
 
 @dataclass(frozen=True)
@@ -85,8 +89,8 @@ def export_peft(
         if rank is not None:
             u_OR, v_IR, module_dropped, module_total = truncate(u_OR, v_IR, rank)
             dropped, total = dropped + module_dropped, total + module_total
-        tensors[f"base_model.model.{module.name}.lora_A.weight"] = v_IR.T.to(dtype).contiguous()
-        tensors[f"base_model.model.{module.name}.lora_B.weight"] = u_OR.to(dtype).contiguous()
+        a, b = (f"base_model.model.{module.name}.{key}" for key in _PEFT_KEYS[kind_of(module.name) == EMBEDDINGS])
+        tensors[a], tensors[b] = v_IR.T.to(dtype).contiguous(), u_OR.to(dtype).contiguous()
     width = exact_rank if rank is None else rank
     warnings = _rank_warnings(width)
     report = AdapterReport(directory, width, bases, dropped / total if total else 0.0, warnings)
@@ -193,6 +197,7 @@ def _check_base(base_model: str, log: SeedLog) -> None:
 
 
 def _merge_state(base: Path, state: AdapterState, target: Path) -> None:
+    _check_untied(base, state)
     located = locate(state.layout.modules, base)
     factors = {module.name: (u, v) for module, u, v in _factors(state, tuple(range(state.num_bases)))}
     key = noise.derive_key(state.job_seed, MERGE_STREAM)
@@ -202,9 +207,21 @@ def _merge_state(base: Path, state: AdapterState, target: Path) -> None:
             return weight
         check_weight(module, weight, base)
         u, v = factors[module.name]
+        if kind_of(module.name) == EMBEDDINGS:  # a row a token: the transpose of what a linear layer would have
+            u, v = v, u
         return fold_into(weight, u, v, key, module.name)
 
     rewrite_checkpoint(base, target, add)
+
+
+def _check_untied(base: Path, state: AdapterState) -> None:
+    """One matrix for embeddings and head cannot hold two updates."""
+    changed = [module.name for module in state.layout.modules if kind_of(module.name) != LINEAR]
+    if changed and AutoConfig.from_pretrained(base).tie_word_embeddings:
+        raise ConfigError(
+            f"{base}: embeddings and LM head are one matrix in it, and {changed[0]!r} was trained alone: export the "
+            "adapter instead."
+        )
 
 
 def _merge_folds(base: Path, log: SeedLog, target: Path, upto: int | None) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from vllm_zo.checkpoint.files import replacing, write_atomically
 from vllm_zo.errors import ConfigError
 from vllm_zo.methods.base import ModuleShape
+from vllm_zo.methods.targets import EMBEDDINGS, kind_of
 
 SAFETENSORS_INDEX, BIN_INDEX = "model.safetensors.index.json", "pytorch_model.bin.index.json"
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -128,8 +129,11 @@ def locate(modules: Iterable[ModuleShape], directory: Path) -> dict[str, ModuleS
 
 
 def check_weight(module: ModuleShape, weight: Tensor, directory: Path) -> None:
-    """Raise ConfigError when a weight is not the (out, in) floating-point matrix that was trained."""
+    """Raise ConfigError when a weight is not the (out, in) floating-point matrix that was trained; (in, out) if it is
+    an embedding, which has a row a token."""
     expected = (module.out_features, module.in_features)
+    if kind_of(module.name) == EMBEDDINGS:
+        expected = expected[::-1]
     if tuple(weight.shape) != expected or weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ConfigError(
             f"{directory}: {module.name} is {tuple(weight.shape)} {weight.dtype}, expected {expected} in float32, "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -30,7 +31,8 @@ class SlotMemory:
 def slot_memory(model: str, zo: ZOTrainingConfig, dtype: str = "auto") -> SlotMemory:
     """What `zo` reserves in an engine that serves `model`.
 
-    A slot has A (rank x in) and B (out x rank) for every linear layer; vLLM pads both to the slot rank.
+    A slot has A (rank x in) and B (out x rank) for every linear layer, and for embeddings and head where vLLM's LoRA
+    carries them, trained or not; vLLM pads both to the slot rank.
 
     Raises:
         ConfigError: the model or the type is not known.
@@ -50,9 +52,20 @@ def slot_memory(model: str, zo: ZOTrainingConfig, dtype: str = "auto") -> SlotMe
     head = built.get_output_embeddings()
     linears = [m for m in built.modules() if isinstance(m, torch.nn.Linear) and m is not head]
     width = _dtype(dtype, config).itemsize
-    slot = zo.slot_rank * width * sum(m.in_features + m.out_features for m in linears)
+    rows = sum(m.in_features + m.out_features for m in linears) + _rows_beside_layers(config)
+    slot = zo.slot_rank * width * rows
     weights = width * sum(p.numel() for p in built.parameters())
     return SlotMemory(slot, slot * zo.total_slots, weights, len(linears))
+
+
+def _rows_beside_layers(config: Any) -> int:
+    """In and out features of embeddings and head, for each of the two that the model's class in vLLM names."""
+    from vllm.model_executor.models.registry import ModelRegistry
+
+    registered = [ModelRegistry.models[name] for name in config.architectures or () if name in ModelRegistry.models]
+    carried = getattr(registered[0].load_model_cls(), "embedding_modules", ()) if registered else ()
+    text = config.get_text_config()
+    return len(carried) * (int(text.vocab_size) + int(text.hidden_size))
 
 
 def _dtype(name: str, config: object) -> torch.dtype:

@@ -11,7 +11,10 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class ModuleShape:
-    """One linear weight in Hugging Face (unfused) coordinates: q_proj, k_proj and v_proj are three modules."""
+    """One weight in Hugging Face (unfused) coordinates: q_proj, k_proj and v_proj are three modules.
+
+    Embeddings count as a layer with a one-hot input: as many in features as tokens.
+    """
 
     name: str
     out_features: int

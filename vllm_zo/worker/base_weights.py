@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from vllm.model_executor.layers import utils
-from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.platforms import current_platform
 
 from vllm_zo.errors import ConfigError
@@ -23,6 +23,11 @@ from vllm_zo.worker.kernels.cpu_linear import plain_linear
 
 def check_writable(layer: Any, name: str) -> None:
     """Raise ConfigError for a layer whose weights cannot be folded into."""
+    if not isinstance(layer, LinearBase):
+        raise ConfigError(
+            f"update_space='fold' writes the weights of linear layers, and {name} is none: train with "
+            "update_space='bank', or choose other target_modules."
+        )
     if not isinstance(layer.quant_method, UnquantizedLinearMethod):
         raise ConfigError(
             f"update_space='fold' writes the base weights, and {name} is quantised "

@@ -65,14 +65,8 @@ class JobPages:
         r = layout.rank
         firsts_v = accumulate(layout.v_ranges.counts, initial=0)
         firsts_u = accumulate(layout.u_ranges.counts, initial=0)
-        a = [
-            Piece(t.module.lora_a_stacked[t.slice_index][:, 0].transpose(1, 2), first + t.in_slice.start * r)
-            for t, first in zip(targets, firsts_v, strict=False)
-        ]
-        b = [
-            Piece(t.module.lora_b_stacked[t.slice_index][:, 0], first + t.out_slice.start * r)
-            for t, first in zip(targets, firsts_u, strict=False)
-        ]
+        a = [Piece(t.a_pages, first + t.in_slice.start * r) for t, first in zip(targets, firsts_v, strict=False)]
+        b = [Piece(t.b_pages, first + t.out_slice.start * r) for t, first in zip(targets, firsts_u, strict=False)]
         if not one_launch:
             return cls(LoopWriter(a, r), LoopWriter(b, r))
         from vllm_zo.worker.kernels.triton_pages import OneLaunchWriter  # triton is there on GPU machines only

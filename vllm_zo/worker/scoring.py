@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,15 +27,18 @@ TOKEN_CHUNK = 1024
 class Head:
     """Reads logits of chosen tokens from a vLLM LM head in float32, whatever the model's dtype.
 
+    `slots_T`, where given, has for each hidden row the slot whose adapter of the head counts; it is known on the host.
+
     Args:
         lm_head: `ParallelLMHead`, or anything with `weight` (vocabulary rows of this rank) and optional `bias`.
-        logits_processor: vLLM's, for soft cap and scale.
+        logits_processor: vLLM's, for soft cap and scale; may be wrapped for LoRA.
         vocab_start, vocab_stop: token ids whose rows this rank holds.
         all_reduce: sums a tensor over tensor-parallel ranks, in the same order on every rank.
     """
 
     def __init__(self, lm_head: Any, logits_processor: Any, tp: Any = None) -> None:
         self.lm_head = lm_head
+        self.adapters = logits_processor
         self.soft_cap = getattr(logits_processor, "soft_cap", None)
         self.scale = getattr(logits_processor, "scale", 1.0)
         self.tp = tp if tp is not None and tp.world_size > 1 else None
@@ -52,7 +55,19 @@ class Head:
         bias = getattr(self.lm_head, "bias", None)
         return self.lm_head.weight[ids].float(), None if bias is None else bias[ids].float()
 
-    def label_logits(self, hidden_TD: Tensor, label_ids: Tensor) -> Tensor:
+    def _adapted(self, hidden_TD: Tensor, ids: Tensor, slots_T: Sequence[int]) -> Tensor:
+        """(T, D) float32, (L,) token ids -> (T, L): what the adapters of the head add. Every rank has them whole."""
+        change = hidden_TD.new_zeros(len(hidden_TD), len(ids))
+        for slot in dict.fromkeys(slots_T):
+            rows = _upload([t for t, other in enumerate(slots_T) if other == slot], hidden_TD.device)
+            a_RD, b_LR = (
+                self.adapters.lora_a_stacked[slot, 0].float(),
+                self.adapters.lora_b_stacked[slot, 0][ids].float(),
+            )
+            change[rows] = hidden_TD[rows] @ a_RD.T @ b_LR.T
+        return change
+
+    def label_logits(self, hidden_TD: Tensor, label_ids: Tensor, slots_T: Sequence[int] | None = None) -> Tensor:
         """(T, D) hidden rows, (L,) token ids -> (T, L) float32 logits."""
         mine = (label_ids >= self.start) & (label_ids < self.stop)
         weight_LD, bias_L = self._rows((label_ids - self.start).clamp(0, self.stop - self.start - 1))
@@ -61,17 +76,20 @@ class Head:
             logits = logits + bias_L
         if self.tp is not None:
             logits = self.tp.all_reduce(logits * mine)
+        if slots_T is not None:
+            logits = logits + self._adapted(hidden_TD.float(), label_ids, slots_T)
         return self._finish(logits)
 
-    def log_probs(self, hidden_TD: Tensor, label_T: Tensor) -> Tensor:
+    def log_probs(self, hidden_TD: Tensor, label_T: Tensor, slots_T: Sequence[int] | None = None) -> Tensor:
         """(T, D) hidden rows, (T,) token ids -> (2, T) float32 log p of that token, and of the likeliest one;
         normalised over the vocabulary."""
-        parts = [
-            self._log_probs(h, y) for h, y in zip(hidden_TD.split(TOKEN_CHUNK), label_T.split(TOKEN_CHUNK), strict=True)
-        ]
+        parts = []
+        for first in range(0, len(hidden_TD), TOKEN_CHUNK):
+            chunk = slice(first, first + TOKEN_CHUNK)
+            parts.append(self._log_probs(hidden_TD[chunk], label_T[chunk], None if slots_T is None else slots_T[chunk]))
         return torch.cat(parts, dim=1)
 
-    def _log_probs(self, hidden_TD: Tensor, label_T: Tensor) -> Tensor:
+    def _log_probs(self, hidden_TD: Tensor, label_T: Tensor, slots_T: Sequence[int] | None) -> Tensor:
         hidden = hidden_TD.float()
         total = torch.full((hidden.shape[0],), -torch.inf, device=hidden.device)
         best = total
@@ -80,7 +98,10 @@ class Head:
             ids = torch.arange(first, min(first + VOCAB_CHUNK, self.stop), device=hidden.device)
             weight, bias = self._rows(ids - self.start)
             logits = hidden @ weight.T
-            logits = self._finish(logits if bias is None else logits + bias)
+            logits = logits if bias is None else logits + bias
+            if slots_T is not None:
+                logits = logits + self._adapted(hidden, ids, slots_T)
+            logits = self._finish(logits)
             total = torch.logaddexp(total, logits.logsumexp(-1))
             best = torch.maximum(best, logits.amax(-1))
             inside = (label_T >= first) & (label_T < first + len(ids))
@@ -109,19 +130,39 @@ class LossTable:
         return cls(examples, flatten_rows(examples), offsets, cells)
 
 
-def score_members(head: Head, hidden: Tensor, members: Sequence[tuple[ScoreMember, LossTable, int, int]]) -> None:
+class Present(NamedTuple):
+    """A member with `tokens` in this engine step, the first at `first_row` among the hidden states."""
+
+    member: ScoreMember
+    table: LossTable
+    first_row: int
+    tokens: int
+    slot: int | None = None
+    """Where its adapter lies among all of vLLM's, if that changes the LM head."""
+
+
+def score_members(head: Head, hidden: Tensor, members: Sequence[Present]) -> None:
     """Write the cells of all members that have target positions in this engine step.
+
+    Members whose adapter changes the head are scored by themselves: a mix of jobs is no reason to make all of them pay.
 
     Args:
         hidden: (tokens of the step, D).
-        members: (member, its table, index in `hidden` of its first token of this step, tokens of it in this step).
     """
+    for adapted in (False, True):
+        some = [present for present in members if (present.slot is not None) == adapted]
+        if some:
+            _score_alike(head, hidden, some, adapted)
+
+
+def _score_alike(head: Head, hidden: Tensor, members: Sequence[Present], adapted: bool) -> None:
     for kind in ("labels", "logprobs"):
         index: list[int] = []
         labels: list[int] = []
+        slots: list[int] = []
         cells: list[tuple[LossTable, int, int]] = []
         bests: list[tuple[LossTable, int, int]] = []
-        for member, table, first, count in members:
+        for member, table, first, count, slot in members:
             row = table.rows[member.row]
             if row.kind != kind:
                 continue
@@ -134,21 +175,27 @@ def score_members(head: Head, hidden: Tensor, members: Sequence[tuple[ScoreMembe
                 for j, label in enumerate(wanted):
                     index.append(first + position - member.num_computed_tokens)
                     labels.append(label)
+                    slots.append(slot or 0)
                     cells.append((table, member.probe, cell + i + j))
                 if kind == "logprobs":
                     bests.append((table, member.probe, cell + len(row.label_ids) + i))
         if index:
-            _write(_scores(head, hidden, kind, index, labels), [*cells, *bests])
+            _write(_scores(head, hidden, kind, index, labels, slots if adapted else None), [*cells, *bests])
 
 
-def _scores(head: Head, hidden: Tensor, kind: str, index: list[int], labels: list[int]) -> Tensor:
+def _scores(
+    head: Head, hidden: Tensor, kind: str, index: list[int], labels: list[int], slots: list[int] | None
+) -> Tensor:
     """Flat: the label's score per entry; for kind "logprobs" followed by the likeliest token's."""
     device = hidden.device
     if kind == "logprobs":
-        return head.log_probs(hidden[_upload(index, device)], _upload(labels, device)).flatten()
+        return head.log_probs(hidden[_upload(index, device)], _upload(labels, device), slots).flatten()
     rows, row_of = _distinct(index)
     ids, id_of = _distinct(labels)
-    logits_TL = head.label_logits(hidden[_upload(rows, device)], _upload(ids, device))
+    if slots is not None:
+        slot_of_row = dict(zip(index, slots, strict=True))
+        slots = [slot_of_row[row] for row in rows]
+    logits_TL = head.label_logits(hidden[_upload(rows, device)], _upload(ids, device), slots)
     wanted = [row * len(ids) + column for row, column in zip(row_of, id_of, strict=True)]
     return logits_TL.view(-1)[_upload(wanted, device)]
 

@@ -11,7 +11,7 @@ import functools
 import itertools
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -42,12 +42,13 @@ from vllm_zo.methods.base import ProbePlan
 from vllm_zo.methods.fold import fold_into
 from vllm_zo.methods.spaces import basis_of
 from vllm_zo.methods.state import AdapterState
+from vllm_zo.methods.targets import LM_HEAD
 from vllm_zo.worker.base_weights import BaseWeights, check_writable
 from vllm_zo.worker.host_copy import HostCopies, PendingGroup
 from vllm_zo.worker.host_memory import TRIM_INTERVAL, give_back_freed_memory
 from vllm_zo.worker.modules import Target, find_targets
 from vllm_zo.worker.rows import Chunk
-from vllm_zo.worker.scoring import Head, LossTable, score_members
+from vllm_zo.worker.scoring import Head, LossTable, Present, score_members
 from vllm_zo.worker.slots import SlotPool
 from vllm_zo.worker.versions import VersionStore, serve_versions
 
@@ -63,6 +64,10 @@ class JobState:
     targets: tuple[Target, ...]
     rounds: tuple[ProbePlan, Tensor, Tensor] | None = None
     """Of a step with a round still to come: the first plan, the coefficients so far, whether all was finite."""
+
+    @functools.cached_property
+    def trains_head(self) -> bool:
+        return any(target.kind == LM_HEAD for target in self.targets)
 
     def take_round(self, plan: ProbePlan, losses_PE: Tensor, learning_rate: float) -> tuple[Tensor, Tensor]:
         """Losses of a round to coefficients; after the last round of a step, the step. All on the device.
@@ -94,6 +99,7 @@ class JobState:
 class OpenedGroup:
     command: OpenGroup
     table: LossTable
+    slot_of_probe: dict[int, int] = field(default_factory=dict)
 
 
 class Trainer:
@@ -204,6 +210,7 @@ class Trainer:
 
     @execute.register
     def _materialise(self, command: Materialise) -> None:
+        self.groups[command.group_id].slot_of_probe[command.probe] = command.slot
         opened = self.groups[command.group_id].command
         job = self.jobs[opened.job_id]
         self.pool.materialise(command.slot, opened.job_id, job.state, job.targets, opened.plan, command.probe)
@@ -295,7 +302,9 @@ class Trainer:
             first_row, num_tokens: per request id, where its rows start in `hidden` and how many there are.
         """
         present = [
-            (m, self.groups[m.group_id].table, first_row[m.req_id], num_tokens[m.req_id])
+            Present(
+                m, self.groups[m.group_id].table, first_row[m.req_id], num_tokens[m.req_id], self._slot_at_the_head(m)
+            )
             for m in members
             if m.group_id in self.groups
         ]
@@ -305,9 +314,15 @@ class Trainer:
             score_members(self.head, hidden, present)
         except Exception as error:  # as in `run`
             logger.exception("scoring failed")
-            jobs = {self.groups[m.group_id].command.job_id for m, *_ in present}
+            jobs = {self.groups[p.member.group_id].command.job_id for p in present}
             self._failed |= jobs
             self._results.failures += [CommandFailed(j, f"{type(error).__name__}: {error}") for j in jobs]
+
+    def _slot_at_the_head(self, member: ScoreMember) -> int | None:
+        """Index among all slots of a member's adapter, if its job trains the LM head."""
+        opened = self.groups[member.group_id]
+        trains_head = self.jobs[opened.command.job_id].trains_head
+        return self.pool.first + opened.slot_of_probe[member.probe] if trains_head else None
 
     def chunks(
         self, members: Sequence[ScoreMember], num_tokens: Mapping[str, int], req_ids: Sequence[str]

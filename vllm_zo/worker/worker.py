@@ -8,7 +8,7 @@ states that the runner kept, scores the members and closes groups, and then lets
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import copy
 from typing import Any
@@ -29,6 +29,7 @@ from vllm_zo.compat import cpu_lora
 from vllm_zo.config import ZOTrainingConfig
 from vllm_zo.worker.host_copy import PendingGroup
 from vllm_zo.worker.kernels.shared_rows import SharedRows
+from vllm_zo.worker.logits import ServingLogits
 from vllm_zo.worker.scoring import Head
 from vllm_zo.worker.trainer import Trainer
 
@@ -67,7 +68,6 @@ class ZOWorkerMixin(_Base):
         self._zo_commands: ZOCommands | None = None
         self._zo_batch: Any = None
         """The V2 runner's batch of the step, from the end of its forward to the end of sampling."""
-        self._zo_skips_logits = False
 
     @property
     def zo(self) -> Trainer:
@@ -82,7 +82,7 @@ class ZOWorkerMixin(_Base):
                 wrapper.pool = self._zo_trainer.pool
             if self.device.type == "cpu":
                 self.model_runner.zo_shared_rows = SharedRows(self.model_runner, wrappers)
-            self._skip_member_logits(model)
+            self._logits = ServingLogits(model, self.model_config.get_vocab_size(), self._batch, wrappers)
         return self._zo_trainer
 
     def compile_or_warm_up_model(self, *args: Any, **kwargs: Any) -> Any:
@@ -100,9 +100,8 @@ class ZOWorkerMixin(_Base):
             return super().execute_model(scheduler_output)
         self._zo_num_tokens = scheduler_output.num_scheduled_tokens
         self._zo_batch = None
-        self._zo_members = {member.req_id for member in commands.members}
-        self._zo_skips_logits = bool(commands.members)
         self.zo.run(commands.before)
+        self._logits.expect({member.req_id for member in commands.members})
         with self._members_share_rows(commands.members):
             output = super().execute_model(scheduler_output)
         if output is None:
@@ -142,12 +141,14 @@ class ZOWorkerMixin(_Base):
     def _rows_of_requests(self) -> tuple[dict[str, int], Tensor]:
         """Where each request's tokens start among the hidden states of the step that just ran."""
         state = self.model_runner.execute_model_state
-        batch = self._zo_batch or self.model_runner.input_batch
         first_row, row = {}, 0
-        for req_id in batch.req_ids:
+        for req_id in self._batch().req_ids:
             first_row[req_id] = row
             row += self._zo_num_tokens.get(req_id, 0)
         return first_row, state.hidden_states
+
+    def _batch(self) -> Any:
+        return self._zo_batch or getattr(self.model_runner, "input_batch", None)
 
     def _clean_kv_cache(self, hidden: Tensor) -> None:
         """After a member that diverged: its KV blocks go to the next request, and CPU attention multiplies what a block
@@ -168,43 +169,6 @@ class ZOWorkerMixin(_Base):
         if isinstance(output, AsyncModelRunnerOutput):
             return WithResults(output, pending, results)
         return attach(output, pending, results)
-
-    # --- members need no logits ---------------------------------------------------------------------------------------
-
-    def _skip_member_logits(self, model: Any) -> None:
-        """vLLM computes full-vocabulary logits for the last token of every request; members only need their label rows.
-
-        Members sample one greedy token that nobody reads, so their rows may hold anything: zeros.
-        """
-        compute_logits: Callable[..., Tensor | None] = model.compute_logits
-
-        def compute_serving_logits(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
-            serving = self._serving_rows(hidden_states.shape[0])
-            if serving is None:
-                return compute_logits(hidden_states, *args, **kwargs)
-            vocab = self.model_config.get_vocab_size()
-            if not serving:
-                return hidden_states.new_zeros((hidden_states.shape[0], vocab))
-            logits = compute_logits(hidden_states[serving], *args, **kwargs)
-            if logits is None:
-                return None
-            out = logits.new_zeros((hidden_states.shape[0], logits.shape[-1]))
-            out[serving] = logits
-            return out
-
-        model.compute_logits = compute_serving_logits
-
-    def _serving_rows(self, rows: int) -> list[int] | None:
-        """Rows of the sampling batch that are not members; None when there are no members or rows are not requests.
-
-        The first logits of a step are those to sample from. Later ones are of prompt tokens (`prompt_logprobs`), whose
-        number may happen to be that of the requests.
-        """
-        skips, self._zo_skips_logits = self._zo_skips_logits, False
-        batch = self._zo_batch or getattr(self.model_runner, "input_batch", None)
-        if not skips or batch is None or len(batch.req_ids) != rows:
-            return None
-        return [i for i, req_id in enumerate(batch.req_ids) if req_id not in self._zo_members]
 
 
 class ZOCPUWorker(ZOWorkerMixin, CPUWorker):

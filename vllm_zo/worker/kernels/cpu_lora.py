@@ -170,6 +170,22 @@ class GroupedPunicaWrapper(PunicaWrapperCPU):
                 rows = slice(run.start, run.stop)
                 y[rows].addmm_(x[rows].to(y.dtype), lora_b_stacked[run.slot, 0].T)
 
+    def add_lora_logits(
+        self, y: Tensor, x: Tensor, lora_a_stacked: Tensor, lora_b_stacked: Tensor, scale: float, **kwargs: Any
+    ) -> None:
+        """`y += scale * x A^T B^T`, each row of logits with its own adapter; in place. Rows without one have slot -1,
+        and vLLM 0.32 gives those the last slot's.
+
+        Args:
+            y: (rows, vocabulary or more). x: (rows, H).
+            lora_a_stacked: (slots, 1, R, H). lora_b_stacked: (slots, 1, vocabulary, R).
+        """
+        for span in self._spans_of(self.sampler_indices):
+            for run in span.runs:
+                rows = slice(run.start, run.stop)
+                a, b = lora_a_stacked[run.slot, 0].float(), lora_b_stacked[run.slot, 0].float()
+                y[rows, : len(b)] += scale * (x[rows].float() @ a.T @ b.T)
+
     def _views(self, stacked: tuple[Tensor, ...], slot: int, rank: int, *, of_a: bool) -> list[Tensor]:
         """Per slice, what is in use of a slot: (rank, I) of A or (rank, O) of B. Making them takes as long as a small
         model's product, so they are kept, with the tuple whose id names them."""
