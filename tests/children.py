@@ -125,6 +125,21 @@ def train_another_way(report: Any, model: str, road: str) -> None:
         report(name=name, result=result)
 
 
+def train_with_gpu_lora(report: Any, model: str) -> None:
+    """A short job whose low-rank products are those of a CUDA engine."""
+    _interpret_triton()
+    from tests.engines import worker_of
+    from tests.test_gpu_lora import ENGINE, results
+    from vllm_zo.compat import cpu_lora, gpu_lora
+
+    cpu_lora.WRAPPER = gpu_lora.WRAPPER
+    llm = engine(model, **ENGINE)
+    manager = worker_of(llm).model_runner.lora_manager._adapter_manager
+    report(name="wrapper", result=type(manager.punica_wrapper_mapping["language_model"]).__name__)
+    for name, result in results(llm):
+        report(name=name, result=result)
+
+
 def _interpret_triton() -> None:
     """vLLM takes the V2 runner only with a Triton that can compile for the device; the interpreter needs none."""
     import types

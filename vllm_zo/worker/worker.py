@@ -25,7 +25,7 @@ from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_zo import compat
 from vllm_zo.commands import COMMANDS_ATTR, RESULTS_ATTR, ScoreMember, ZOCommands, ZOResults
-from vllm_zo.compat import cpu_lora
+from vllm_zo.compat import cpu_lora, gpu_lora
 from vllm_zo.config import ZOTrainingConfig
 from vllm_zo.worker.host_copy import PendingGroup
 from vllm_zo.worker.kernels.shared_rows import SharedRows
@@ -181,3 +181,7 @@ class ZOCPUWorker(ZOWorkerMixin, CPUWorker):
 
 class ZOGPUWorker(ZOWorkerMixin, Worker):
     """On CUDA."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        gpu_lora.install()
+        super().__init__(*args, **kwargs)

@@ -1,0 +1,192 @@
+"""The low-rank product of a batch on a GPU: `y[row] += scale * x[row] A_slot^T B_slot^T`, two launches a layer.
+
+    shrink    x A^T, float32, in partial sums of SPAN inputs; a tile of rows that share A, whatever their B
+    expand    sums the partial sums in order, times B^T, added to y; a tile of rows of one slot, all slices of a layer
+
+Rank rows that a slot does not use are not read. What a tile works on comes from tables at fixed addresses
+(`lora_tiles.py`) and the grid depends on shapes only, so a CUDA graph stays valid whatever the batch is made of.
+
+Against vLLM's own kernels: a shrink split along its inputs is summed by atomics there, in an order that changes from
+run to run, into a buffer that is zeroed first (a third launch); here a row's result depends neither on the order of
+programs nor on the other rows. Their grid has a plane for every slot, with 2 K + 1 slots mostly programs that end at
+once. And they read every adapter at its padded rank, in 16 bits only.
+
+Why not one launch: 441 rows are 14 tiles. A program that shrinks a tile and then expands it is one of 14 on a card with
+132 multiprocessors, and shares out neither the 5,120 to 20,480 inputs nor the outputs; giving each tile several
+programs, one for a part of the outputs, repeats the shrink in each. Split at the small intermediate (rows x rank,
+float32) both halves fill the card: for OPT-13B's qkv 14 x 5 x 3 programs shrink and 14 x 40 x 3 expand. Both halves are
+bound by memory: x is read once a slice, y read and written once.
+
+Sizes of tiles are a first guess: nothing here has run on a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vllm_zo.worker.kernels.lora_tiles import ROWS, most_tiles
+
+SPAN = 1024
+"""Inputs of a partial sum. A constant, so that the order of a row's sum does not depend on the batch."""
+INPUTS, OUTPUTS = 128, 128
+"""Columns of x at a time, and of y a program."""
+MOST_RANKS = 64
+"""Ranks at a time; more are taken in turns."""
+_TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+_tables: dict[tuple[int, ...], Tensor] = {}
+
+
+def lora_linear(
+    y: Tensor,
+    x: Tensor,
+    a_stacked: Sequence[Tensor],
+    b_stacked: Sequence[Tensor],
+    rows: Tensor,
+    shrink_tiles: Tensor,
+    expand_tiles: Tensor,
+    no_lora: Tensor,
+    scale: float,
+    add_inputs: bool,
+) -> None:
+    """`y[:, slice i] += scale * x A_i^T B_i^T`, each row with its own slot; in place.
+
+    Args:
+        y: (T, sum of O_i), x: (T, I); rows may be strided.
+        a_stacked, b_stacked: per slice contiguous (slots, 1, R, I) and (slots, 1, O_i, R), in the type of x.
+        rows, shrink_tiles, expand_tiles: of `lora_tiles.DeviceTiles`.
+        no_lora: (1,) bool on the host: no row has an adapter. A tensor, because torch.compile takes a Python value for
+            a constant.
+        add_inputs: False: y is overwritten, and zero for rows without an adapter.
+    """
+    if not add_inputs:
+        y.zero_()
+    tokens, inputs = x.shape
+    slices, (slots, _, rank, _) = len(a_stacked), a_stacked[0].shape
+    table = _table(a_stacked, b_stacked)  # before graphs are captured: it is uploaded the first time
+    if not tokens or no_lora.item():
+        return
+    assert x.dtype == a_stacked[0].dtype == b_stacked[0].dtype and x.stride(1) == y.stride(1) == 1
+    tiles, spans = most_tiles(tokens, slots), triton.cdiv(inputs, SPAN)
+    ranks = min(MOST_RANKS, max(16, triton.next_power_of_2(rank)))  # tl.dot takes 16 at least
+    turns = triton.cdiv(rank, ranks)
+    partial = torch.empty(slices, spans, tokens, rank, dtype=torch.float32, device=x.device)
+    widest = max(b.shape[2] for b in b_stacked)
+    kind = _TYPES[x.dtype]
+    with torch.cuda.device_of(x):
+        _shrink[(tiles, spans, slices * turns)](
+            x, table, rows, shrink_tiles, partial, tokens, inputs, x.stride(0), scale,
+            RANK=rank, RANKS=ranks, TURNS=turns, TYPE=kind, ROWS=ROWS, INPUTS=INPUTS, SPAN=SPAN,
+        )  # fmt: skip
+        _expand[(tiles, triton.cdiv(widest, OUTPUTS), slices)](
+            y, table, rows, expand_tiles, partial, tokens, spans, y.stride(0),
+            RANK=rank, RANKS=ranks, TYPE=kind, ROWS=ROWS, OUTPUTS=OUTPUTS,
+        )  # fmt: skip
+
+
+def _table(a_stacked: Sequence[Tensor], b_stacked: Sequence[Tensor]) -> Tensor:
+    """(slices, 4) int64 on the device: addresses of A and B, first output column, number of outputs. Kept."""
+    columns, lines = 0, []
+    for a, b in zip(a_stacked, b_stacked, strict=True):
+        assert a.is_contiguous() and b.is_contiguous()
+        lines.append((a.data_ptr(), b.data_ptr(), columns, b.shape[2]))
+        columns += b.shape[2]
+    key = tuple(number for line in lines for number in line)
+    if key not in _tables:
+        _tables[key] = torch.tensor(lines, dtype=torch.int64).to(a_stacked[0].device)
+    return _tables[key]
+
+
+@triton.jit
+def _rows_of(tile, rows, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Positions, which of them are there, and their rows."""
+    position = tl.load(tile + 1) + tl.arange(0, ROWS)
+    there = tl.arange(0, ROWS) < tl.load(tile + 2)
+    return position, there, tl.load(rows + position, mask=there, other=0).to(tl.int64)
+
+
+@triton.jit(do_not_specialize=["tokens", "scale"])
+def _shrink(  # type: ignore[no-untyped-def]
+    x, table, rows, tiles, partial, tokens, inputs, x_stride, scale,
+    RANK: tl.constexpr, RANKS: tl.constexpr, TURNS: tl.constexpr, TYPE: tl.constexpr,
+    ROWS: tl.constexpr, INPUTS: tl.constexpr, SPAN: tl.constexpr,
+):  # fmt: skip
+    tile = tiles + 4 * tl.program_id(0)
+    slot, used = tl.load(tile).to(tl.int64), tl.load(tile + 3)  # no rank is used where there is no tile
+    span, of_slice, turn = tl.program_id(1), tl.program_id(2) // TURNS, tl.program_id(2) % TURNS
+    if turn * RANKS >= used:
+        return
+    position, there, row = _rows_of(tile, rows, ROWS)
+    rank = turn * RANKS + tl.arange(0, RANKS)
+    a = tl.multiple_of(tl.load(table + 4 * of_slice), 16).to(tl.pointer_type(TYPE)) + slot * RANK * inputs
+    total = tl.zeros((ROWS, RANKS), dtype=tl.float32)
+    for step in range(0, tl.minimum(SPAN, inputs - span * SPAN), INPUTS):
+        column = span * SPAN + step + tl.arange(0, INPUTS)
+        inside = column < inputs
+        x_part = tl.load(
+            x + row[:, None] * x_stride + column[None, :], mask=there[:, None] & inside[None, :], other=0.0
+        )
+        a_part = tl.load(
+            a + rank[:, None] * inputs + column[None, :], mask=(rank < used)[:, None] & inside[None, :], other=0.0
+        )
+        total = tl.dot(x_part, tl.trans(a_part), total, input_precision="ieee")
+    spans = tl.num_programs(1)
+    place = ((of_slice * spans + span) * tokens + position).to(tl.int64)[:, None] * RANK + rank[None, :]
+    tl.store(partial + place, total * scale, mask=there[:, None] & (rank < used)[None, :])
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _expand(  # type: ignore[no-untyped-def]
+    y, table, rows, tiles, partial, tokens, spans, y_stride,
+    RANK: tl.constexpr, RANKS: tl.constexpr, TYPE: tl.constexpr, ROWS: tl.constexpr, OUTPUTS: tl.constexpr,
+):  # fmt: skip
+    tile, line = tiles + 4 * tl.program_id(0), table + 4 * tl.program_id(2)
+    slot, used = tl.load(tile).to(tl.int64), tl.load(tile + 3)
+    first, outputs, of_slice = tl.load(line + 2), tl.load(line + 3), tl.program_id(2)
+    if used == 0 or tl.program_id(1) * OUTPUTS >= outputs:
+        return
+    position, there, row = _rows_of(tile, rows, ROWS)
+    column = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)
+    inside = column < outputs
+    b = tl.multiple_of(tl.load(line + 1), 16).to(tl.pointer_type(TYPE)) + slot * outputs * RANK
+    total = tl.zeros((ROWS, OUTPUTS), dtype=tl.float32)
+    for turn in range(0, used, RANKS):
+        rank = turn + tl.arange(0, RANKS)
+        shrunk = tl.zeros((ROWS, RANKS), dtype=tl.float32)
+        for span in range(0, spans):
+            place = ((of_slice * spans + span) * tokens + position).to(tl.int64)[:, None] * RANK + rank[None, :]
+            shrunk += tl.load(partial + place, mask=there[:, None] & (rank < used)[None, :], other=0.0)
+        b_part = tl.load(
+            b + column[:, None] * RANK + rank[None, :], mask=inside[:, None] & (rank < used)[None, :], other=0.0
+        )
+        total = tl.dot(shrunk.to(TYPE), tl.trans(b_part), total, input_precision="ieee")
+    target = y + row[:, None] * y_stride + (first + column)[None, :]
+    wanted = there[:, None] & inside[None, :]
+    total += tl.load(target, mask=wanted, other=0.0).to(tl.float32)
+    tl.store(target, total.to(y.dtype.element_ty), mask=wanted)
+
+
+def _fake(
+    y: Tensor,
+    x: Tensor,
+    a_stacked: Sequence[Tensor],
+    b_stacked: Sequence[Tensor],
+    rows: Tensor,
+    shrink_tiles: Tensor,
+    expand_tiles: Tensor,
+    no_lora: Tensor,
+    scale: float,
+    add_inputs: bool,
+) -> None:
+    """Nothing is returned: torch.compile only has to know that y changes."""
+
+
+_library = torch.library.Library("vllm_zo", "FRAGMENT")
+_library.define("lora_linear" + torch.library.infer_schema(lora_linear, mutates_args=["y"]))
+for _key in ("CUDA", "CPU"):  # CPU: Triton's interpreter
+    _library.impl("lora_linear", lora_linear, _key)
+torch.library.register_fake("vllm_zo::lora_linear", _fake, lib=_library)
