@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.shapes import Shape, mean_prompt_tokens, padded_size
+from benchmarks.shapes import Shape, mean_prompt_tokens
 
 GIB = 1 << 30
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -117,13 +117,14 @@ def engine_options(model_dir: str, groups: Iterable[int] = (), max_num_seqs: int
         groups: token counts of the groups to come. vLLM's own graphs end at 512 tokens, below most groups.
         max_num_seqs: members that run at once, at least.
     """
-    sizes = {1, 2, 4, 8, 16, 32, 64, 128, *map(padded_size, groups)}
+    from vllm_zo.entrypoints.cuda_graphs import sizes_for  # imports torch
+
     options: dict[str, Any] = {
         "kv_cache_memory_bytes": KV_CACHE_BYTES,
         "gpu_memory_utilization": 0.5,  # with a fixed KV cache only a check of what is free when it starts
         "max_num_seqs": max(256, max_num_seqs),
         "max_num_batched_tokens": MAX_BATCHED_TOKENS,
-        "compilation_config": {"cudagraph_capture_sizes": sorted(s for s in sizes if s <= MAX_BATCHED_TOKENS)},
+        "compilation_config": {"cudagraph_capture_sizes": sizes_for(groups, MAX_BATCHED_TOKENS)},
     }
     if not any(Path(model_dir).glob("*.safetensors")):
         options["load_format"] = "dummy"

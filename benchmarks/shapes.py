@@ -69,17 +69,6 @@ def mean_longest(batch_size: int) -> float:
     return weighted / comb(len(lengths), batch_size)
 
 
-def padded_size(tokens: int) -> int:
-    """Token count of the CUDA graph that a batch runs in: padding is at most 16 tokens, or some 6 % of more than 1,024,
-    where a graph for every multiple of 16 would take minutes to capture.
-
-    >>> padded_size(441), padded_size(3530)
-    (448, 3584)
-    """
-    multiple = 16 if tokens <= 1024 else 64
-    return -(-tokens // multiple) * multiple
-
-
 @dataclass(frozen=True)
 class Prompts:
     """1,000 labelled prompts of random tokens with SST-2's lengths, served in a fixed order of full batches.

@@ -284,7 +284,7 @@ def results(llm: Any) -> Iterator[tuple[str, list[float]]]:
         llm.llm_engine.add_request(f"ask-{record['step']}", "the story is dull", SamplingParams(max_tokens=2))
 
     run = llm.finetune(
-        reviews(6), objective=SENTIMENT, method=LoZO(eps=2e-2, interval=2, queries=2), batch_size=2, steps=4,
+        reviews(6), objective=SENTIMENT, method=LoZO(eps=2e-2, interval=2, queries=2), batch_size=2, steps=3,
         learning_rate=2e-3, progress=False, callbacks=[ask],
     )  # fmt: skip
     yield "losses", [record["loss"] for record in run.history]

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from benchmarks.baselines.common import spans
 from benchmarks.baselines.hand_packed import POSITION_OFFSET, HandPacked
-from benchmarks.shapes import PAD, padded_size
+from benchmarks.shapes import PAD
+from vllm_zo.entrypoints.cuda_graphs import padded_size
 
 WARMUP = 3
 """Runs of a size before its capture: compilation, cuBLAS's workspaces and choices."""

@@ -3,6 +3,7 @@ starts."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -10,7 +11,10 @@ from typing import Any
 
 from vllm_zo.compat.seams import check_vllm
 from vllm_zo.config import ZOTrainingConfig
+from vllm_zo.entrypoints.cuda_graphs import chosen_by_user, default_sizes
 from vllm_zo.errors import ConfigError
+
+logger = logging.getLogger("vllm.zo")
 
 SCHEDULER = "vllm_zo.engine.scheduler.make_scheduler"
 WORKERS = {"cpu": "vllm_zo.worker.worker.ZOCPUWorker", "cuda": "vllm_zo.worker.worker.ZOGPUWorker"}
@@ -55,6 +59,7 @@ def engine_options(
     max_loras = options.get("max_loras") or 1
     return {
         **options,
+        **(_graphs(zo, options) if device == "cuda" else {}),
         "enable_lora": True,
         "max_loras": max_loras + zo.total_slots,
         "max_cpu_loras": (options.get("max_cpu_loras") or max_loras) + zo.total_slots,
@@ -63,6 +68,19 @@ def engine_options(
         "worker_cls": WORKERS[device],
         "additional_config": {**(options.get("additional_config") or {}), "zo_training": asdict(zo)},
     }
+
+
+def _graphs(zo: ZOTrainingConfig, options: Mapping[str, Any]) -> dict[str, Any]:
+    """CUDA graphs that are large enough for a training group, unless the user has chosen."""
+    if chosen_by_user(options):
+        return {}
+    sizes = default_sizes(zo.total_slots)
+    logger.info(
+        "CUDA graphs for %d token counts up to %d, so that training groups of %d slots replay one (vLLM's own end at "
+        "512 tokens); cudagraph_capture_sizes=[...] chooses others",
+        len(sizes), sizes[-1], zo.total_slots,
+    )  # fmt: skip
+    return {"cudagraph_capture_sizes": sizes}
 
 
 def check_local_model(model: str, named: str) -> None:
