@@ -23,7 +23,8 @@ def fill(key: int, ranges: ElementRanges, device: torch.device, dtype: torch.dty
     out = torch.empty(ranges.total, dtype=dtype, device=device)
     if ranges.total:
         if device not in ranges.device_tables:
-            ranges.device_tables[device] = launch_table(ranges).to(device)
+            one = len(ranges.ranges) == 1
+            ranges.device_tables[device] = table_of_one(ranges, device) if one else launch_table(ranges).to(device)
         table = ranges.device_tables[device]
         signed = key - (1 << 64) if key >> 63 else key  # always a signed argument: fewer compiled variants
         with torch.cuda.device_of(out):
@@ -46,6 +47,17 @@ def launch_table(ranges: ElementRanges) -> Tensor:
     table = np.stack((first, high, bounds[:, 0], bounds[:, 1], shift), axis=1).repeat(programs, axis=0)
     table[:, 0] += within * BLOCK
     return torch.from_numpy(table)
+
+
+def table_of_one(ranges: ElementRanges, device: torch.device) -> Tensor:
+    """`launch_table` of a single piece, made on the device: a fold asks for other elements with every 16 million, and
+    each table from the host would be computed there and waited for."""
+    (_, start, stop), first = ranges.ranges[0], int(ranges.blocks.first[0])
+    table = torch.empty(-(-int(ranges.blocks.count[0]) // BLOCK), 5, dtype=torch.int64, device=device)
+    table[:, 0] = torch.arange(first, first + len(table) * BLOCK, BLOCK, dtype=torch.int64, device=device)
+    for column, value in enumerate((int(ranges.blocks.high.view(np.int64)[0]), start, stop, -start), 1):
+        table[:, column] = value
+    return table
 
 
 @triton.jit(do_not_specialize=["key"])
