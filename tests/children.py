@@ -187,6 +187,15 @@ def train_on_patched_tree(report: Any, model: str, directory: str) -> None:
     }
     report(replaced_on_objects=[name for name, owner in replaced.items() if name in vars(owner)])
     report(wrapper=type(next(iter(manager._adapter_manager.punica_wrapper_mapping.values()))).__name__)
+    _scan_for_kernels()
+
+
+def _scan_for_kernels() -> None:
+    """What every new CPU engine does, in a process that has loaded what stops it in an unpatched vLLM."""
+    import llvmlite.binding  # noqa: F401
+    from vllm.triton_utils.dispatcher import _rebind_kernels
+
+    _rebind_kernels([])
 
 
 def first_logprob(llm: Any, adapter: Any) -> float:

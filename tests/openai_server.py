@@ -43,6 +43,8 @@ def free_port() -> int:
 OURS = (sys.executable, "-c", "from vllm_zo.entrypoints.cli import main; main()", "serve")
 PLAIN = (sys.executable, "-m", "vllm.entrypoints.openai.api_server")
 """The server module of vLLM; its `vllm serve` command runs the same, and does not start on the CPU build."""
+PATCHED = (sys.executable, "-m", "vllm.entrypoints.cli.main", "serve")
+"""The command `vllm serve` of a vLLM with `patches/`, which starts on any build."""
 
 
 class Server:
@@ -50,16 +52,35 @@ class Server:
 
     Args:
         plain: start vLLM's own server instead, with what `--zo-print-flags` says.
+        patched: start `vllm serve MODEL --zo-training` instead.
     """
 
-    def __init__(self, model: str, state_dir: Path, *flags: str, plain: bool = False, **environment: str) -> None:
+    def __init__(
+        self,
+        model: str,
+        state_dir: Path,
+        *flags: str,
+        plain: bool = False,
+        patched: bool = False,
+        **environment: str,
+    ) -> None:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = state_dir.with_suffix(".log")
         self.model = "tiny"
-        command = [*OURS, model, "--served-model-name", self.model, "--dtype", "float32", "--max-model-len", "128"]
+        training = [f"--zo-training={json.dumps({'state_dir': str(state_dir)})}"]
+        command = [
+            *(PATCHED if patched else OURS),
+            model,
+            "--served-model-name",
+            self.model,
+            "--dtype",
+            "float32",
+            "--max-model-len",
+            "128",
+        ]
         command += ["--block-size", "32", "--host", "127.0.0.1", "--port", str(self.port)]
-        command += ["--zo-state-dir", str(state_dir), "--api-key", KEY, *flags]
+        command += [*(training if patched else ("--zo-state-dir", str(state_dir))), "--api-key", KEY, *flags]
         if plain:
             command, allowed = printed_command([*command, "--zo-print-flags"])
             environment = {**environment, **allowed}
@@ -90,8 +111,13 @@ class Server:
 
     @property
     def engine(self) -> psutil.Process:
+        return next(child for child in self.engine_processes if "EngineCore" in " ".join(child.cmdline()))
+
+    @property
+    def engine_processes(self) -> list[psutil.Process]:
+        """The engine and its worker, by the titles that vLLM gives its processes."""
         children = psutil.Process(self.process.pid).children(recursive=True)
-        return next(child for child in children if "EngineCore" in " ".join(child.cmdline()))
+        return [child for child in children if "VLLM::" in " ".join(child.cmdline())]
 
     def kill(self) -> None:
         """kill -9 of everything at once, as when the machine loses its power."""

@@ -15,14 +15,18 @@ from typing import Any
 import pytest
 import vllm
 
+from tests import witness
 from tests.children import Child, first_logprob
 from tests.engines import Engines
+from tests.openai_server import Server, create, upload_reviews, wait_for
 from tests.trajectories import steps_of, train
 from vllm_zo import compat
 from vllm_zo.compat.registry import patches_in
 
 ROOT = Path(__file__).parents[1]
 SERIES = sorted((ROOT / "patches").glob("*.patch"))
+WITHOUT_COUNTERPART = {patch.target for patch in patches_in(compat) if patch.built_in is None}
+"""Targets of the run-time patches that the series does not cover."""
 ENGINE_TESTS = ("tests/test_seams.py", "tests/test_serving.py", "tests/test_multiprocess.py")
 
 
@@ -54,7 +58,8 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def environment(tree: Path) -> dict[str, str]:
-    return {"PYTHONPATH": f"{tree}{os.pathsep}{ROOT}"}
+    """Of a child that finds the copy; it may keep the compiled modules, for the next child."""
+    return {"PYTHONPATH": f"{tree}{os.pathsep}{ROOT}", "PYTHONDONTWRITEBYTECODE": ""}
 
 
 def test_a_job_on_the_patched_tree_is_the_same_job_without_the_run_time_patches(
@@ -70,7 +75,7 @@ def test_a_job_on_the_patched_tree_is_the_same_job_without_the_run_time_patches(
     here = train(engines.get(), output_dir=str(tmp_path / "here"))
     assert steps_of(directory) == steps_of(Path(here.directory)), "the same steps, bit for bit"
     assert report["answer"] == pytest.approx(first_logprob(engines.get(), here.lora_request), abs=1e-6)
-    assert set(report["replaced"]) == {p.target for p in patches_in(compat) if p.built_in is None}
+    assert set(report["replaced"]) == WITHOUT_COUNTERPART
     assert report["replaced_on_objects"] == [] and report["wrapper"] == "GroupedPunicaWrapper"
 
 
@@ -87,6 +92,33 @@ def test_the_flag_and_the_endpoint_plugins_it_opts_into(engines: Engines, tree: 
     loaded = {(r["allowed"], r["opted_in"]): r["loaded"] for r in reports if "loaded" in r}
     assert loaded == {(None, False): [], (None, True): ["other"], ("zo", False): [], ("zo", True): []}
     assert {r["zo_training"]: r["attached"] for r in reports if "attached" in r} == {False: [], True: ["zo_server"]}
+
+
+def test_vllm_serve_trains_over_http_without_the_run_time_patches(engines: Engines, tree: Path, tmp_path: Path) -> None:
+    """The command of the copy, as its user would type it; nobody imports vllm_zo for it."""
+    seen, patched = witness.install(tmp_path / "witness"), environment(tree)
+    path = os.pathsep.join([seen["PYTHONPATH"], patched["PYTHONPATH"]])
+    watched = {**seen, **patched, "PYTHONPATH": path}
+    server = Server(str(engines.model("opt")), tmp_path / "state", patched=True, **watched)
+    try:
+        client = server.wait_until_ready().client()
+        job = wait_for(client, create(client, upload_reviews(client), hyperparameters={"steps": 6}).id, "succeeded")
+        before, after = (
+            client.completions.create(model=name, prompt="the story is dull", max_tokens=2, temperature=0, logprobs=1)
+            for name in ("tiny", f"job:{job.id}")
+        )
+        assert before.choices[0].logprobs.token_logprobs != after.choices[0].logprobs.token_logprobs
+        processes = [server.process.pid, *(process.pid for process in server.engine_processes)]
+        said = [witness.ask(pid, tmp_path / "witness") for pid in processes]
+        assert server.stop() == 0
+    finally:
+        if server.process.poll() is None:
+            server.kill()
+    assert len(said) == 3, "server, engine, worker"
+    for answer in said:
+        assert answer["clean_start"], "vllm_zo was imported before vLLM loaded its plugins"
+        assert answer["vllm"] == str(tree / "vllm" / "__init__.py")
+        assert set(answer["replaced"]) == WITHOUT_COUNTERPART
 
 
 def test_each_patch_stands_on_the_ones_before_it(tmp_path: Path) -> None:
