@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import types
 from pathlib import Path
@@ -11,6 +12,8 @@ import pytest
 
 from vllm_zo import compat
 from vllm_zo.compat.registry import Patch, PatchConflictError, exists, patches_in
+from vllm_zo.entrypoints.engine_options import engine_options
+from vllm_zo.errors import ZOError
 
 PATCHES = Path(__file__).parents[1] / "patches"
 RECORDED = list(patches_in(compat))
@@ -137,3 +140,29 @@ def test_every_patch_in_this_process_is_marked_as_ours() -> None:
     assert marked == {
         p.target for p in RECORDED if p.target.startswith("vllm.v1.engine.") and "async_llm" not in p.target
     }
+
+
+def another_plugins_method(self: Any) -> bool:
+    return True
+
+
+@pytest.mark.parametrize("theirs", [None, another_plugins_method], ids=["missing", "replaced"])
+def test_a_vllm_that_the_patches_do_not_fit_serves_on_and_does_not_train(
+    theirs: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The plugin is loaded in engines that have nothing to do with training."""
+    from vllm.v1.engine.core import EngineCoreProc
+
+    monkeypatch.setattr(compat, "_installed", False)
+    if theirs is None:
+        monkeypatch.delattr(EngineCoreProc, "_handle_shutdown")
+    else:
+        monkeypatch.setattr(EngineCoreProc, "_handle_shutdown", theirs)
+    why = "_handle_shutdown.*vllm-zo doctor" if theirs is None else "test_compat has replaced .*_handle_shutdown"
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    compat.install()
+    assert re.search(f"cannot train with this vLLM: .*{why}", caplog.text)
+    with pytest.raises(PatchConflictError, match=why):
+        compat.require()
+    with pytest.raises(ZOError, match="_handle_shutdown"):
+        engine_options("no-model", True, {})

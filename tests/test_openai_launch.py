@@ -11,6 +11,8 @@ from typing import Any
 
 import openai
 import pytest
+from fastapi import FastAPI
+from fastapi.routing import APIRoute
 
 from tests.engines import Engines
 from tests.openai_server import Server, create, upload_reviews, wait_for
@@ -52,6 +54,19 @@ def test_vllm_finds_the_endpoints() -> None:
     (point,) = entry_points(group="vllm.endpoint_plugins", name="zo_server")
     plugin = point.load()()
     assert isinstance(plugin, TrainingEndpoints) and plugin.name == "zo_server"
+
+
+def test_our_routes_stand_for_vllms_of_the_same_path_and_method() -> None:
+    app = FastAPI()
+    kept = [app.post("/v1/models"), app.get("/v1/models/elsewhere"), app.get("/health")]
+    for route in (*kept, app.get("/v1/models")):
+        route(lambda: "vLLM's")
+    TrainingEndpoints().attach_router(app)
+    routes = [route for route in app.router.routes if isinstance(route, APIRoute)]
+    vllms = [(route.path, *route.methods) for route in routes if route.name == "<lambda>"]
+    assert vllms == [("/v1/models", "POST"), ("/v1/models/elsewhere", "GET"), ("/health", "GET")]
+    listing = [route for route in routes if route.path == "/v1/models" and "GET" in route.methods]
+    assert [route.endpoint.__name__ for route in listing] == ["list_models"]
 
 
 def test_flags_become_engine_options(model: str, tmp_path: Path) -> None:

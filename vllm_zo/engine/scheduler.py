@@ -382,7 +382,7 @@ class ZOAsyncScheduler(ZOSchedulerMixin, AsyncScheduler):
 
 def make_scheduler(vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> SchedulerInterface:
     """What `scheduler_cls` names: the class that fits the engine's scheduling mode (picking the wrong base is slow)."""
-    compat.install()
+    compat.require()
     cls = ZOAsyncScheduler if vllm_config.scheduler_config.async_scheduling else ZOScheduler
     logger.info(
         "zeroth-order training: %s, %d adapter slots",

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from vllm_zo import compat
 from vllm_zo.compat.seams import check_vllm
 from vllm_zo.config import ZOTrainingConfig
 from vllm_zo.entrypoints.cuda_graphs import chosen_by_user, default_sizes
@@ -41,11 +42,13 @@ def engine_options(
 
     Raises:
         ConfigError: an option or a model that training cannot work with; names it, why, and what to do.
+        PatchConflictError: another plugin has replaced what training patches.
     """
     zo = ZOTrainingConfig.from_user(zo_training)
     if zo is None:
         return dict(options)
     check_vllm()
+    compat.require()  # here a conflict is an error of the caller's; in the engine it would be a dead process
     _refuse(options)
     from vllm.platforms import current_platform
 

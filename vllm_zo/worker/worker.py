@@ -61,7 +61,7 @@ class ZOWorkerMixin(_Base):
     """Adds a Trainer to whichever worker the platform uses."""
 
     def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
-        compat.install()
+        compat.require()
         super().__init__(vllm_config, *args, **kwargs)
         self.zo_config = ZOTrainingConfig.of_engine(vllm_config.additional_config)
         self._zo_trainer: Trainer | None = None

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_zo.compat import moved
+from vllm_zo.compat.seams import check_vllm
 from vllm_zo.config import ZOTrainingConfig
 from vllm_zo.entrypoints.cpu_defaults import apply_cpu_defaults, is_cpu_build
 from vllm_zo.entrypoints.openai.settings import (
@@ -94,6 +95,7 @@ def serve(argv: Sequence[str]) -> None:
     """
     os.environ["VLLM_PLUGINS"] = plugin_allow_list(os.environ)
     apply_cpu_defaults(in_process=False)
+    check_vllm()  # before anything is imported from it by name
     moved.find("cli_env_setup")()
     args = parse(argv)
     if args.zo_print_flags:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 from argparse import Namespace
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
+from fastapi.routing import APIRoute
 from starlette.datastructures import State
+from starlette.routing import BaseRoute
 
 from vllm_zo.compat import moved
 from vllm_zo.config import ZOTrainingConfig
@@ -47,8 +49,10 @@ class TrainingEndpoints:
         self._metrics: TrainingMetrics | None = None
 
     def attach_router(self, app: FastAPI) -> None:
+        vllms = list(app.router.routes)
         for router in ROUTERS:
             app.include_router(router)
+        replace_routes(app, vllms)
         app.add_middleware(FoldGuard)
         app.router.lifespan_context = self._ending_with(app.router.lifespan_context)
 
@@ -92,6 +96,19 @@ class TrainingEndpoints:
             await self._service.runner.stop()
             self._service.store.close()
             self._service.state.release()
+
+
+def replace_routes(app: FastAPI, earlier: Sequence[BaseRoute]) -> None:
+    """Take those of the earlier routes away that a later one stands for, path and method.
+
+    vLLM does so by itself from 0.32 on; before, its own `/v1/models` would answer, as the first of two.
+    """
+    routes = app.router.routes
+    ours = [route for route in routes if isinstance(route, APIRoute) and route not in earlier]
+    taken = {(route.path, method) for route in ours for method in route.methods}
+    for route in earlier:
+        if isinstance(route, APIRoute) and all((route.path, method) in taken for method in route.methods):
+            routes.remove(route)
 
 
 def build_service(
