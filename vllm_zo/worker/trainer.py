@@ -341,6 +341,7 @@ class Trainer:
             state=(member.group_id, member.probe),
             token_ids=row.token_ids[:count] if start == 0 else (),
             targets=[position - start for position in row.positions if 0 <= position - start < count],
+            whole=count == len(row.token_ids),
         )
 
     def take_results(self) -> tuple[list[PendingGroup], ZOResults]:

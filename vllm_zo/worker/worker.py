@@ -157,6 +157,8 @@ class ZOWorkerMixin(_Base):
             return
         shared: SharedRows = self.model_runner.zo_shared_rows
         last_attention, shared.last_attention = shared.last_attention, None
+        if not shared.wrote_kv:
+            return
         outputs = [hidden] if last_attention is None else [hidden, last_attention]  # `hidden` may lack its last layer
         if not all(torch.isfinite(output).all() for output in outputs):
             for cache in self.model_runner.kv_caches:

@@ -1,8 +1,10 @@
 """A CPU forward that computes only the rows of a `RowPlan`.
 
-The model runs on the kept rows from the embedding on. Attention alone sees all T rows, with vLLM's own metadata and KV
-cache: queries, keys and values are expanded before it and its output is cut down again. Behind the last attention the
-linear layers multiply the needed rows only and leave zeros in the others, which nobody reads.
+The model runs on the kept rows from the embedding on. Where whole sequences of members are all there is, attention runs
+on those as well (`whole_attention.py`). Else it sees all T rows, with vLLM's own metadata and KV cache: queries, keys
+and values are expanded before it and its output is cut down again. The first linear layer multiplies its base weight
+with one of each row that are alike there. Behind the last attention the linear layers multiply the needed rows only and
+leave zeros in the others, which nobody reads.
 
 `compat/shared_rows.py` puts these functions where vLLM calls them. Without an active forward they do nothing.
 """
@@ -11,6 +13,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,6 +25,7 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import AttentionType
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
+from vllm_zo.worker.kernels import whole_attention
 from vllm_zo.worker.kernels.cpu_lora import GroupedPunicaWrapper, Span
 from vllm_zo.worker.rows import Chunk, RowPlan, plan_rows
 
@@ -41,10 +45,15 @@ class SharedRows:
         """Set while a step with members runs: its rows, for the request ids of the batch in their order."""
         self.last_attention: Tensor | None = None
         """Output of the last attention of the last such forward, all kept rows."""
+        self.wrote_kv = True
+        """Whether the last forward wrote keys and values to the KV cache."""
         self.layers = len(runner.compilation_config.static_forward_context)
         self.refused = self._why_not()
         if self.refused:
             logger.info("every row of a training step is computed: %s", self.refused)
+        self.needs_cache = self.refused or self._why_not_whole()
+        if self.needs_cache and not self.refused:
+            logger.info("attention of training steps goes through the KV cache: %s", self.needs_cache)
 
     def _why_not(self) -> str | None:
         runner = self.runner
@@ -67,6 +76,14 @@ class SharedRows:
                 return f"{name} ({type(layer).__name__}) is not plain causal attention"
         return None
 
+    def _why_not_whole(self) -> str | None:
+        if self.runner.vllm_config.kv_transfer_config is not None:
+            return "a KV connector reads it"
+        for name, layer in self.runner.compilation_config.static_forward_context.items():
+            if (reason := whole_attention.why_not(layer)) is not None:
+                return f"{name}: {reason}"
+        return None
+
     def plan(self, rows: int) -> RowPlan | None:
         """The plan of the step that is about to run; None where all of its `rows` rows are to be computed."""
         if self.refused or self.chunks is None:
@@ -75,7 +92,9 @@ class SharedRows:
         if sum(chunk.rows for chunk in chunks) != rows:  # padded
             return None
         plan = plan_rows(chunks)
-        return plan if plan.shares or plan.prunes else None
+        if self.needs_cache:
+            plan = replace(plan, buckets=None)
+        return plan if plan.shares or plan.prunes or plan.repeats or plan.buckets else None
 
 
 class Forward:
@@ -85,6 +104,7 @@ class Forward:
         self.shared = shared
         self.plan = plan
         self.attentions = 0
+        self.linears = 0
         self.needed_spans: dict[int, list[Span]] = {}
         """By wrapper: which slots the needed rows use."""
 
@@ -97,9 +117,11 @@ class Forward:
         return x if x is None or not self.plan.shares else x.index_select(0, self.plan.expand_T)
 
     def cut(self, attended: Tensor) -> Tensor:
-        """(T, ...) -> (U, ...); to be called once a layer."""
-        if self.plan.shares:
-            attended = attended.index_select(0, self.plan.keep_U)
+        """(T, ...) -> (U, ...), and `past`."""
+        return self.past(attended.index_select(0, self.plan.keep_U) if self.plan.shares else attended)
+
+    def past(self, attended: Tensor) -> Tensor:
+        """(U, ...) output of a layer's attention, as it is; to be called once a layer."""
         self.attentions += 1
         if self.past_attention:
             self.shared.last_attention = attended
@@ -129,7 +151,10 @@ def model_forward(original: Callable[..., Any]) -> Callable[..., Any]:
         if shared is not None and inputs_embeds is None and input_ids is not None and positions.ndim == 1:
             plan = shared.plan(len(input_ids))
         if shared is None or plan is None:
+            if shared is not None:
+                shared.wrote_kv = True
             return original(self, input_ids, positions, *args, inputs_embeds=inputs_embeds, **kwargs)
+        shared.wrote_kv = False
         with Forward(shared, plan):
             hidden = original(self, input_ids[plan.keep_U], positions[plan.keep_U], *args, **kwargs)
         return hidden.index_select(0, plan.expand_T) if plan.shares else hidden
@@ -147,6 +172,9 @@ def attention_forward(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         if not _active:
             return original(self, query, key, value, output_shape, *args, **kwargs)
         (running,) = _active
+        if (buckets := running.plan.buckets) is not None and not args and not kwargs:
+            return running.past(whole_attention.attend(self, query, key, value, buckets))
+        running.shared.wrote_kv = True
         if output_shape is not None and running.plan.shares:
             output_shape = torch.Size((len(running.plan.expand_T), *output_shape[1:]))
         attended = original(self, *map(running.expand, (query, key, value)), output_shape, *args, **kwargs)
@@ -161,7 +189,12 @@ def lora_linear_apply(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
     @functools.wraps(original)
     def apply(self: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         running = _active[-1] if _active else None
-        if running is None or not running.past_attention or not running.plan.prunes or x.ndim != 2:
+        if running is None or x.ndim != 2:
+            return original(self, x, bias)
+        running.linears += 1
+        if running.linears == 1 and running.attentions == 0 and running.plan.repeats:
+            return _first_linear(self, x, bias, running.plan)
+        if not running.past_attention or not running.plan.prunes:
             return original(self, x, bias)
         needed = running.plan.needed_P
         wrapper = self.punica_wrapper
@@ -170,3 +203,12 @@ def lora_linear_apply(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return part.new_zeros(len(x), part.shape[1]).index_copy_(0, needed, part)
 
     return apply
+
+
+def _first_linear(layer: Any, x: Tensor, bias: Tensor | None, plan: RowPlan) -> Tensor:
+    """The first perturbed layer, whose input is not perturbed yet: the base weight meets rows that are alike once."""
+    base = layer.base_layer
+    alike = base.quant_method.apply(base, x.index_select(0, plan.first_D), bias)
+    y = alike.index_select(0, plan.spread_U)
+    layer.punica_wrapper.add_lora_linear(y, x, layer.lora_a_stacked, layer.lora_b_stacked, 1.0, layer.output_slices)
+    return y
