@@ -1,4 +1,4 @@
-"""Widened products of 16-bit layers: equal to the exact product to the rounding of the output."""
+"""Widened products of 16-bit layers equal the exact ones to the rounding of the output. And who takes which product."""
 
 from __future__ import annotations
 
@@ -6,7 +6,13 @@ import pytest
 import torch
 
 from vllm_zo.worker.kernels import cpu_linear
-from vllm_zo.worker.kernels.cpu_linear import is_emulated, widened_linear
+from vllm_zo.worker.kernels.cpu_linear import (
+    PLAIN_ROWS,
+    is_emulated,
+    is_kept_plain,
+    plain_for_many_rows,
+    widened_linear,
+)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -45,3 +51,39 @@ def test_only_types_without_instructions_are_widened(
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
     assert is_emulated.__wrapped__(dtype) is emulated  # the answer itself is cached
+
+
+@pytest.fixture
+def training_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_f": False})
+    monkeypatch.setattr(cpu_linear, "_keeps_plain", False)
+    cpu_linear.keep_plain_weights()
+
+
+@pytest.mark.usefixtures("training_worker")
+def test_small_float32_weights_are_kept_plain_where_the_cpu_has_no_avx512(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.zeros(64, 48)
+    assert is_kept_plain(weight)
+    assert not is_kept_plain(weight.bfloat16())
+    for name, value in [("MAX_KEPT_BYTES", weight.nbytes - 1), ("_keeps_plain", False)]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(cpu_linear, name, value)
+            assert not is_kept_plain(weight)
+    for capabilities in ({"avx512_f": True}, {"neon": True}):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda kinds=capabilities: kinds)
+        assert not is_kept_plain(weight)
+
+
+def test_few_rows_go_to_the_packed_product_and_many_to_the_plain_one() -> None:
+    seen: list[int] = []
+
+    def packed(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        seen.append(len(x))
+        return x @ weight.T + bias
+
+    linear, weight, bias = plain_for_many_rows(packed), torch.randn(40, 48), torch.randn(40)
+    for rows in (1, PLAIN_ROWS - 1, PLAIN_ROWS, 1000):
+        x = torch.randn(rows, 48)
+        exact = x.double() @ weight.double().T + bias
+        torch.testing.assert_close(linear(x, weight, bias).double(), exact, rtol=0, atol=2e-5)  # sums of 48 terms
+    assert seen == [1, PLAIN_ROWS - 1]

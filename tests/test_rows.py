@@ -26,6 +26,10 @@ def test_the_example_of_the_docstring() -> None:
         [2, 4],
     ]
     assert plan.shares and plan.prunes
+    plan = plan_rows([Chunk(3, "+", (5, 7, 9), (2,)), Chunk(4, "-", (5, 7, 8, 4), (3,))])
+    assert plan.first_D.tolist() == [0, 1, 2, 5, 6]
+    assert plan.spread_U.tolist() == [0, 1, 2, 0, 1, 3, 4]
+    assert plan.repeats and not plan.shares and plan.buckets is None
 
 
 def test_other_requests_and_continued_members_keep_every_row() -> None:
@@ -37,7 +41,7 @@ def test_other_requests_and_continued_members_keep_every_row() -> None:
 def test_a_plan_merges_rows_of_equal_state_and_history_and_no_others() -> None:
     rng = random.Random(0)
     for _ in range(50):
-        chunks, history = [], []
+        chunks, history, alike = [], [], []
         for _ in range(rng.randint(1, 8)):
             state = rng.choice(["plus", "minus", None])
             tokens = tuple(rng.choices((1, 2), k=rng.randint(1, 6)))
@@ -45,6 +49,7 @@ def test_a_plan_merges_rows_of_equal_state_and_history_and_no_others() -> None:
             chunks.append(Chunk(len(tokens), state, tokens if ours else (), (len(tokens) - 1,)))
             own = () if ours else (object(),)  # nothing else is equal to this chunk's rows
             history += [(state, *own, tokens[: i + 1]) for i in range(len(tokens))]
+            alike += [(*own, token, i) for i, token in enumerate(tokens)]
         plan = plan_rows(chunks)
         merged: dict[int, set[Any]] = {}
         for row, past in zip(plan.expand_T.tolist(), history, strict=True):
@@ -53,6 +58,16 @@ def test_a_plan_merges_rows_of_equal_state_and_history_and_no_others() -> None:
         assert len(merged) == len(set(history)) == len(plan.keep_U), "one history, one row"
         assert plan.keep_U.tolist() == sorted(plan.keep_U.tolist())
         assert [history[i] for i in plan.keep_U] == [next(iter(merged[u])) for u in range(len(merged))]
+        kept = [alike[i] for i in plan.keep_U]
+        assert [kept[plan.first_D[d]] for d in plan.spread_U] == kept, "alike before the first attention"
+        assert len(plan.first_D) == len(set(kept))
+
+
+def test_a_plan_has_buckets_where_all_sequences_are_whole_and_only_there() -> None:
+    whole = Chunk(2, "+", (5, 7), (1,), whole=True)
+    assert plan_rows([whole, replace(whole, state="-")]).buckets is not None
+    assert plan_rows([whole, replace(whole, whole=False)]).buckets is None
+    assert plan_rows([whole, Chunk(3)]).buckets is None
 
 
 PREFIX = "nothing happens for two hours , and then it ends , "

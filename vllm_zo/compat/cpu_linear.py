@@ -1,4 +1,4 @@
-"""16-bit linear layers on a CPU that has no 16-bit matrix instructions."""
+"""Linear layers on CPUs where vLLM's kernel is not the fastest; `worker/kernels/cpu_linear.py` has the code."""
 
 from __future__ import annotations
 
@@ -8,10 +8,16 @@ from vllm_zo.compat.registry import Patch
 
 WIDENED_LINEAR = Patch(
     target="vllm.model_executor.layers.utils:dispatch_cpu_unquantized_gemm",
-    why="without AVX512-BF16 or AMX a 16-bit layer is multiplied by emulation, 3 to 8 times slower than in float32",
-    how="such layers get our product, which widens the weight block by block; all others are left to vLLM",
+    why=(
+        "without AVX512-BF16 or AMX a 16-bit layer is multiplied by emulation, 3 to 8 times slower than in float32; "
+        "without AVX-512 the packed float32 product is the slower one for the rows of a training step"
+    ),
+    how=(
+        "16-bit layers get our product, which widens the weight block by block; small float32 layers of a training "
+        "engine keep their plain weight for batches of many rows; all others are left to vLLM"
+    ),
     upstream="none yet",
-    remove_when="vLLM's CPU backend widens 16-bit weights where the CPU cannot multiply them",
+    remove_when="vLLM's CPU backend chooses by instructions and batch size",
     series="none: a choice of kernel for old CPUs; upstream would want numbers from more of them first",
 )
 
@@ -19,15 +25,20 @@ WIDENED_LINEAR = Patch(
 def install() -> None:
     from vllm.model_executor.layers import utils
 
-    from vllm_zo.worker.kernels.cpu_linear import is_emulated, widened_linear
+    from vllm_zo.worker.kernels.cpu_linear import is_emulated, is_kept_plain, plain_for_many_rows, widened_linear
 
     original = utils.dispatch_cpu_unquantized_gemm
 
     def dispatch_cpu_unquantized_gemm(layer: Any, remove_weight: bool) -> None:
         weight = layer.weight
-        if weight.is_meta or weight.ndim != 2 or not is_emulated(weight.dtype):
+        if weight.is_meta or weight.ndim != 2:
             original(layer, remove_weight)
-        else:
+        elif is_emulated(weight.dtype):
             layer.cpu_linear = widened_linear
+        elif is_kept_plain(weight):
+            original(layer, False)
+            layer.cpu_linear = plain_for_many_rows(layer.cpu_linear)
+        else:
+            original(layer, remove_weight)
 
     WIDENED_LINEAR.apply(utils, "dispatch_cpu_unquantized_gemm", dispatch_cpu_unquantized_gemm)

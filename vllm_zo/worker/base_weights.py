@@ -91,8 +91,8 @@ class BaseWeights:
 
 
 def _is_packed(layer: Any) -> bool:
-    """Whether `cpu_linear` multiplies with a copy (oneDNN, AMX) rather than with `layer.weight`."""
-    return bool(_closure(layer).keys() & {"handler", "packed_weight", "zen_weight"})
+    """Whether `cpu_linear` multiplies with a copy (oneDNN, AMX) rather than, or not always, with `layer.weight`."""
+    return bool(_closure(layer).keys() & {"handler", "packed_weight", "zen_weight", "packed"})
 
 
 def _closure(layer: Any) -> dict[str, Any]:

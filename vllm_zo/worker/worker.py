@@ -28,6 +28,7 @@ from vllm_zo.commands import COMMANDS_ATTR, RESULTS_ATTR, ScoreMember, ZOCommand
 from vllm_zo.compat import cpu_lora, gpu_lora
 from vllm_zo.config import ZOTrainingConfig
 from vllm_zo.worker.host_copy import PendingGroup
+from vllm_zo.worker.kernels import cpu_linear
 from vllm_zo.worker.kernels.shared_rows import SharedRows
 from vllm_zo.worker.logits import ServingLogits
 from vllm_zo.worker.scoring import Head
@@ -178,6 +179,7 @@ class ZOCPUWorker(ZOWorkerMixin, CPUWorker):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         cpu_lora.choose_wrapper()
+        cpu_linear.keep_plain_weights()
         super().__init__(*args, **kwargs)
 
 

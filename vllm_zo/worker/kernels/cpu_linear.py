@@ -1,12 +1,16 @@
-"""16-bit linear layers on a CPU without 16-bit matrix instructions: the product in float32, the weight kept in 16 bits.
+"""Linear layers on CPUs where vLLM's packed product is not the fastest.
 
-Such a CPU emulates a bfloat16 product one multiplication at a time, 3 to 8 times slower than float32. Widening a weight
-costs one pass over it, which a batch of some tokens pays back many times; no second copy of the weights is kept.
+16 bits, on a CPU without 16-bit matrix instructions: the product in float32, the weight kept in 16 bits. Such a CPU
+emulates a bfloat16 product one multiplication at a time, 3 to 8 times slower than float32. Widening a weight costs one
+pass over it, which a batch of some tokens pays back many times; no second copy of the weights is kept.
+
+float32, on a CPU without AVX-512: many rows are multiplied with the plain weight, few with oneDNN's packed one.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +20,13 @@ MIN_TOKENS = 16
 """Below this, reading the weight once in 16 bits is cheaper than widening it (measured at 768 to 3,072 features)."""
 BLOCK_ELEMENTS = 1 << 21
 """Weight elements widened at a time: 8 MiB, which stays in a shared cache."""
+
+PLAIN_ROWS = 128
+"""From here on torch's product (MKL) takes as long as oneDNN's or less, at 256 to 3,072 features: the same at 128 rows,
+5 to 9 % less at 256. Below, down to two thirds of its time are enough for oneDNN."""
+MAX_KEPT_BYTES = 16 << 20
+"""A larger weight is not kept twice. Models of up to some 350 million parameters have none."""
+_keeps_plain = False
 
 _NATIVE = {torch.bfloat16: ("avx512_bf16", "amx_bf16", "bf16"), torch.float16: ("avx512_fp16", "amx_fp16", "fp16")}
 """What torch.cpu.get_capabilities() calls the instructions, on x86 (the first two) and ARM."""
@@ -33,6 +44,29 @@ def is_emulated(dtype: torch.dtype) -> bool:
 def plain_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`x W^T + bias` with the weight as it is, not packed: a weight that changes every few steps is not worth it."""
     return F.linear(x, weight, bias)
+
+
+def keep_plain_weights() -> None:
+    """For a training worker, before its model is loaded: only a step has that many rows all the time."""
+    global _keeps_plain
+    _keeps_plain = True
+
+
+def is_kept_plain(weight: Tensor) -> bool:
+    """Whether a layer of this (O, I) weight keeps it beside the packed one."""
+    if not _keeps_plain or weight.dtype != torch.float32 or weight.nbytes > MAX_KEPT_BYTES:
+        return False
+    return not torch.cpu.get_capabilities().get("avx512_f", True)  # not x86: not measured
+
+
+def plain_for_many_rows(packed: Callable[[Tensor, Tensor, Tensor | None], Tensor]) -> Callable[..., Tensor]:
+    """A product that leaves few rows to `packed`, vLLM's choice for the layer."""
+
+    def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        many = x.numel() >= PLAIN_ROWS * x.shape[-1]
+        return F.linear(x, weight, bias) if many else packed(x, weight, bias)
+
+    return linear
 
 
 def widened_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -50,8 +50,7 @@ def attend(layer: Any, query: Tensor, key: Tensor, value: Tensor, buckets: Bucke
     attended = []
     for (count, length), q, k, v in parts:
         q, k, v = (
-            x.view(count, length, n, width).transpose(1, 2)
-            for x, n in ((q, heads), (k, kv_heads), (v, kv_heads))
+            x.view(count, length, n, width).transpose(1, 2) for x, n in ((q, heads), (k, kv_heads), (v, kv_heads))
         )
         out = F.scaled_dot_product_attention(
             q, k, v, is_causal=True, scale=layer.impl.scale, enable_gqa=heads != kv_heads
