@@ -27,6 +27,7 @@ class Chunk:
         state: the parameters it runs under; None for a request that is not ours, whose rows are all kept.
         token_ids: of the rows, where they start a sequence; empty where they continue one.
         targets: rows (0 is the chunk's first) whose final hidden state is read.
+        embedded_by: what their embeddings depend on besides token and place: None, or the state if that changes them.
         whole: they are a sequence from its first token to its last, of which nothing is asked after this step.
     """
 
@@ -34,6 +35,7 @@ class Chunk:
     state: Hashable | None = None
     token_ids: Sequence[int] = ()
     targets: Sequence[int] = ()
+    embedded_by: Hashable | None = None
     whole: bool = False
 
 
@@ -83,8 +85,8 @@ def plan_rows(chunks: Sequence[Chunk]) -> RowPlan:
     needed: set[int] = set()
     first: list[int] = []
     spread: list[int] = []
-    pairs: dict[tuple[int, int], int] = {}
-    """(token, position) -> row of D."""
+    inputs: dict[tuple[Hashable, int, int], int] = {}
+    """(embeddings, token, position) -> row of D."""
     children: dict[tuple[Hashable, int], int] = {}
     """Prefix tree: (row or state before, token) -> row."""
     for chunk in chunks:
@@ -98,7 +100,7 @@ def plan_rows(chunks: Sequence[Chunk]) -> RowPlan:
                 alike = len(first)
                 if chunk.token_ids:
                     children[node, chunk.token_ids[i]] = row
-                    alike = pairs.setdefault((chunk.token_ids[i], i), alike)
+                    alike = inputs.setdefault((chunk.embedded_by, chunk.token_ids[i], i), alike)
                 if alike == len(first):
                     first.append(row)
                 spread.append(alike)

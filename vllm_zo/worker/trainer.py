@@ -42,7 +42,7 @@ from vllm_zo.methods.base import ProbePlan
 from vllm_zo.methods.fold import fold_into
 from vllm_zo.methods.spaces import basis_of
 from vllm_zo.methods.state import AdapterState
-from vllm_zo.methods.targets import LM_HEAD
+from vllm_zo.methods.targets import EMBEDDINGS, LM_HEAD
 from vllm_zo.worker.base_weights import BaseWeights, check_writable
 from vllm_zo.worker.host_copy import HostCopies, PendingGroup
 from vllm_zo.worker.host_memory import TRIM_INTERVAL, give_back_freed_memory
@@ -66,8 +66,9 @@ class JobState:
     """Of a step with a round still to come: the first plan, the coefficients so far, whether all was finite."""
 
     @functools.cached_property
-    def trains_head(self) -> bool:
-        return any(target.kind == LM_HEAD for target in self.targets)
+    def kinds(self) -> frozenset[str]:
+        """LINEAR, EMBEDDINGS, LM_HEAD: which of them the job trains."""
+        return frozenset(target.kind for target in self.targets)
 
     def take_round(self, plan: ProbePlan, losses_PE: Tensor, learning_rate: float) -> tuple[Tensor, Tensor]:
         """Losses of a round to coefficients; after the last round of a step, the step. All on the device.
@@ -321,8 +322,8 @@ class Trainer:
     def _slot_at_the_head(self, member: ScoreMember) -> int | None:
         """Index among all slots of a member's adapter, if its job trains the LM head."""
         opened = self.groups[member.group_id]
-        trains_head = self.jobs[opened.command.job_id].trains_head
-        return self.pool.first + opened.slot_of_probe[member.probe] if trains_head else None
+        trained = self.jobs[opened.command.job_id].kinds
+        return self.pool.first + opened.slot_of_probe[member.probe] if LM_HEAD in trained else None
 
     def chunks(
         self, members: Sequence[ScoreMember], num_tokens: Mapping[str, int], req_ids: Sequence[str]
@@ -336,9 +337,11 @@ class Trainer:
         if member is None or opened is None:
             return Chunk(count)
         row, start = opened.table.rows[member.row], member.num_computed_tokens
+        state = member.group_id, member.probe
         return Chunk(
             count,
-            state=(member.group_id, member.probe),
+            state=state,
+            embedded_by=state if EMBEDDINGS in self.jobs[opened.command.job_id].kinds else None,
             token_ids=row.token_ids[:count] if start == 0 else (),
             targets=[position - start for position in row.positions if 0 <= position - start < count],
             whole=count == len(row.token_ids),
