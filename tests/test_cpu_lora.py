@@ -87,21 +87,29 @@ def test_grouped_lora_equals_the_dense_product_and_the_stock_path(dtype: torch.d
         assert error <= (theirs.double() - expected).abs().max() + tolerance * 2
 
 
-def test_rows_of_logits_use_their_own_adapter_or_none() -> None:
+@pytest.mark.parametrize("patched", [False, True], ids=["vllm_zo", "patches/0005"])
+def test_embeddings_and_logits_use_their_own_adapter_or_none(patched: bool) -> None:
     """Stock vLLM gives a row without an adapter the last slot's, which is a probe of ours."""
+    if patched and vllm.__version__ != PATCHED_RELEASE:
+        pytest.skip(f"patches/0005 is against {PATCHED_RELEASE}")
     torch.manual_seed(0)
-    slots = [IDS.index(i) if i else -1 for i in (0, 14, 11, 11, 0, 12)]
-    grouped = GroupedPunicaWrapper(64, 16, "cpu")
-    mapping = LoRAMapping((0, 14, 11, 11, 0, 12), (0, 14, 11, 11, 0, 12), is_prefill=False)
-    grouped.update_metadata(mapping, list(IDS), SLOTS + 1, 100)
+    tokens = (0, 14, 11, 11, 0, 12, 11)
+    wrapper = (patched_wrapper() if patched else GroupedPunicaWrapper)(64, 16, "cpu")
+    wrapper.update_metadata(LoRAMapping(tokens, tokens, is_prefill=False), list(IDS), SLOTS + 1, 100)
     a, b = torch.randn(SLOTS, 1, RANK, IN), torch.randn(SLOTS, 1, 100, RANK)
-    x, base = torch.randn(6, IN), torch.randn(6, 104)  # padded vocabulary
-    expected = base.double()
-    for t, slot in enumerate(slots):
-        if slot >= 0:
-            expected[t, :100] += 0.5 * x[t].double() @ a[slot, 0].double().T @ b[slot, 0].double().T
-    grouped.add_lora_logits(base, x, a, b, 0.5)
-    torch.testing.assert_close(base.double(), expected, rtol=0, atol=60 * torch.finfo(torch.float32).eps * 4)
+    x, shrunk = torch.randn(len(tokens), IN), torch.randn(len(tokens), RANK)
+    logits, embedded = torch.randn(len(tokens), 104), torch.randn(len(tokens), 100)  # the vocabulary may be padded
+    expected_logits, expected_embedded = logits.double(), embedded.double()
+    for t, lora_id in enumerate(tokens):
+        if lora_id:
+            b_t = b[IDS.index(lora_id), 0].double()
+            expected_logits[t, :100] += 0.5 * x[t].double() @ a[IDS.index(lora_id), 0].double().T @ b_t.T
+            expected_embedded[t] += shrunk[t].double() @ b_t.T
+    wrapper.add_lora_logits(logits, x, a, b, 0.5)
+    wrapper.add_lora_embedding(embedded, shrunk, b, add_input=True)
+    tolerance = 60 * torch.finfo(torch.float32).eps * 4
+    torch.testing.assert_close(logits.double(), expected_logits, rtol=0, atol=tolerance)
+    torch.testing.assert_close(embedded.double(), expected_embedded, rtol=0, atol=tolerance)
 
 
 def test_add_inputs_false_overwrites() -> None:
