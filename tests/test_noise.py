@@ -213,9 +213,10 @@ def test_bad_arguments_are_named() -> None:
 
 PIECES = [("a", 0, 1300), ("b", 3, 501), ("none", 5, 5), ("c", 2**34 - 7, 2**34 + 50), ("a", 1300, 1302)]
 IN_A_CHILD = """
-from tests.test_noise import check_launch_table, check_table_of_one, check_triton_agrees
+from tests.test_noise import check_fused_sum, check_launch_table, check_table_of_one, check_triton_agrees
 check_launch_table()
 check_table_of_one("cpu")
+check_fused_sum("cpu")
 check_triton_agrees("cpu")
 """
 
@@ -248,6 +249,28 @@ def check_table_of_one(device: str) -> None:
             assert torch.equal(bits.cpu(), noise.uniform_int32(9, ranges, "cpu"))
 
 
+def check_fused_sum(device: str) -> None:
+    """`add`, against the float64 sum of the noise that `fill` makes, and against the plain path."""
+    from vllm_zo.worker.kernels import triton_noise
+
+    ranges = ElementRanges.of(PIECES)
+    generator = torch.Generator().manual_seed(0)
+    for count in (1, 2, 16):
+        keys = [noise.derive_key(count, k) for k in range(count)]
+        assert count < 16 or max(keys) >> 63, "one that is negative where it is passed signed"
+        weights, theta = torch.randn(count, generator=generator), torch.randn(ranges.total, generator=generator)
+        on_device = [tensor.to(device) for tensor in (theta, weights)]
+        added = triton_noise.add(on_device[0], keys, on_device[1], -0.25, ranges).cpu()
+        assert torch.equal(on_device[0].cpu(), theta), "out of place"
+        drawn = [triton_noise.fill(key, ranges, torch.device(device), torch.float32).cpu().double() for key in keys]
+        terms = torch.stack([theta.double(), *(-0.25 * w.double() * n for w, n in zip(weights, drawn, strict=True))])
+        # Each of the K products and sums is rounded once, by half an eps of at most the sum of the terms' sizes.
+        bound = (count + 2) * torch.finfo(torch.float32).eps * terms.abs().sum(0)
+        assert ((added.double() - terms.sum(0)).abs() <= bound).all()
+        plain = noise.add_normals(theta, keys, weights, -0.25, ranges)
+        assert ((added - plain).abs() <= 2 * bound + 3e-6 * 0.25 * weights.abs().sum()).all()  # 3e-6: as below
+
+
 def check_triton_agrees(device: str) -> None:
     from vllm_zo.worker.kernels import triton_noise
 
@@ -273,4 +296,5 @@ def test_the_triton_kernel_agrees_in_the_interpreter() -> None:
 @pytest.mark.gpu
 def test_the_triton_kernel_agrees_on_a_gpu() -> None:
     check_table_of_one("cuda")
+    check_fused_sum("cuda")
     check_triton_agrees("cuda")

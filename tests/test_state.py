@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from vllm_zo import noise
-from vllm_zo.methods import LoZO
-from vllm_zo.methods.base import ModuleShape
+from vllm_zo.methods import LoZO, build_method, known_methods
+from vllm_zo.methods.base import Method, ModuleShape
 from vllm_zo.methods.state import AdapterState, FactorLayout
 
 MODULES = (
@@ -95,6 +95,31 @@ def test_the_update_uses_the_tensor_that_was_probed_and_other_seeds_replace_it()
     assert state.u_flat([11, 12]) is probed
     assert state.u_flat([12, 11]) is not probed
     assert torch.equal(state.u_flat([11, 12]), probed)
+
+
+DRAW_OTHERWISE = {"fzoo", "eggroll"}
+"""Random signs; columns of their own for each direction."""
+
+
+@pytest.mark.parametrize("method", [*map(build_method, known_methods()), LoZO(queries=2), LoZO(queries=16)], ids=str)
+def test_an_update_from_regenerated_directions_is_the_update(method: Method, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit for bit, by the plain sum; the fused one is held against it in tests/test_noise.py."""
+    wide = tuple(ModuleShape(m.name, 12 + m.out_features, 12 + m.in_features) for m in MODULES)
+    layout = FactorLayout(wide, method.coordinates.rank)
+    state, other = (AdapterState(method, layout, 5, 1) for _ in range(2))
+    plan = method.plan(5, 0, 0)
+    coefficients = torch.randn(len(plan.seeds), generator=torch.Generator().manual_seed(0))
+    state.apply(plan, coefficients, 0.1)
+    wanted = method.coordinates.draws_normals
+    assert wanted == (method.name not in DRAW_OTHERWISE)
+    monkeypatch.setattr(AdapterState, "regenerates", wanted)
+    for probe, p in enumerate(plan.probes):
+        if p.sign:
+            assert torch.equal(other.offset(plan, probe), state.offset(plan, probe))
+    if wanted:
+        monkeypatch.setattr(other, "u_flat", lambda seeds: pytest.fail("what was stored is read"))
+    other.apply(plan, coefficients, 0.1)
+    assert torch.equal(other.acc_BN, state.acc_BN) and state.acc_BN.any()
 
 
 def test_an_update_moves_the_accumulator_of_its_basis_only() -> None:

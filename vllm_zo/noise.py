@@ -29,7 +29,7 @@ from __future__ import annotations
 import hashlib
 import math
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -132,6 +132,31 @@ def normal(key: int, ranges: ElementRanges, device: torch.device | str) -> Tenso
     for start in range(0, len(out), _CHUNK):
         _box_muller(words[:, start : start + _CHUNK], out[start : start + _CHUNK])
     return out.view(-1)[ranges.take].to(device)
+
+
+def add_normals(
+    theta_N: Tensor, keys: Sequence[int], weights_K: Tensor, factor: float, ranges: ElementRanges
+) -> Tensor:
+    """`theta + sum_k factor * weights_k * normal(key_k)`, out of place, in float32 and in the order of k.
+
+    On a GPU in one launch that keeps no noise. CPU and GPU agree to the noise (module's docstring) and to the rounding
+    of each product and sum; on one kind of machine the bits are always the same.
+
+    Args:
+        theta_N: (total,) float32. weights_K: (K,) float32, on the same device.
+    """
+    if theta_N.device.type == "cuda":
+        from vllm_zo.worker.kernels.triton_noise import add
+
+        return add(theta_N, keys, weights_K, factor, ranges)
+    for key, weight in zip(keys, weights_K.unbind(), strict=True):
+        theta_N = add_scaled(theta_N, normal(key, ranges, theta_N.device), weight, factor)
+    return theta_N
+
+
+def add_scaled(theta_N: Tensor, values_N: Tensor, weight: Tensor, factor: float) -> Tensor:
+    """`theta + factor * weight * values`; `weight` is a number on the device."""
+    return torch.addcmul(theta_N, values_N, weight.expand_as(values_N), value=factor)
 
 
 def uniform_int32(key: int, ranges: ElementRanges, device: torch.device | str) -> Tensor:

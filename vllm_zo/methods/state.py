@@ -108,6 +108,12 @@ class AdapterState:
             self._draws = wanted, torch.stack(drawn)
         return self._draws[1]
 
+    @property
+    def regenerates(self) -> bool:
+        """Whether an update draws its directions anew. On a GPU one launch adds them all without storing one, so that
+        of K directions only the one whose slots are written is held. The same generator gives the same directions."""
+        return self.device.type == "cuda" and self.coordinates.draws_normals
+
     def offset(self, plan: ProbePlan, probe: int) -> Tensor:
         """(N,): what a probe adds to the trained numbers. Not for the centre, which adds nothing."""
         p = plan.probes[probe]
@@ -115,7 +121,8 @@ class AdapterState:
             assert self._proposal is not None, "a probe at the step before there was a first round"
             return self._proposal * (p.sign * p.eps)
         index = plan.seeds.index(p.seed)
-        direction = self.coordinates.embed(self.u_flat(plan.seeds)[index], index, self.layout)
+        drawn = self.u_flat([p.seed])[0] if self.regenerates else self.u_flat(plan.seeds)[index]
+        direction = self.coordinates.embed(drawn, index, self.layout)
         return direction * (p.sign * p.eps * self.coordinates.scale)
 
     def blocks(self, plan: ProbePlan, probe: int) -> list[Block]:
@@ -160,7 +167,10 @@ class AdapterState:
         self, plan: ProbePlan, theta_N: Tensor, coefficients_K: Tensor, learning_rate: float
     ) -> tuple[Tensor, State]:
         optimizer = self.method.optimizer
-        estimate = Estimate(self.coordinates, self.layout, self.u_flat(plan.seeds), coefficients_K.to(self.device))
+        seeds, draws = plan.seeds, partial(self.u_flat, plan.seeds)
+        estimate = Estimate(
+            self.coordinates, self.layout, seeds, draws, coefficients_K.to(self.device), self.regenerates
+        )
         if optimizer.weight_decay:
             theta_N = theta_N * (1.0 - learning_rate * optimizer.weight_decay)
         return optimizer.update(theta_N, estimate, self.optimizer_state, learning_rate)

@@ -60,6 +60,11 @@ class Coordinates(ABC):
     scale: float = 1.0
     """Factor of a direction: it is `scale` times what `draw` gives."""
 
+    @property
+    def draws_normals(self) -> bool:
+        """Whether a direction is `noise.normal` of `ranges` as it is, so that an update may draw it anew."""
+        return type(self).draw is Coordinates.draw and type(self).embed is Coordinates.embed
+
     def check_module(self, module: ModuleShape) -> None:  # noqa: B027 - most have no condition
         """Raise ConfigError for a module whose factors cannot be made."""
 

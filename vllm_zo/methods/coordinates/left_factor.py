@@ -36,6 +36,11 @@ class LeftFactor(Coordinates):
 
     refreshed = "V"
 
+    @property
+    def draws_normals(self) -> bool:
+        kept = type(self).draw is LeftFactor.draw and type(self).embed is Coordinates.embed
+        return self.u == "normal" and kept
+
     def check_module(self, module: ModuleShape) -> None:
         if self.v == "orthonormal":
             check_columns_fit(module, self.rank, module.in_features)

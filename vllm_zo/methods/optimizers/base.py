@@ -10,13 +10,14 @@ replay of the seed log, because an update is a function of seeds and logged coef
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from vllm_zo import noise
 from vllm_zo.methods.coordinates.base import Coordinates
 from vllm_zo.methods.layout import FactorLayout
 from vllm_zo.methods.probe import ProbePlan
@@ -31,17 +32,21 @@ class Estimate:
     """The gradient estimate `sum_k coefficients_k * scale * direction_k`, not formed yet.
 
     Attributes:
-        draws: (K, M) what `Coordinates.draw` gave for each direction.
+        seeds: of the directions.
+        draws: makes (or has kept) what `Coordinates.draw` gives for each direction, (K, M).
         coefficients_K: float32, as logged.
+        regenerates: directions are drawn anew while they are added, and never stored; the coordinates draw normals.
     """
 
     coordinates: Coordinates
     layout: FactorLayout
-    draws: Tensor
+    seeds: Sequence[int]
+    draws: Callable[[], Tensor]
     coefficients_K: Tensor
+    regenerates: bool = False
 
     def _directions(self) -> Iterator[Tensor]:
-        for index, draw in enumerate(self.draws.unbind()):
+        for index, draw in enumerate(self.draws().unbind()):
             yield self.coordinates.embed(draw, index, self.layout)
 
     def descend(self, theta_N: Tensor, step_size: float) -> Tensor:
@@ -50,13 +55,16 @@ class Estimate:
         The order is fixed (a loop, not a matmul) so that replaying the log gives the same bits for any thread count.
         """
         factor = -(step_size * self.coordinates.scale)
+        if self.regenerates:
+            ranges = self.coordinates.ranges(self.layout)
+            return noise.add_normals(theta_N, self.seeds, self.coefficients_K, factor, ranges)
         for coefficient, u_N in zip(self.coefficients_K.unbind(), self._directions(), strict=True):
-            theta_N = torch.addcmul(theta_N, u_N, coefficient.expand_as(u_N), value=factor)
+            theta_N = noise.add_scaled(theta_N, u_N, coefficient, factor)
         return theta_N
 
     def gradient(self) -> Tensor:
         """(N,) the estimate."""
-        return self.descend(torch.zeros(self._size(), device=self.draws.device), -1.0)
+        return self.descend(torch.zeros(self._size(), device=self.coefficients_K.device), -1.0)
 
     def _size(self) -> int:
         return self.coordinates.ranges(self.layout).total

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -22,14 +23,37 @@ def fill(key: int, ranges: ElementRanges, device: torch.device, dtype: torch.dty
     """(total,) standard normals for float32, the bits of `noise.uniform_int32` for int32."""
     out = torch.empty(ranges.total, dtype=dtype, device=device)
     if ranges.total:
-        if device not in ranges.device_tables:
-            one = len(ranges.ranges) == 1
-            ranges.device_tables[device] = table_of_one(ranges, device) if one else launch_table(ranges).to(device)
-        table = ranges.device_tables[device]
-        signed = key - (1 << 64) if key >> 63 else key  # always a signed argument: fewer compiled variants
+        table = _table_on(device, ranges)
         with torch.cuda.device_of(out):
-            _fill[(len(table),)](out, table, signed, BLOCK=BLOCK, GAUSSIAN=dtype == torch.float32)
+            _fill[(len(table),)](out, table, _signed(key), BLOCK=BLOCK, GAUSSIAN=dtype == torch.float32)
     return out
+
+
+def add(theta_N: Tensor, keys: Sequence[int], weights_K: Tensor, factor: float, ranges: ElementRanges) -> Tensor:
+    """See `noise.add_normals`: `theta` is read and the result written once, whatever K; no noise is stored."""
+    out = torch.empty_like(theta_N)
+    if ranges.total:
+        device = theta_N.device
+        table = _table_on(device, ranges)
+        signed = torch.tensor([_signed(key) for key in keys], dtype=torch.int64, pin_memory=device.type == "cuda")
+        signed = signed.to(device, non_blocking=True)
+        with torch.cuda.device_of(out):
+            _add[(len(table),)](
+                out, theta_N.contiguous(), table, signed, weights_K.contiguous(), factor, len(keys), BLOCK=BLOCK
+            )
+    return out
+
+
+def _table_on(device: torch.device, ranges: ElementRanges) -> Tensor:
+    if device not in ranges.device_tables:
+        one = len(ranges.ranges) == 1
+        ranges.device_tables[device] = table_of_one(ranges, device) if one else launch_table(ranges).to(device)
+    return ranges.device_tables[device]
+
+
+def _signed(key: int) -> int:
+    """Always a signed argument: fewer compiled variants."""
+    return key - (1 << 64) if key >> 63 else key
 
 
 def launch_table(ranges: ElementRanges) -> Tensor:
@@ -63,11 +87,33 @@ def table_of_one(ranges: ElementRanges, device: torch.device) -> Tensor:
 @triton.jit(do_not_specialize=["key"])
 def _fill(out, table, key, BLOCK: tl.constexpr, GAUSSIAN: tl.constexpr):  # type: ignore[no-untyped-def]
     row = table + 5 * tl.program_id(0)
-    first, module, start, stop, shift = (
-        tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3), tl.load(row + 4),
-    )  # fmt: skip
-    counter = first + tl.arange(0, BLOCK)
-    high = tl.zeros_like(counter) + module
+    place, inside = _elements(row, BLOCK)
+    tl.store(out + place, _values(row, key, BLOCK, GAUSSIAN), mask=inside)
+
+
+@triton.jit(do_not_specialize=["factor", "count"])
+def _add(out, theta, table, keys, weights, factor, count, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    row = table + 5 * tl.program_id(0)
+    place, inside = _elements(row, BLOCK)
+    total = tl.load(theta + place, mask=inside, other=0.0)
+    for k in range(0, count):
+        total += _values(row, tl.load(keys + k), BLOCK, True) * (tl.load(weights + k) * factor)
+    tl.store(out + place, total, mask=inside)
+
+
+@triton.jit
+def _elements(row, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Where a program's elements lie in the flat vector, and which of them belong to the piece."""
+    first, start, stop, shift = tl.load(row), tl.load(row + 2), tl.load(row + 3), tl.load(row + 4)
+    element = 4 * first + tl.arange(0, 4 * BLOCK)
+    return element + shift, (element >= start) & (element < stop)
+
+
+@triton.jit
+def _values(row, key, BLOCK: tl.constexpr, GAUSSIAN: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Noise of a program's elements, in their order."""
+    counter = tl.load(row) + tl.arange(0, BLOCK)
+    high = tl.zeros_like(counter) + tl.load(row + 1)
     low0, low1 = (counter & 0xFFFFFFFF).to(tl.uint32), (counter >> 32 & 0xFFFFFFFF).to(tl.uint32)
     high0, high1 = (high & 0xFFFFFFFF).to(tl.uint32), (high >> 32 & 0xFFFFFFFF).to(tl.uint32)
     v0, v1, v2, v3 = tl.philox(key, low0, low1, high0, high1)
@@ -77,9 +123,7 @@ def _fill(out, table, key, BLOCK: tl.constexpr, GAUSSIAN: tl.constexpr):  # type
     else:
         v0, v1 = v0.to(tl.int32, bitcast=True), v1.to(tl.int32, bitcast=True)
         v2, v3 = v2.to(tl.int32, bitcast=True), v3.to(tl.int32, bitcast=True)
-    values = tl.interleave(tl.interleave(v0, v2), tl.interleave(v1, v3))  # back to the order of elements
-    element = 4 * first + tl.arange(0, 4 * BLOCK)
-    tl.store(out + (element + shift), values, mask=(element >= start) & (element < stop))
+    return tl.interleave(tl.interleave(v0, v2), tl.interleave(v1, v3))
 
 
 @triton.jit
