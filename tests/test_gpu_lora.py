@@ -225,13 +225,10 @@ def check_traced(device: str) -> None:
     assert not any("triton" in node for node in nodes)
 
 
-def interpret_triton() -> None:
+def widen_products() -> None:
     """Triton's interpreter multiplies the bit patterns of bfloat16 matrices: they are widened first."""
     from triton.runtime import interpreter
 
-    from tests.children import _interpret_triton
-
-    _interpret_triton()
     builder: Any = interpreter.InterpreterBuilder
     create_dot = builder.create_dot
 
@@ -247,8 +244,10 @@ def interpret_triton() -> None:
 CHECKS = ("check_all", "check_no_adapter", "check_metadata", "check_traced")
 IN_A_CHILD = """
 import sys
+from tests.children import _interpret_triton
+_interpret_triton()  # before vLLM is imported
 from tests import test_gpu_lora
-test_gpu_lora.interpret_triton()
+test_gpu_lora.widen_products()
 getattr(test_gpu_lora, sys.argv[1])("cpu")
 """
 

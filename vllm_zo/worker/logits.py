@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor
+
+from vllm_zo.worker.scoring import upload
 
 
 class ServingLogits:
@@ -44,7 +45,7 @@ class ServingLogits:
                 return self.compute(hidden_states, *args, **kwargs)
         if not serving:
             return hidden_states.new_zeros((len(hidden_states), self.vocab_size))
-        rows = torch.tensor(serving, pin_memory=hidden_states.is_cuda).to(hidden_states.device, non_blocking=True)
+        rows = upload(serving, hidden_states.device)
         with ExitStack() as stack:
             for wrapper in self.wrappers:
                 stack.enter_context(_rows_use(wrapper, wrapper.sampler_indices[rows]))

@@ -59,7 +59,7 @@ class Head:
         """(T, D) float32, (L,) token ids -> (T, L): what the adapters of the head add. Every rank has them whole."""
         change = hidden_TD.new_zeros(len(hidden_TD), len(ids))
         for slot in dict.fromkeys(slots_T):
-            rows = _upload([t for t, other in enumerate(slots_T) if other == slot], hidden_TD.device)
+            rows = upload([t for t, other in enumerate(slots_T) if other == slot], hidden_TD.device)
             a_RD, b_LR = (
                 self.adapters.lora_a_stacked[slot, 0].float(),
                 self.adapters.lora_b_stacked[slot, 0][ids].float(),
@@ -189,15 +189,15 @@ def _scores(
     """Flat: the label's score per entry; for kind "logprobs" followed by the likeliest token's."""
     device = hidden.device
     if kind == "logprobs":
-        return head.log_probs(hidden[_upload(index, device)], _upload(labels, device), slots).flatten()
+        return head.log_probs(hidden[upload(index, device)], upload(labels, device), slots).flatten()
     rows, row_of = _distinct(index)
     ids, id_of = _distinct(labels)
     if slots is not None:
         slot_of_row = dict(zip(index, slots, strict=True))
         slots = [slot_of_row[row] for row in rows]
-    logits_TL = head.label_logits(hidden[_upload(rows, device)], _upload(ids, device), slots)
+    logits_TL = head.label_logits(hidden[upload(rows, device)], upload(ids, device), slots)
     wanted = [row * len(ids) + column for row, column in zip(row_of, id_of, strict=True)]
-    return logits_TL.view(-1)[_upload(wanted, device)]
+    return logits_TL.view(-1)[upload(wanted, device)]
 
 
 def _distinct(values: list[int]) -> tuple[list[int], list[int]]:
@@ -206,7 +206,7 @@ def _distinct(values: list[int]) -> tuple[list[int], list[int]]:
     return [*dict.fromkeys(values)], [place.setdefault(value, len(place)) for value in values]
 
 
-def _upload(values: list[int], device: torch.device) -> Tensor:
+def upload(values: list[int], device: torch.device) -> Tensor:
     """int64 on the device; the host does not wait for the copy (from pageable memory it would)."""
     return torch.tensor(values, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
@@ -218,5 +218,5 @@ def _write(values: Tensor, cells: list[tuple[LossTable, int, int]]) -> None:
         source.append(i)
         places.append(probe * table.cells_PC.shape[1] + cell)
     for table, source, places in by_table.values():
-        chosen = values if len(by_table) == 1 else values[_upload(source, values.device)]
-        table.cells_PC.view(-1)[_upload(places, values.device)] = chosen
+        chosen = values if len(by_table) == 1 else values[upload(source, values.device)]
+        table.cells_PC.view(-1)[upload(places, values.device)] = chosen
