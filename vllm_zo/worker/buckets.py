@@ -45,7 +45,7 @@ def fill_buckets(lengths: Sequence[int], expand_T: Sequence[int]) -> Buckets:
         if not shapes or lengths[i] * MOST_PADDING < shapes[-1][1]:
             shapes.append((0, lengths[i]))
         count, longest = shapes[-1]
-        rows = expand_T[starts[i] : starts[i + 1]]
+        rows = list(expand_T[starts[i] : starts[i + 1]])
         for place, row in enumerate(rows, len(gather)):
             back[row] = place
         gather += rows
