@@ -25,7 +25,7 @@ class Muon(Optimizer):
 
     name = "muon"
     scale_free = True
-    auto_share = 50.0
+    auto_share = 150.0
     needs_matrices = True
 
     beta: float = 0.0
