@@ -89,5 +89,6 @@ def widened_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def _buffer(elements: int) -> Tensor:
     """Scratch kept between calls: fresh memory would cost a page fault for every 4 KiB. One thread runs the model."""
     if not _scratch or _scratch[0].numel() < elements:
-        _scratch[:] = [torch.empty(max(elements, BLOCK_ELEMENTS), dtype=torch.float32)]
+        with torch.inference_mode(False):  # one made inside could be written to inside only
+            _scratch[:] = [torch.empty(max(elements, BLOCK_ELEMENTS), dtype=torch.float32)]
     return _scratch[0][:elements]
