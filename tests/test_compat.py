@@ -50,6 +50,14 @@ def test_every_run_time_patch_has_its_counterpart_or_says_why_not(file: str, con
     assert not exists(patch.built_in), "the installed release has it: delete the run-time patch"
 
 
+def test_the_tables_name_no_patch_that_is_gone() -> None:
+    tables = (PATCHES / "README.md").read_text().split("## Run-time patches without a counterpart")
+    for table, without in zip(tables, (False, True), strict=True):
+        cells = re.findall(r"`(compat/\w+\.py)` ([A-Z_]+(?:, [A-Z_]+)*)", table)
+        named = {(file, constant) for file, constants in cells for constant in constants.split(", ")}
+        assert named == {(f, c) for f, c, patch in named_patches() if patch.series.startswith("none: ") == without}
+
+
 def test_the_series_is_numbered_without_gaps_and_every_header_is_complete() -> None:
     files = sorted(PATCHES.glob("*.patch"))
     assert [f.name[:4] for f in files] == [f"{n:04}" for n in range(1, len(files) + 1)]

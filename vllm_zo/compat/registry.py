@@ -53,7 +53,7 @@ class Patch:
     series: str
     built_in: str | None = None
     optional: bool = False
-    checked_on: str = "0.32.0"
+    checked_on: str = "0.30.0, 0.31.0, 0.32.0"
 
     def unneeded(self) -> bool:
         """Whether the installed vLLM does this by itself. Looks for the feature, not at the version."""

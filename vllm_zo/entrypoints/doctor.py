@@ -27,7 +27,7 @@ from vllm_zo.entrypoints.slot_memory import slot_memory
 OK, NOTE, MISSING = "ok", "note", "missing"
 PLUGIN_GROUP, PLUGIN, SERVER_PLUGIN = "vllm.general_plugins", "zo", "zo_server"
 MOVED = f"this release of vLLM has moved it; supported: {SUPPORTED}"
-TESTED = ("0.31", "0.32")
+TESTED = ("0.30", "0.31", "0.32")
 """Releases on which the engine tests were run (docs/compatibility.md)."""
 FLAGS_SHOWN = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16", "asimd", "bf16", "sve")
 
