@@ -117,7 +117,7 @@ def report(done: list[dict[str, Any]]) -> str:
         runs = [d for d in done if (d["task"], d["budget"]) == (task, budget)]
         zero = next(d["curve"][0] for d in runs if d["loss"] is not None)
         lines = [
-            f"{task}, {budget} forward passes a run (zero-shot: validation loss {zero[1]:.3f}, accuracy {zero[2]:.3f}); "
+            f"{task}, {budget} forward passes a run; zero-shot validation loss {zero[1]:.3f}, accuracy {zero[2]:.3f}; "
             "three numbers are validation loss, validation accuracy, test accuracy",
             "",
             '| method | passes a step | steps | with "auto" | best tried | x auto | test accuracy over seeds |',

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -56,22 +58,25 @@ def test_only_types_without_instructions_are_widened(
 @pytest.fixture
 def training_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_f": False})
-    monkeypatch.setattr(cpu_linear, "_keeps_plain", False)
+    monkeypatch.setattr(cpu_linear, "_bytes_left", 0)
     cpu_linear.keep_plain_weights()
 
 
 @pytest.mark.usefixtures("training_worker")
 def test_small_float32_weights_are_kept_plain_where_the_cpu_has_no_avx512(monkeypatch: pytest.MonkeyPatch) -> None:
-    weight = torch.zeros(64, 48)
-    assert is_kept_plain(weight)
-    assert not is_kept_plain(weight.bfloat16())
-    for name, value in [("MAX_KEPT_BYTES", weight.nbytes - 1), ("_keeps_plain", False)]:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(cpu_linear, name, value)
-            assert not is_kept_plain(weight)
+    def layer(dtype: torch.dtype = torch.float32) -> SimpleNamespace:
+        return SimpleNamespace(weight=torch.zeros(64, 48, dtype=dtype))
+
+    first, second, third = layer(), layer(), layer()
+    monkeypatch.setattr(cpu_linear, "KEPT_BYTES", 2 * first.weight.nbytes)
+    cpu_linear.keep_plain_weights()
+    assert not is_kept_plain(layer(torch.bfloat16))
     for capabilities in ({"avx512_f": True}, {"neon": True}):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda kinds=capabilities: kinds)
-        assert not is_kept_plain(weight)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.cpu, "get_capabilities", lambda kinds=capabilities: kinds)
+            assert not is_kept_plain(layer())
+    assert is_kept_plain(first) and is_kept_plain(first) and is_kept_plain(second)
+    assert not is_kept_plain(third) and is_kept_plain(first), "the rest is packed only; what was decided stays"
 
 
 def test_few_rows_go_to_the_packed_product_and_many_to_the_plain_one() -> None:

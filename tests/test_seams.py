@@ -20,7 +20,6 @@ from vllm_zo import ConfigError, LoZO, SlotError
 from vllm_zo.commands import COMMANDS_ATTR, SLOT_LORA_ID_BASE
 from vllm_zo.engine.scheduler import MEMBER_CLIENT, slot_lora_request
 from vllm_zo.worker.base_weights import BaseWeights
-from vllm_zo.worker.kernels import cpu_linear
 
 GREEDY = SamplingParams(max_tokens=6, temperature=0.0, logprobs=5)
 PROMPTS = [
@@ -79,7 +78,7 @@ def test_writing_the_weight_attribute_changes_nothing_when_weights_are_packed(
 ) -> None:
     llm = engines.get()
     layer = worker_of(llm).model_runner.get_model().model.decoder.layers[0].fc1.base_layer
-    monkeypatch.setattr(cpu_linear, "MAX_KEPT_BYTES", 0)
+    monkeypatch.setattr(layer, "zo_kept_plain", False, raising=False)
     original = BaseWeights().read(layer)
     layer.weight = torch.nn.Parameter(original, requires_grad=False)
     utils.dispatch_cpu_unquantized_gemm(layer, remove_weight=True)
@@ -105,7 +104,7 @@ def test_base_weights_read_what_was_written_and_the_layer_multiplies_with_it(
     ):
         original = base.read(layer)
         if packed_only:
-            monkeypatch.setattr(cpu_linear, "MAX_KEPT_BYTES", 0)
+            monkeypatch.setattr(layer, "zo_kept_plain", False, raising=False)
             layer.weight = torch.nn.Parameter(original.clone(), requires_grad=False)
             utils.dispatch_cpu_unquantized_gemm(layer, remove_weight=True)
         new = (original + torch.randn_like(original)).to(original.dtype)

@@ -35,7 +35,7 @@ def install() -> None:
             original(layer, remove_weight)
         elif is_emulated(weight.dtype):
             layer.cpu_linear = widened_linear
-        elif is_kept_plain(weight):
+        elif is_kept_plain(layer):
             original(layer, False)
             layer.cpu_linear = plain_for_many_rows(layer.cpu_linear)
         else:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,9 +25,10 @@ BLOCK_ELEMENTS = 1 << 21
 PLAIN_ROWS = 128
 """From here on torch's product (MKL) takes as long as oneDNN's or less, at 256 to 3,072 features: the same at 128 rows,
 5 to 9 % less at 256. Below, down to two thirds of its time are enough for oneDNN."""
-MAX_KEPT_BYTES = 16 << 20
-"""A larger weight is not kept twice. Models of up to some 350 million parameters have none."""
-_keeps_plain = False
+KEPT_BYTES = 256 << 20
+"""Of weights that an engine keeps twice, first layer first: all of a model of 60 million parameters, three quarters of
+OPT-125M, a twentieth of OPT-1.3B. A job may take a tenth more memory than serving does, and no more."""
+_bytes_left = 0
 
 _NATIVE = {torch.bfloat16: ("avx512_bf16", "amx_bf16", "bf16"), torch.float16: ("avx512_fp16", "amx_fp16", "fp16")}
 """What torch.cpu.get_capabilities() calls the instructions, on x86 (the first two) and ARM."""
@@ -48,15 +50,21 @@ def plain_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def keep_plain_weights() -> None:
     """For a training worker, before its model is loaded: only a step has that many rows all the time."""
-    global _keeps_plain
-    _keeps_plain = True
+    global _bytes_left
+    _bytes_left = KEPT_BYTES
 
 
-def is_kept_plain(weight: Tensor) -> bool:
-    """Whether a layer of this (O, I) weight keeps it beside the packed one."""
-    if not _keeps_plain or weight.dtype != torch.float32 or weight.nbytes > MAX_KEPT_BYTES:
-        return False
-    return not torch.cpu.get_capabilities().get("avx512_f", True)  # not x86: not measured
+def is_kept_plain(layer: Any) -> bool:
+    """Whether a layer with an (O, I) weight keeps it beside the packed one. Decided at the first call for a layer: a
+    weight that is packed again counts once."""
+    global _bytes_left
+    if not hasattr(layer, "zo_kept_plain"):
+        weight = layer.weight
+        wide = torch.cpu.get_capabilities().get("avx512_f", True)  # not x86: not measured
+        layer.zo_kept_plain = weight.dtype == torch.float32 and weight.nbytes <= _bytes_left and not wide
+        if layer.zo_kept_plain:
+            _bytes_left -= weight.nbytes
+    return bool(layer.zo_kept_plain)
 
 
 def plain_for_many_rows(packed: Callable[[Tensor, Tensor, Tensor | None], Tensor]) -> Callable[..., Tensor]:
