@@ -118,7 +118,7 @@ CASES: dict[str, dict[str, Any]] = {
     "a second round, in waves, through folds": {
         "method": replace(LOZO, interval=2, optimizer=Conserve()),
         "update_space": "fold",
-        "rate": 5e-2,
+        "rate": 1e-2,  # at 5e-2 rounding errors grow tenfold in two steps, on any road through the engine
     },
     "two micro-batches, a shrinking radius, cut coefficients": {
         "method": LOZO,
