@@ -152,7 +152,7 @@ def plot(done: list[dict[str, Any]], path: Path) -> None:
             axis.plot(passes, losses, label=best["method"], color=f"C{index % 10}", linestyle="-:"[index >= 10])
         axis.set(title=task, xlabel="forward passes (probes of one mini-batch)", ylabel="validation loss")
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=7)
+        axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
 
