@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import OPTConfig, OPTForCausalLM
 
-from tests.reference import ReferenceTrainer, decoder_linears
+from tests.reference import ReferenceTrainer, trainable
 from vllm_zo import noise
 from vllm_zo.methods import FactorizedMeZO, LoZO
 from vllm_zo.methods.fold import fold_into
@@ -130,15 +130,15 @@ def test_the_reference_equals_a_dense_lozo(
         assert coefficients_K.tolist() == pytest.approx([(expected[0] - expected[1]) / 2e-2], abs=2e-4)
     moved = 0.0
     for name, weight in reference.weights().items():
-        torch.testing.assert_close(weight, decoder_linears(dense)[name].weight, rtol=0, atol=5e-6)
-        moved = max(moved, float((weight - decoder_linears(model)[name].weight.detach()).abs().max()))
+        torch.testing.assert_close(weight, trainable(dense)[name].weight, rtol=0, atol=5e-6)
+        moved = max(moved, float((weight - trainable(model)[name].weight.detach()).abs().max()))
     assert moved > 0.02, "the run hardly moved; the comparison would prove nothing"
 
 
 def test_scope_is_the_linear_modules_of_the_layers(model: OPTForCausalLM) -> None:
     attention = [f"self_attn.{name}" for name in ("k_proj", "v_proj", "q_proj", "out_proj")]
     names = [f"model.decoder.layers.{i}.{module}" for i in (0, 1) for module in [*attention, "fc1", "fc2"]]
-    assert set(decoder_linears(model)) == set(names)
+    assert set(trainable(model)) == set(names)
     assert "lm_head" in dict(model.named_modules()) and "model.decoder.project_in" in dict(model.named_modules())
     assert trainer(model, LoZO(), "fold", target_modules="mlp").names == [n for n in names if "fc" in n]
 
@@ -172,14 +172,14 @@ def test_every_probe_of_a_plan_is_scored_at_its_own_weights(
 def test_the_base_is_written_in_fold_only_and_the_callers_model_never(
     model: OPTForCausalLM, examples: list[EncodedExample]
 ) -> None:
-    before = {name: linear.weight.clone() for name, linear in decoder_linears(model).items()}
+    before = {name: linear.weight.clone() for name, linear in trainable(model).items()}
     for space, written in [("bank", False), ("fold", True)]:
         reference = trainer(model, LoZO(interval=2), space)
         for step in range(3):
             reference.step(step, examples, 0.1)
         for name, weight in before.items():
             assert torch.equal(reference.base[name], weight) != written
-            assert torch.equal(decoder_linears(model)[name].weight, weight)
+            assert torch.equal(trainable(model)[name].weight, weight)
 
 
 def test_a_bf16_model_is_folded_in_bf16_with_the_key_of_the_step(
@@ -194,7 +194,7 @@ def test_a_bf16_model_is_folded_in_bf16_with_the_key_of_the_step(
     reference.step(2, examples, 0.0)
     key = noise.derive_key(JOB_SEED, "fold", 2)
     for name, u, v in zip(reference.names, us, vs, strict=True):
-        expected = fold_into(decoder_linears(half)[name].weight.detach(), u, v, key, name)
+        expected = fold_into(trainable(half)[name].weight.detach(), u, v, key, name)
         assert reference.base[name].dtype == torch.bfloat16
         assert torch.equal(reference.base[name], expected)
 
