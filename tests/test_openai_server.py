@@ -425,7 +425,8 @@ def test_killed_at_any_moment_it_goes_on_where_it_was(
     ended = ("succeeded", "failed", "cancelled")
     assert all(now[job] == status for job, status in known.items() if status in ended)
     # Not "are running": by now a short job may have gone on to its end.
-    assert now[paused.id] == "paused" and not {now[running.id], now[beside.id], now[queued.id]} & {"failed", "cancelled"}
+    assert now[paused.id] == "paused"
+    assert not {now[running.id], now[beside.id], now[queued.id]} & {"failed", "cancelled"}
     assert not differs(answer(client, done.fine_tuned_model), answered), "what was served is served"
     client.fine_tuning.jobs.cancel(beside.id)
     finished = wait_for(client, running.id, "succeeded")
