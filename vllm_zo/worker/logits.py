@@ -6,7 +6,7 @@ Members sample one greedy token that nobody reads, so their rows may hold anythi
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
@@ -38,17 +38,12 @@ class ServingLogits:
         """(rows, hidden size) -> (rows, vocabulary)."""
         serving = self._serving_rows(len(hidden_states))
         if serving is None:
-            with ExitStack() as stack:
-                for wrapper in self.wrappers:
-                    if len(wrapper.sampler_indices) != len(hidden_states):
-                        stack.enter_context(_rows_use(wrapper, _slots_of_tokens(wrapper, hidden_states)))
+            with self._rows_use(lambda wrapper: _slots_of_tokens(wrapper, hidden_states)):
                 return self.compute(hidden_states, *args, **kwargs)
         if not serving:
             return hidden_states.new_zeros((len(hidden_states), self.vocab_size))
         rows = upload(serving, hidden_states.device)
-        with ExitStack() as stack:
-            for wrapper in self.wrappers:
-                stack.enter_context(_rows_use(wrapper, wrapper.sampler_indices[rows]))
+        with self._rows_use(lambda wrapper: wrapper.sampler_indices[rows]):
             logits = self.compute(hidden_states[rows], *args, **kwargs)
         if logits is None:
             return None
@@ -66,23 +61,28 @@ class ServingLogits:
             return None
         return [i for i, req_id in enumerate(batch.req_ids) if req_id not in members]
 
+    @contextmanager
+    def _rows_use(self, slots_of: Callable[[Any], Tensor | None]) -> Iterator[None]:
+        """In the block, adapters of the LM head find these slots for the rows they are given; None leaves vLLM's."""
+        found = [(wrapper, slots_of(wrapper)) for wrapper in self.wrappers]
+        changed = [(wrapper, wrapper.sampler_indices.clone(), slots) for wrapper, slots in found if slots is not None]
+        for wrapper, _, slots in changed:
+            _set_sampler_slots(wrapper, slots)
+        try:
+            yield
+        finally:
+            for wrapper, whole, _ in changed:
+                _set_sampler_slots(wrapper, whole)
 
-def _slots_of_tokens(wrapper: Any, hidden_states: Tensor) -> Tensor:
-    """For prompt tokens of one request (`prompt_logprobs`), a view of the step's hidden states. vLLM 0.32 takes the
-    slots of the first few requests of the batch, and fails where there are fewer of them than tokens."""
+
+def _slots_of_tokens(wrapper: Any, hidden_states: Tensor) -> Tensor | None:
+    """For prompt tokens of one request (`prompt_logprobs`), a view of the step's hidden states; None for rows to sample
+    from. vLLM 0.32 takes the slots of the first few requests of the batch, and fails where there are fewer of them than
+    tokens."""
+    if len(wrapper.sampler_indices) == len(hidden_states):
+        return None
     first = hidden_states.storage_offset() // hidden_states.stride(0)
     return wrapper.token_lora_indices[first : first + len(hidden_states)]
-
-
-@contextmanager
-def _rows_use(wrapper: Any, slots: Tensor) -> Iterator[None]:
-    """In the block, an adapter of the LM head finds these slots for the rows it is given."""
-    whole = wrapper.sampler_indices.clone()
-    _set_sampler_slots(wrapper, slots)
-    try:
-        yield
-    finally:
-        _set_sampler_slots(wrapper, whole)
 
 
 def _set_sampler_slots(wrapper: Any, slots: Tensor) -> None:

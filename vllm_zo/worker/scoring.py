@@ -24,10 +24,14 @@ TOKEN_CHUNK = 1024
 """Target positions scored at a time against a vocabulary chunk."""
 
 
+Slots = Sequence[int | None]
+
+
 class Head:
     """Reads logits of chosen tokens from a vLLM LM head in float32, whatever the model's dtype.
 
-    `slots_T`, where given, has for each hidden row the slot whose adapter of the head counts; it is known on the host.
+    `slots_T`, where given, has for each hidden row the slot whose adapter of the head counts, None for none. It is
+    known on the host.
 
     Args:
         lm_head: `ParallelLMHead`, or anything with `weight` (vocabulary rows of this rank) and optional `bias`.
@@ -55,19 +59,17 @@ class Head:
         bias = getattr(self.lm_head, "bias", None)
         return self.lm_head.weight[ids].float(), None if bias is None else bias[ids].float()
 
-    def _adapted(self, hidden_TD: Tensor, ids: Tensor, slots_T: Sequence[int]) -> Tensor:
+    def _adapted(self, hidden_TD: Tensor, ids: Tensor, slots_T: Slots) -> Tensor:
         """(T, D) float32, (L,) token ids -> (T, L): what the adapters of the head add. Every rank has them whole."""
         change = hidden_TD.new_zeros(len(hidden_TD), len(ids))
-        for slot in dict.fromkeys(slots_T):
+        for slot in dict.fromkeys(slot for slot in slots_T if slot is not None):
             rows = upload([t for t, other in enumerate(slots_T) if other == slot], hidden_TD.device)
-            a_RD, b_LR = (
-                self.adapters.lora_a_stacked[slot, 0].float(),
-                self.adapters.lora_b_stacked[slot, 0][ids].float(),
-            )
+            a_RD = self.adapters.lora_a_stacked[slot, 0].float()
+            b_LR = self.adapters.lora_b_stacked[slot, 0][ids].float()
             change[rows] = hidden_TD[rows] @ a_RD.T @ b_LR.T
         return change
 
-    def label_logits(self, hidden_TD: Tensor, label_ids: Tensor, slots_T: Sequence[int] | None = None) -> Tensor:
+    def label_logits(self, hidden_TD: Tensor, label_ids: Tensor, slots_T: Slots | None = None) -> Tensor:
         """(T, D) hidden rows, (L,) token ids -> (T, L) float32 logits."""
         mine = (label_ids >= self.start) & (label_ids < self.stop)
         weight_LD, bias_L = self._rows((label_ids - self.start).clamp(0, self.stop - self.start - 1))
@@ -80,7 +82,7 @@ class Head:
             logits = logits + self._adapted(hidden_TD.float(), label_ids, slots_T)
         return self._finish(logits)
 
-    def log_probs(self, hidden_TD: Tensor, label_T: Tensor, slots_T: Sequence[int] | None = None) -> Tensor:
+    def log_probs(self, hidden_TD: Tensor, label_T: Tensor, slots_T: Slots | None = None) -> Tensor:
         """(T, D) hidden rows, (T,) token ids -> (2, T) float32 log p of that token, and of the likeliest one;
         normalised over the vocabulary."""
         parts = []
@@ -89,7 +91,7 @@ class Head:
             parts.append(self._log_probs(hidden_TD[chunk], label_T[chunk], None if slots_T is None else slots_T[chunk]))
         return torch.cat(parts, dim=1)
 
-    def _log_probs(self, hidden_TD: Tensor, label_T: Tensor, slots_T: Sequence[int] | None) -> Tensor:
+    def _log_probs(self, hidden_TD: Tensor, label_T: Tensor, slots_T: Slots | None) -> Tensor:
         hidden = hidden_TD.float()
         total = torch.full((hidden.shape[0],), -torch.inf, device=hidden.device)
         best = total
@@ -144,22 +146,13 @@ class Present(NamedTuple):
 def score_members(head: Head, hidden: Tensor, members: Sequence[Present]) -> None:
     """Write the cells of all members that have target positions in this engine step.
 
-    Members whose adapter changes the head are scored by themselves: a mix of jobs is no reason to make all of them pay.
-
     Args:
         hidden: (tokens of the step, D).
     """
-    for adapted in (False, True):
-        some = [present for present in members if (present.slot is not None) == adapted]
-        if some:
-            _score_alike(head, hidden, some, adapted)
-
-
-def _score_alike(head: Head, hidden: Tensor, members: Sequence[Present], adapted: bool) -> None:
     for kind in ("labels", "logprobs"):
         index: list[int] = []
         labels: list[int] = []
-        slots: list[int] = []
+        slots: list[int | None] = []
         cells: list[tuple[LossTable, int, int]] = []
         bests: list[tuple[LossTable, int, int]] = []
         for member, table, first, count, slot in members:
@@ -175,17 +168,16 @@ def _score_alike(head: Head, hidden: Tensor, members: Sequence[Present], adapted
                 for j, label in enumerate(wanted):
                     index.append(first + position - member.num_computed_tokens)
                     labels.append(label)
-                    slots.append(slot or 0)
+                    slots.append(slot)
                     cells.append((table, member.probe, cell + i + j))
                 if kind == "logprobs":
                     bests.append((table, member.probe, cell + len(row.label_ids) + i))
         if index:
-            _write(_scores(head, hidden, kind, index, labels, slots if adapted else None), [*cells, *bests])
+            adapted = slots if any(slot is not None for slot in slots) else None
+            _write(_scores(head, hidden, kind, index, labels, adapted), [*cells, *bests])
 
 
-def _scores(
-    head: Head, hidden: Tensor, kind: str, index: list[int], labels: list[int], slots: list[int] | None
-) -> Tensor:
+def _scores(head: Head, hidden: Tensor, kind: str, index: list[int], labels: list[int], slots: Slots | None) -> Tensor:
     """Flat: the label's score per entry; for kind "logprobs" followed by the likeliest token's."""
     device = hidden.device
     if kind == "logprobs":
