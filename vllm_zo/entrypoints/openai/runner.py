@@ -35,6 +35,8 @@ from vllm_zo.errors import ConfigError, ZOError
 
 logger = logging.getLogger("vllm.zo.server")
 
+ENGINE_DIED = ("The engine process died", "engine_died")
+"""Message and code of a job's error."""
 SETTLE_INTERVAL_S = 0.02
 CANCEL_WAIT_S = 20.0
 """How long `cancel` waits for the groups in flight before it answers."""
@@ -168,12 +170,18 @@ class JobRunner:
         self._stopping = True
 
     async def stop(self) -> None:
-        """End every task; the jobs stay as they are, to go on after the next start."""
+        """End every task; the jobs stay as they are, to go on after the next start. Not so if the engine has crashed:
+        the server ends for that reason, perhaps before a job's task has heard of it."""
+        crashed = not self._stopping and self._engine_gone() and await self._serving.engine_crashed()
         self.leave_all()
-        tasks = list(self._tasks.values())
-        for task in tasks:
+        tasks = dict(self._tasks)
+        for task in tasks.values():
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*tasks.values(), return_exceptions=True)
+        for job_id in tasks if crashed else ():
+            job = await asyncio.to_thread(self._store.find, "jobs", job_id)
+            if job is not None and job["status"] == RUNNING:
+                await self._fail(job_id, *ENGINE_DIED)
 
     @property
     def idle(self) -> bool:
@@ -253,7 +261,7 @@ class JobRunner:
             logger.exception("job %s", job_id, exc_info=error)
             await self._fail(job_id, f"{type(error).__name__}: {error}", "server_error")
         elif await self._serving.engine_crashed():
-            await self._fail(job_id, "The engine process died", "engine_died")
+            await self._fail(job_id, *ENGINE_DIED)
 
     def _engine_gone(self) -> bool:
         return bool(self._preparer.engine.errored)
