@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import vllm
+from vllm.platforms import current_platform
 
 from tests import witness
 from tests.children import Child, first_logprob
@@ -21,11 +22,13 @@ from tests.engines import Engines
 from tests.openai_server import Server, create, upload_reviews, wait_for
 from tests.trajectories import steps_of, train
 from vllm_zo import compat
+from vllm_zo.compat import gpu_lora
 from vllm_zo.compat.registry import patches_in
 
 ROOT = Path(__file__).parents[1]
 SERIES = sorted((ROOT / "patches").glob("*.patch"))
-WITHOUT_COUNTERPART = {patch.target for patch in patches_in(compat) if patch.built_in is None}
+CUDA_ONLY = set() if current_platform.is_cuda() else {gpu_lora.SHARED_SHRINK.target}
+WITHOUT_COUNTERPART = {patch.target for patch in patches_in(compat) if patch.built_in is None} - CUDA_ONLY
 """Targets of the run-time patches that the series does not cover."""
 ENGINE_TESTS = ("tests/test_seams.py", "tests/test_serving.py", "tests/test_multiprocess.py")
 
