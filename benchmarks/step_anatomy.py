@@ -83,6 +83,8 @@ def attach_clock(llm: Any) -> PhaseClock:
     worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
     clock = PhaseClock()
     clock.wrap(worker.model_runner, "execute_model", lambda *_: "forward")
+    if (shared := getattr(worker.model_runner, "zo_shared_rows", None)) is not None:
+        clock.wrap(shared, "forward_alone", lambda *_: "forward")
     clock.wrap(worker.model_runner, "sample_tokens", lambda *_: "sample")
     clock.wrap(worker.zo, "score", lambda *_: "score")
     updates = ("CloseGroup", "Fold")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,17 @@ def scheduler_of(llm: Any) -> Any:
 
 def worker_of(llm: Any) -> Any:
     return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+
+
+@contextmanager
+def members_as_requests(llm: Any) -> Iterator[None]:
+    """Jobs that start in the block run their members as requests of vLLM's, as they do beside traffic."""
+    shared = worker_of(llm).model_runner.zo_shared_rows
+    saved, shared.not_alone = shared.not_alone, "a test of members that are requests"
+    try:
+        yield
+    finally:
+        shared.not_alone = saved
 
 
 def client_of(llm: Any) -> EngineClient:

@@ -77,8 +77,7 @@ def test_members_of_two_jobs_run_in_one_engine_step(llm: Any) -> None:
     assert len({member.group_id for member in members}) == 2
     pages = worker_of(llm).zo.pool._owner
     assert len(pages) == 4
-    llm.llm_engine.engine_core.engine_core.model_executor.execute_model(output)
-    model_output = llm.llm_engine.engine_core.engine_core.model_executor.sample_tokens(None)
+    model_output = llm.llm_engine.engine_core.engine_core.model_executor.execute_model(output)
     scheduler_of(llm).update_from_output(output, model_output)
     assert len({owner for owner in pages if owner}) == 2, "each job has pages of its own"
 

@@ -12,6 +12,7 @@ from vllm import SamplingParams
 
 from tests.engines import SENTIMENT, Engines, reviews, worker_of
 from vllm_zo import LanguageModeling, LoZO
+from vllm_zo.worker.kernels import shared_rows
 from vllm_zo.worker.rows import Chunk, RowPlan, plan_rows
 
 LOSS_TOLERANCE = 2e-5
@@ -89,10 +90,9 @@ def test_losses_with_rows_left_out_are_those_of_the_whole_batch(
     case = CASES[name]
     llm = engines.get(case.get("family", "opt"), **case.get("engine", {}))
     shared = worker_of(llm).model_runner.zo_shared_rows
-    assert shared.refused is None
+    assert shared.not_alone is None
     plans: list[RowPlan] = []
-    plan = shared.plan
-    monkeypatch.setattr(shared, "plan", lambda rows: plans.append(plan(rows)) or plans[-1])
+    monkeypatch.setattr(shared_rows, "plan_rows", lambda chunks: plans.append(plan_rows(chunks)) or plans[-1])
     rows = [{**row, "sentence": case.get("prefix", "") + row["sentence"]} for row in reviews(16, seed=2)]
 
     def ask(run: Any, record: dict[str, Any]) -> None:
@@ -109,9 +109,21 @@ def test_losses_with_rows_left_out_are_those_of_the_whole_batch(
             llm.llm_engine.step()
         return torch.tensor([record["loss"] for record in run.history])
 
-    with_rows_left_out = losses()
-    used = [p for p in plans if p is not None]
-    assert any(p.prunes for p in used), "otherwise this test shows nothing"
-    assert any(p.shares for p in used) or "engine" in case  # a chunk of so few tokens holds one row of a state
+    def check_plans() -> None:
+        assert any(p.prunes for p in plans), "otherwise this test shows nothing"
+        assert any(p.shares for p in plans) or "engine" in case  # a chunk of so few tokens holds one row of a state
+        plans.clear()
+
+    alone = losses()
+    check_plans()
+    monkeypatch.setattr(shared, "not_alone", "to compare")
+    as_requests = losses()
+    check_plans()
     monkeypatch.setattr(shared, "refused", "to compare")
-    assert torch.allclose(with_rows_left_out, losses(), atol=LOSS_TOLERANCE, rtol=0)
+    whole = losses()
+    assert not plans
+    assert torch.allclose(as_requests, whole, atol=LOSS_TOLERANCE, rtol=0)
+    if "engine" in case or "traffic" in case:
+        assert torch.allclose(alone, whole, atol=LOSS_TOLERANCE, rtol=0)
+    else:
+        assert torch.equal(alone, as_requests), "the same rows, the same products"

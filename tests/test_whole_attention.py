@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 from vllm import SamplingParams
 
-from tests.engines import SENTIMENT, Engines, reviews, worker_of
+from tests.engines import SENTIMENT, Engines, members_as_requests, reviews, worker_of
 from vllm_zo import Classification, LoZO, Reward
 from vllm_zo.worker.buckets import MOST_PADDING, fill_buckets
 from vllm_zo.worker.kernels import whole_attention
@@ -130,13 +131,17 @@ def train(llm: Any, rows: list[dict[str, Any]], objective: Any = SENTIMENT, **op
     )
 
 
-def test_steps_of_whole_sequences_write_nothing_to_the_kv_cache(engines: Engines, attended: list[int]) -> None:
+@pytest.mark.parametrize("members", [nullcontext, members_as_requests])
+def test_steps_of_whole_sequences_write_nothing_to_the_kv_cache(
+    engines: Engines, attended: list[int], members: Any
+) -> None:
     llm = engines.get("opt")
     caches = worker_of(llm).model_runner.kv_caches
     for cache in caches:
         cache.fill_(torch.nan)
     try:
-        run = train(llm, reviews(16, seed=3))
+        with members(llm):
+            run = train(llm, reviews(16, seed=3))
         assert len(attended) == 4 * 2, "each step, both layers"
         assert all(torch.isfinite(torch.tensor(record["loss"])) for record in run.history)
         assert all(cache.isnan().all() for cache in caches)
@@ -185,7 +190,8 @@ def test_no_request_ever_reuses_blocks_of_members(engines: Engines) -> None:
     llm.reset_prefix_cache()
 
     rows = [{"sentence": prompt, "label": i % 2} for i in range(8)]
-    train(llm, rows, objective=Classification("{sentence}", [" terrible", " great"]))
+    with members_as_requests(llm):
+        train(llm, rows, objective=Classification("{sentence}", [" terrible", " great"]))
     (after,) = llm.generate(prompt, params)
     assert after.num_cached_tokens == 0
     (token,) = fresh.outputs[0].token_ids

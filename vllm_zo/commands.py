@@ -139,6 +139,9 @@ class ZOCommands:
     before: list[Command] = field(default_factory=list)
     members: list[ScoreMember] = field(default_factory=list)
     after: list[Command] = field(default_factory=list)
+    alone: bool = False
+    """Members are no requests of vLLM's in this step, which has no others either: the workers run them whole, in a
+    forward of their own."""
     generates: bool = False
     """Members that generate have tokens in this step. vLLM samples for them as for any request."""
 
@@ -178,3 +181,5 @@ class ZOResults:
     failures: list[CommandFailed] = field(default_factory=list)
     modules: dict[str, list[ModuleShape]] = field(default_factory=dict)
     """job_id -> modules in scope, answered once after StartJob (the seed log's header wants them)."""
+    members_alone: bool = False
+    """Whether the worker can run members alone; said with `modules`."""

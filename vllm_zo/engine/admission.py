@@ -7,11 +7,14 @@ are, its probes run in *probe waves*.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vllm_zo.errors import ConfigError
 from vllm_zo.methods.base import Probe
+
+UNLIMITED = sys.maxsize
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,8 @@ class Controller:
         """Of closed groups whose members generated, until their results are back."""
         self._commands = ZOCommands()
         self._group_count = 0
+        self.workers_run_members = False
+        """Whether the workers can run members alone; they say so with the modules of the first job."""
         self.folds_since_reset = False
         """A fold was issued: cached KV of the base is stale. The scheduler resets its prefix cache and this flag."""
 
@@ -186,6 +188,18 @@ class Controller:
             lane.group.finish(member)
             lane.slots.unpin(member.slot)
 
+    @property
+    def can_run_alone(self) -> bool:
+        """Whether all members that may be offered can be run without vLLM's requests."""
+        generating = any(lane.job is not None and lane.job.rewarder is not None for lane in self.table.lanes)
+        return self.workers_run_members and not generating
+
+    def run_alone(self, members: Sequence[Member]) -> None:
+        """Members run whole in this step, in a forward of the workers' own."""
+        for member in members:
+            self.score(member, 0, len(member.token_ids), last_chunk=True)
+        self._commands.alone = True
+
     def generated(self, member: Member, token_ids: Sequence[int], *, finished: bool) -> None:
         """A member has written `token_ids`. When all of its group have finished, their rewards are asked for."""
         member.output += token_ids
@@ -265,6 +279,7 @@ class Controller:
 
     def on_results(self, results: ZOResults) -> None:
         for job_id, modules in results.modules.items():
+            self.workers_run_members = results.members_alone
             self._open_log(self.table.jobs[job_id], modules)
         for result in results.groups:  # before failures: the update of a group that answered is in the state
             job, work = self._work.pop(result.group_id, (None, None))

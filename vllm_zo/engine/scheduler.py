@@ -4,6 +4,9 @@ Members are ordinary `Request`s (one token to sample, `client_index` -1) that ex
 `schedule()`: they are offered at the tail of the waiting queue, behind everything that serves, and what was not
 scheduled is withdrawn again. They carry no LoRA request inside the scheduler, so that the serving-adapter limit and the
 prefix-cache keys never see them; the slot's LoRA request is attached to the `SchedulerOutput` on its way out.
+
+Where nothing else is asked of the engine, and the workers can do it, members are no requests at all: the workers run
+them whole, in a forward of their own, and nothing is done that vLLM does for each request.
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ from vllm.v1.request import Request, RequestStatus
 from vllm_zo import compat
 from vllm_zo.commands import ADAPTER_SCHEME, COMMANDS_ATTR, RESULTS_ATTR, SLOT_LORA_ID_BASE, UTILITY_METHODS
 from vllm_zo.config import ZOTrainingConfig
-from vllm_zo.engine.admission import Capacity, Demand, capacity_for_training
+from vllm_zo.engine.admission import UNLIMITED, Capacity, Demand, capacity_for_training
 from vllm_zo.engine.controller import Controller
 from vllm_zo.engine.group import Member
 from vllm_zo.engine.job_dir import load_job
@@ -127,13 +130,20 @@ class ZOSchedulerMixin(_Base):
 
     def _offer_members(self) -> list[Member]:
         serving, members_left = self._demand()
+        is_empty = not serving.requests and not members_left
+        alone = is_empty and not self.running and not self._zo_preempted and self.zo.can_run_alone
+        tokens = self.max_num_scheduled_tokens - members_left
         total = Capacity(
-            sequences=self.max_num_active_reqs - len(self.running),
-            tokens=self.max_num_scheduled_tokens - members_left,
-            kv_blocks=self.kv_cache_manager.block_pool.get_num_free_blocks() - self._blocks_to_come(),
+            sequences=UNLIMITED if alone else self.max_num_active_reqs - len(self.running),
+            tokens=tokens,
+            kv_blocks=UNLIMITED if alone else self._blocks_left(),
         )
         capacity = capacity_for_training(total, serving, self.zo_config.token_budget)
-        offered = self.zo.offer(capacity, engine_is_empty=not serving.requests and not members_left)
+        offered = self.zo.offer(capacity, engine_is_empty=is_empty)
+        if alone and offered and sum(len(member.token_ids) for member in offered) <= tokens:
+            self.zo.run_alone(offered)
+            self._zo_tokens["training"] += sum(len(member.token_ids) for member in offered)
+            return []
         for member in offered:
             self._enqueue(member)
         return offered
@@ -152,13 +162,15 @@ class ZOSchedulerMixin(_Base):
             blocks += 1 + max(left, 0) // self.block_size
         return Demand(requests, tokens, blocks, waiting=len(waiting)), members_left
 
-    def _blocks_to_come(self) -> int:
-        """KV blocks that members which generate will still fill; given to others, they would be preempted."""
-        return sum(
+    def _blocks_left(self) -> int:
+        """KV blocks without those that members which generate will still fill; given to others, they would be
+        preempted."""
+        to_come = sum(
             -(-(r.num_prompt_tokens + r.max_tokens) // self.block_size) - -(-r.num_computed_tokens // self.block_size)
             for r in self.running
             if r.client_index == MEMBER_CLIENT and r.max_tokens > 1
         )
+        return self.kv_cache_manager.block_pool.get_num_free_blocks() - to_come
 
     def _enqueue(self, member: Member) -> None:
         request = self._zo_preempted.pop(member.req_id, None)

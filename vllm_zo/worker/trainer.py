@@ -1,8 +1,8 @@
 """Executes the scheduler's training commands on one rank. One engine step reads top to bottom in `Trainer`:
 
-before(commands)    make jobs, fold, open groups, materialise slots        -- then vLLM's own forward runs
-score(...)          hidden rows -> cells of the loss tables
-after(commands)     close groups: losses -> coefficients -> update; publish, snapshot
+run(before)         make jobs, fold, open groups, materialise slots        -- then vLLM's own forward runs
+score(...)          hidden rows -> cells of the loss tables                -- or score_alone, with a forward of ours
+run(after)      close groups: losses -> coefficients -> update; publish, snapshot
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -309,13 +310,39 @@ class Trainer:
             for m in members
             if m.group_id in self.groups
         ]
-        if not present:
+        if present:
+            with self._failing("scoring", members):
+                score_members(self.head, hidden, present)
+
+    def score_alone(self, members: Sequence[ScoreMember], forward: Callable[[list[Chunk], list[int]], Tensor]) -> None:
+        """Run whole members and fill their cells.
+
+        Args:
+            forward: (sequences, slot of each among all of vLLM's) -> (tokens, D) final hidden states.
+        """
+        members = [m for m in members if self._job_of(m) not in ("", *self._failed)]
+        if not members:
             return
+        with self._failing("the forward of members", members):
+            opened = [self.groups[m.group_id] for m in members]
+            slots = [group.slot_of_probe[m.probe] for m, group in zip(members, opened, strict=True)]
+            for slot in set(slots):
+                self.pool.check_materialised(slot)
+            lengths = [len(group.table.rows[m.row].token_ids) for m, group in zip(members, opened, strict=True)]
+            chunks = [self._chunk(m, length) for m, length in zip(members, lengths, strict=True)]
+            hidden = forward(chunks, [self.pool.first + slot for slot in slots])
+            ids = [m.req_id for m in members]
+            first_row = dict(zip(ids, itertools.accumulate(lengths, initial=0), strict=False))
+            self.score(members, hidden, first_row, dict(zip(ids, lengths, strict=True)))
+
+    @contextmanager
+    def _failing(self, what: str, members: Sequence[ScoreMember]) -> Iterator[None]:
+        """An exception in the block fails the jobs of these members, as in `run`."""
         try:
-            score_members(self.head, hidden, present)
-        except Exception as error:  # as in `run`
-            logger.exception("scoring failed")
-            jobs = {self.groups[p.member.group_id].command.job_id for p in present}
+            yield
+        except Exception as error:
+            logger.exception("%s failed", what)
+            jobs = {self._job_of(m) for m in members} - {""}
             self._failed |= jobs
             self._results.failures += [CommandFailed(j, f"{type(error).__name__}: {error}") for j in jobs]
 

@@ -102,13 +102,16 @@ class ZOWorkerMixin(_Base):
         self._zo_num_tokens = scheduler_output.num_scheduled_tokens
         self._zo_batch = None
         self.zo.run(commands.before)
-        self._logits.expect({member.req_id for member in commands.members})
-        with self._members_share_rows(commands.members):
+        members = [] if commands.alone else commands.members
+        self._logits.expect({member.req_id for member in members})
+        with self._members_share_rows(members):
             output = super().execute_model(scheduler_output)
         if output is None:
             return None
         # Nothing was scheduled: vLLM answers at once and does not call sample_tokens.
         self._zo_commands = None
+        if commands.alone:
+            self.zo.score_alone(commands.members, self.model_runner.zo_shared_rows.forward_alone)
         self.zo.run(commands.after)
         return self._with_results(output)
 
@@ -169,6 +172,8 @@ class ZOWorkerMixin(_Base):
         pending, results = self.zo.take_results()
         if not pending and not results.failures and not results.modules:
             return output
+        shared: SharedRows | None = getattr(self.model_runner, "zo_shared_rows", None)
+        results.members_alone = shared is not None and not shared.not_alone
         if isinstance(output, AsyncModelRunnerOutput):
             return WithResults(output, pending, results)
         return attach(output, pending, results)

@@ -61,7 +61,12 @@ class GroupedPunicaWrapper(PunicaWrapperCPU):
         """Recompute the spans: the token mapping changed, or slots were rewritten under an unchanged mapping."""
         self.spans = self._spans_of(self.token_lora_indices)
 
-    # --- a forward on some rows of the batch ------------------------------------------------------------------------
+    # --- a forward on other rows than those of vLLM's batch, or on some of them ---------------------------------------
+
+    def take_rows(self, slots: Tensor, vocab_size: int) -> None:
+        """Until the next `update_metadata`, rows use these slots; -1 for none."""
+        self._set_rows(slots, slots.clamp(min=0) * vocab_size)
+        self.refresh()
 
     def restrict(self, rows: Tensor) -> None:
         """Until `restore`, inputs hold only these rows of the batch."""

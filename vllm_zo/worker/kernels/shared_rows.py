@@ -1,4 +1,4 @@
-"""A CPU forward that computes only the rows of a `RowPlan`.
+"""A CPU forward that computes only the rows of a `RowPlan`: vLLM's, or one of our own that has members only.
 
 The model runs on the kept rows from the embedding on. Where whole sequences of members are all there is, attention runs
 on those as well (`whole_attention.py`). Else it sees all T rows, with vLLM's own metadata and KV cache: queries, keys
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from vllm.config import CompilationMode
 from vllm.distributed.parallel_state import get_pp_group
+from vllm.forward_context import set_forward_context
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import AttentionType
@@ -54,6 +55,9 @@ class SharedRows:
         self.needs_cache = self.refused or self._why_not_whole()
         if self.needs_cache and not self.refused:
             logger.info("attention of training steps goes through the KV cache: %s", self.needs_cache)
+        self.not_alone = self.needs_cache or self._why_not_alone()
+        if self.not_alone and not self.needs_cache:
+            logger.info("members are requests of vLLM's in every step: %s", self.not_alone)
 
     def _why_not(self) -> str | None:
         runner = self.runner
@@ -84,6 +88,32 @@ class SharedRows:
                 return f"{name}: {reason}"
         return None
 
+    def _why_not_alone(self) -> str | None:
+        if self.runner.supports_mm_inputs:
+            return "the model takes more than token ids"
+        if self.runner.parallel_config.data_parallel_size > 1:
+            return "data-parallel engines agree on every forward"
+        return None
+
+    def forward_alone(self, chunks: Sequence[Chunk], slots: Sequence[int]) -> Tensor:
+        """Final hidden states (T, D) of whole sequences, in a forward that vLLM's batch and KV cache have no part in.
+
+        Args:
+            slots: of each chunk, where its adapter lies among all slots.
+        """
+        plan = plan_rows(chunks)
+        token_ids = torch.tensor([token for chunk in chunks for token in chunk.token_ids])
+        positions = torch.cat([torch.arange(chunk.rows) for chunk in chunks])
+        slot_of_row = torch.tensor(slots).repeat_interleave(torch.tensor([chunk.rows for chunk in chunks]))
+        manager = self.runner.lora_manager._adapter_manager
+        for wrapper in self.wrappers:
+            wrapper.take_rows(slot_of_row, manager.vocab_size)
+        manager._last_mapping = None
+        context = set_forward_context(None, self.runner.vllm_config, num_tokens=len(plan.keep_U))
+        with context, Forward(self, plan, alone=True):
+            hidden = self.runner.model(token_ids[plan.keep_U], positions[plan.keep_U], None)
+        return hidden.index_select(0, plan.expand_T) if plan.shares else hidden
+
     def plan(self, rows: int) -> RowPlan | None:
         """The plan of the step that is about to run; None where all of its `rows` rows are to be computed."""
         if self.refused or self.chunks is None:
@@ -100,9 +130,10 @@ class SharedRows:
 class Forward:
     """One forward on the rows of a plan."""
 
-    def __init__(self, shared: SharedRows, plan: RowPlan) -> None:
+    def __init__(self, shared: SharedRows, plan: RowPlan, *, alone: bool = False) -> None:
         self.shared = shared
         self.plan = plan
+        self.alone = alone
         self.attentions = 0
         self.linears = 0
         self.needed_spans: dict[int, list[Span]] = {}
@@ -174,6 +205,8 @@ def attention_forward(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         (running,) = _active
         if (buckets := running.plan.buckets) is not None and not args and not kwargs:
             return running.past(whole_attention.attend(self, query, key, value, buckets))
+        if running.alone:  # vLLM would return zeros: there are no metadata of its own
+            raise RuntimeError(f"{self.layer_name}: an attention call with further arguments {args} {sorted(kwargs)}")
         running.shared.wrote_kv = True
         if output_shape is not None and running.plan.shares:
             output_shape = torch.Size((len(running.plan.expand_T), *output_shape[1:]))

@@ -1,0 +1,102 @@
+"""Members that the workers run in a forward of their own, because nothing else is asked of the engine.
+
+That their losses are those of members that are requests, bit for bit, is in tests/test_rows.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from vllm import SamplingParams
+
+from tests.engines import SENTIMENT, Engines, members_as_requests, reviews, scheduler_of, worker_of
+from vllm_zo import JobError, LoZO
+from vllm_zo.commands import COMMANDS_ATTR, ZOCommands
+from vllm_zo.worker.kernels import shared_rows
+
+JOB: dict[str, Any] = {
+    "objective": SENTIMENT, "method": LoZO(eps=2e-2, interval=3), "learning_rate": 1e-3, "batch_size": 8, "steps": 4,
+    "progress": False,
+}  # fmt: skip
+
+
+@pytest.fixture
+def commands(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Call with an engine: what its workers are told from then on, step by step."""
+
+    def watch(llm: Any) -> list[ZOCommands]:
+        told: list[ZOCommands] = []
+        scheduler = scheduler_of(llm)
+        schedule = scheduler.schedule
+
+        def spy(*args: Any, **kwargs: Any) -> Any:
+            output = schedule(*args, **kwargs)
+            if getattr(output, COMMANDS_ATTR, None):
+                told.append(getattr(output, COMMANDS_ATTR))
+            return output
+
+        monkeypatch.setattr(scheduler, "schedule", spy)
+        return told
+
+    return watch
+
+
+def losses(llm: Any, **options: Any) -> list[float]:
+    return [record["loss"] for record in llm.finetune(reviews(16), **{**JOB, **options}).history]
+
+
+def test_a_group_needs_neither_sequences_nor_kv_blocks(engines: Engines, commands: Any) -> None:
+    llm = engines.get(max_num_seqs=4)
+    told = commands(llm)
+    manager = scheduler_of(llm).kv_cache_manager
+    free = manager.block_pool.get_num_free_blocks()
+    alone = losses(llm)
+    steps = [step for step in told if step.members]
+    assert [(step.alone, len(step.members)) for step in steps] == [(True, 16)] * 4
+    assert manager.block_pool.get_num_free_blocks() == free and not scheduler_of(llm).requests
+    told.clear()
+    with members_as_requests(llm):
+        assert losses(llm) == pytest.approx(alone, abs=2e-5)  # four at a time, in products of other sizes
+    assert len([step for step in told if step.members]) == 4 * 4 and not any(step.alone for step in told)
+
+
+def test_members_are_requests_beside_a_request_and_alone_again_afterwards(engines: Engines, commands: Any) -> None:
+    llm = engines.get()
+    told = commands(llm)
+
+    def ask(_: Any, record: dict[str, Any]) -> None:
+        if record["step"] == 2:
+            params = SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True)
+            llm.llm_engine.add_request("beside", "one long string of cliches", params)
+
+    losses(llm, steps=6, callbacks=[ask])
+    assert [step.alone for step in told if step.members] == [True, True, False, False, True, True]
+
+
+def test_a_forward_that_fails_fails_its_job_and_no_request(engines: Engines, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without whole sequences to attend to, vLLM's attention would answer zeros: it has no metadata of this step."""
+    llm = engines.get()
+    plan_rows = shared_rows.plan_rows
+    monkeypatch.setattr(shared_rows, "plan_rows", lambda chunks: replace(plan_rows(chunks), buckets=None))
+    with pytest.raises(JobError, match="RuntimeError: .*an attention call with further arguments"):
+        losses(llm)
+    monkeypatch.undo()
+    assert llm.generate(["the story is"], SamplingParams(max_tokens=2), use_tqdm=False)[0].outputs[0].token_ids
+    assert not worker_of(llm).zo.groups and losses(llm)
+
+
+def test_a_slot_that_holds_nothing_is_an_error_never_zeros(engines: Engines, monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = engines.get()
+    pool = worker_of(llm).zo.pool
+    materialise = pool.materialise
+
+    def forgets(slot: int, *args: Any) -> None:
+        materialise(slot, *args)
+        if slot == 1:
+            pool.evict(slot)
+
+    monkeypatch.setattr(pool, "materialise", forgets)
+    with pytest.raises(JobError, match="ZO slot 1 is not materialised"):
+        losses(llm)
