@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from tests.engines import Engines, worker_of
 from vllm_zo.worker.kernels import cpu_linear
 from vllm_zo.worker.kernels.cpu_linear import (
     PLAIN_ROWS,
@@ -92,3 +93,10 @@ def test_few_rows_go_to_the_packed_product_and_many_to_the_plain_one() -> None:
         exact = x.double() @ weight.double().T + bias
         torch.testing.assert_close(linear(x, weight, bias).double(), exact, rtol=0, atol=2e-5)  # sums of 48 terms
     assert seen == [1, PLAIN_ROWS - 1]
+
+
+def test_an_lm_head_uses_up_nothing_of_what_may_be_kept(engines: Engines) -> None:
+    """It keeps its plain weight anyway, and is the largest weight of a small model."""
+    model = worker_of(engines.get()).model_runner.get_model()
+    assert hasattr(model.model.decoder.layers[0].fc1.base_layer, "zo_kept_plain")
+    assert model.lm_head.weight.numel() and not hasattr(model.lm_head, "zo_kept_plain")

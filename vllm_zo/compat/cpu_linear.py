@@ -35,7 +35,7 @@ def install() -> None:
             original(layer, remove_weight)
         elif is_emulated(weight.dtype):
             layer.cpu_linear = widened_linear
-        elif is_kept_plain(layer):
+        elif remove_weight and is_kept_plain(layer):  # an embedding or LM head keeps its own, and has few rows
             original(layer, False)
             layer.cpu_linear = plain_for_many_rows(layer.cpu_linear)
         else:

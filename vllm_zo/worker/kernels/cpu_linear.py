@@ -25,9 +25,9 @@ BLOCK_ELEMENTS = 1 << 21
 PLAIN_ROWS = 128
 """From here on torch's product (MKL) takes as long as oneDNN's or less, at 256 to 3,072 features: the same at 128 rows,
 5 to 9 % less at 256. Below, down to two thirds of its time are enough for oneDNN."""
-KEPT_BYTES = 256 << 20
-"""Of weights that an engine keeps twice, first layer first: all of a model of 60 million parameters, three quarters of
-OPT-125M, a twentieth of OPT-1.3B. A job may take a tenth more memory than serving does, and no more."""
+KEPT_BYTES = 384 << 20
+"""Of weights that an engine keeps twice, first layer first: all of OPT-125M's, a thirteenth of OPT-1.3B's. A job of
+OPT-125M takes as much memory as serving the same prompts does, and may take a tenth more."""
 _bytes_left = 0
 
 _NATIVE = {torch.bfloat16: ("avx512_bf16", "amx_bf16", "bf16"), torch.float16: ("avx512_fp16", "amx_fp16", "fp16")}
