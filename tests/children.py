@@ -150,6 +150,41 @@ def _interpret_triton() -> None:
     triton.backends.backends["cpu"] = types.SimpleNamespace(driver=types.SimpleNamespace(is_active=lambda: True))
 
 
+def widen_products() -> None:
+    """Triton's interpreter multiplies the bit patterns of bfloat16 matrices: they are widened first."""
+    import numpy as np
+    from triton.runtime import interpreter
+
+    builder: Any = interpreter.InterpreterBuilder
+    create_dot = builder.create_dot
+
+    def widened(handle: Any) -> Any:
+        if handle.dtype.scalar != interpreter.tl.bfloat16:
+            return handle
+        data = handle.data.astype(np.uint32) << 16
+        return interpreter.TensorHandle(data.view(np.float32), interpreter.tl.float32)
+
+    builder.create_dot = lambda self, a, b, *rest: create_dot(self, widened(a), widened(b), *rest)
+
+
+def take_stock_steps(report: Any, name: str, model: str, rows: str, columns: str, file: str) -> None:
+    """Steps of a benchmark contender that runs in stock vLLM; the weights it ends with go to `file`."""
+    import torch
+
+    from benchmarks.baselines import make
+    from tests.test_baselines import EPS, INTERVAL, LR, OPTIONS, RANK, Injected, make_batches
+
+    directions = Injected(int(rows), int(columns))
+    contender = make(
+        name, model, torch.float32, RANK, INTERVAL, EPS, LR, 0, options=OPTIONS, directions=directions
+    )  # fmt: skip
+    for batch, labels in make_batches():
+        contender.step(batch, labels)
+        report(losses=contender.losses)
+    torch.save(contender.effective_weights(), file)
+    report(patched="vllm_zo" in sys.modules)
+
+
 def answer_in_stock_vllm(report: Any, *pairs: str) -> None:
     """What a vLLM without this package answers with adapters; `pairs` are "model:adapter"."""
     from vllm import LLM

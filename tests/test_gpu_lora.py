@@ -225,29 +225,13 @@ def check_traced(device: str) -> None:
     assert not any("triton" in node for node in nodes)
 
 
-def widen_products() -> None:
-    """Triton's interpreter multiplies the bit patterns of bfloat16 matrices: they are widened first."""
-    from triton.runtime import interpreter
-
-    builder: Any = interpreter.InterpreterBuilder
-    create_dot = builder.create_dot
-
-    def widened(handle: Any) -> Any:
-        if handle.dtype.scalar != interpreter.tl.bfloat16:
-            return handle
-        data = handle.data.astype(np.uint32) << 16
-        return interpreter.TensorHandle(data.view(np.float32), interpreter.tl.float32)
-
-    builder.create_dot = lambda self, a, b, *rest: create_dot(self, widened(a), widened(b), *rest)
-
-
 CHECKS = ("check_all", "check_no_adapter", "check_metadata", "check_traced")
 IN_A_CHILD = """
 import sys
-from tests.children import _interpret_triton
+from tests.children import _interpret_triton, widen_products
 _interpret_triton()  # before vLLM is imported
 from tests import test_gpu_lora
-test_gpu_lora.widen_products()
+widen_products()
 getattr(test_gpu_lora, sys.argv[1])("cpu")
 """
 

@@ -91,6 +91,35 @@ class Head:
             parts.append(self._log_probs(hidden_TD[chunk], label_T[chunk], None if slots_T is None else slots_T[chunk]))
         return torch.cat(parts, dim=1)
 
+    @property
+    def has_kernels(self) -> bool:
+        """Whether scores without an adapter on the head are read by `triton_scores`."""
+        return has_kernels(self.lm_head.weight)
+
+    def log_probs_of_rows(self, hidden_TD: Tensor, rows: Sequence[int], labels: Sequence[int]) -> Tensor:
+        """The same for chosen rows of `hidden`, in one launch."""
+        from vllm_zo.worker.kernels.triton_scores import log_prob_parts
+
+        weight, bias = self._held()
+        rows_T, label_T = upload([rows, labels], hidden_TD.device)
+        parts = log_prob_parts(
+            hidden_TD, weight, bias, rows_T, label_T - self.start, soft_cap=self.soft_cap, scale=self.scale
+        )
+        return self._normalised(*parts)
+
+    def write_label_logits(self, hidden_TD: Tensor, entries: Sequence[tuple[int, int, int]], cells: Tensor) -> None:
+        """Label logits into a loss table in one launch, from entries (row, label, place); needs the whole head."""
+        from vllm_zo.worker.kernels.triton_scores import label_logits
+
+        weight, bias = self._held()
+        uploaded = upload(entries, hidden_TD.device)
+        label_logits(hidden_TD, weight, bias, uploaded, cells, soft_cap=self.soft_cap, scale=self.scale)
+
+    def _held(self) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of this rank, without the rows that pad its vocabulary."""
+        held, bias = self.stop - self.start, getattr(self.lm_head, "bias", None)
+        return self.lm_head.weight[:held], None if bias is None else bias[:held]
+
     def _log_probs(self, hidden_TD: Tensor, label_T: Tensor, slots_T: Slots | None) -> Tensor:
         hidden = hidden_TD.float()
         total = torch.full((hidden.shape[0],), -torch.inf, device=hidden.device)
@@ -109,6 +138,10 @@ class Head:
             inside = (label_T >= first) & (label_T < first + len(ids))
             picked = logits.gather(1, (label_T - first).clamp(0, len(ids) - 1).unsqueeze(1)).squeeze(1)
             target = torch.where(inside, picked, target)
+        return self._normalised(target, total, best)
+
+    def _normalised(self, target: Tensor, total: Tensor, best: Tensor) -> Tensor:
+        """Logit of the label (0 on other ranks), log-sum and largest logit of this rank to (2, T) log-probabilities."""
         if self.tp is not None:
             target = self.tp.all_reduce(target)
             total = self.tp.all_gather(total.unsqueeze(0), dim=0).logsumexp(0)
@@ -172,14 +205,27 @@ def score_members(head: Head, hidden: Tensor, members: Sequence[Present]) -> Non
                     cells.append((table, member.probe, cell + i + j))
                 if kind == "logprobs":
                     bests.append((table, member.probe, cell + len(row.label_ids) + i))
-        if index:
-            adapted = slots if any(slot is not None for slot in slots) else None
+        if not index:
+            continue
+        adapted = slots if any(slot is not None for slot in slots) else None
+        if kind == "labels" and adapted is None and head.has_kernels and head.tp is None:
+            for table, source, places in _by_table(cells):
+                entries = [(index[i], labels[i], place) for i, place in zip(source, places, strict=True)]
+                head.write_label_logits(hidden, entries, table.cells_PC)
+        else:
             _write(_scores(head, hidden, kind, index, labels, adapted), [*cells, *bests])
+
+
+def has_kernels(weight: Tensor) -> bool:
+    """Whether an LM head can be read by the Triton kernels."""
+    return weight.device.type == "cuda" and weight.dtype in (torch.float16, torch.bfloat16, torch.float32)
 
 
 def _scores(head: Head, hidden: Tensor, kind: str, index: list[int], labels: list[int], slots: Slots | None) -> Tensor:
     """Flat: the label's score per entry; for kind "logprobs" followed by the likeliest token's."""
     device = hidden.device
+    if kind == "logprobs" and slots is None and head.has_kernels:
+        return head.log_probs_of_rows(hidden, index, labels).flatten()
     if kind == "logprobs":
         return head.log_probs(hidden[upload(index, device)], upload(labels, device), slots).flatten()
     rows, row_of = _distinct(index)
@@ -198,17 +244,24 @@ def _distinct(values: list[int]) -> tuple[list[int], list[int]]:
     return [*dict.fromkeys(values)], [place.setdefault(value, len(place)) for value in values]
 
 
-def upload(values: list[int], device: torch.device) -> Tensor:
-    """int64 on the device; the host does not wait for the copy (from pageable memory it would)."""
+def upload(values: Sequence[Any], device: torch.device) -> Tensor:
+    """Integers, or equal sequences of them, as int64 on the device; the host does not wait for the copy (from pageable
+    memory it would)."""
     return torch.tensor(values, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
 
-def _write(values: Tensor, cells: list[tuple[LossTable, int, int]]) -> None:
+def _by_table(cells: list[tuple[LossTable, int, int]]) -> list[tuple[LossTable, list[int], list[int]]]:
+    """Each table with the entries that belong to it, and their places in it."""
     by_table: dict[int, tuple[LossTable, list[int], list[int]]] = {}
     for i, (table, probe, cell) in enumerate(cells):
         _, source, places = by_table.setdefault(id(table), (table, [], []))
         source.append(i)
         places.append(probe * table.cells_PC.shape[1] + cell)
-    for table, source, places in by_table.values():
-        chosen = values if len(by_table) == 1 else values[upload(source, values.device)]
+    return list(by_table.values())
+
+
+def _write(values: Tensor, cells: list[tuple[LossTable, int, int]]) -> None:
+    tables = _by_table(cells)
+    for table, source, places in tables:
+        chosen = values if len(tables) == 1 else values[upload(source, values.device)]
         table.cells_PC.view(-1)[upload(places, values.device)] = chosen
