@@ -12,7 +12,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 PIECES="check core-1.3b core-2.7b core-6.7b core-13b b32-1.3b b64-1.3b b128-1.3b b32-13b b64-13b b128-13b
-mezo anatomy-1.3b anatomy-13b memory serving long-1.3b long-13b"
+mezo mezo-512 anatomy-1.3b anatomy-13b memory serving long-1.3b long-13b"
 OUT=${OUT:-benchmarks/results/gpu}
 DTYPE=${DTYPE:-float16} # what the OPT checkpoints are in
 LIMIT_S=${LIMIT_S:-585}
@@ -58,7 +58,7 @@ check() {
     # Named one by one: the other files need packages that a machine without network may lack.
     record check-tests -m pytest -o addopts= -p no:cacheprovider -rA -m gpu $(grep -l 'mark\.gpu' tests/test_*.py) || failed=1
     core check-core 125m --rounds 1 --interval 10 --slow-steps 4 \
-        --against official-full,official,dense-mezo,strong,packed,compiled,gemms || failed=1
+        --against official-full,official,dense-mezo,strong,packed,compiled,stock-files,stock-in-place,gemms || failed=1
     return $failed
 }
 
@@ -75,14 +75,15 @@ mkdir -p "$OUT"
 find_python
 case $piece in
     check) LIMIT_S=290 check ;;
-    core-1.3b) core "$piece" "$shape" --rounds 3 --against official-full,official,strong,compiled,gemms ;;
-    core-2.7b) core "$piece" "$shape" --rounds 2 --against official-full,official,strong,compiled,gemms ;;
+    core-1.3b) core "$piece" "$shape" --rounds 3 --against official-full,official,strong,compiled,stock-files,stock-in-place,gemms ;;
+    core-2.7b) core "$piece" "$shape" --rounds 2 --against official-full,official,strong,compiled,stock-files,stock-in-place,gemms ;;
     core-*) core "$piece" "$shape" --rounds 2 ;;
     b32-* | b64-* | b128-*)
         batch=${piece%%-*}
         core "$piece" "$shape" --batch "${batch#b}" --rounds 2 --interval 20 --against official,compiled,gemms
         ;;
     mezo) core mezo 1.3b --method factorized-mezo --space fold --rank 128 --rounds 2 --against dense-mezo ;;
+    mezo-512) core mezo-512 1.3b --method factorized-mezo --space fold --rank 512 --rounds 2 --against dense-mezo ;;
     anatomy-*) program "$piece" step_anatomy.py "$shape" ;;
     memory) program memory memory.py 1.3b --rounds 1 ;;
     serving) program serving serving.py 13b --budgets 256,1024,0 --rate 20 --rounds 2 --seconds 6 ;;

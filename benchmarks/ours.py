@@ -73,7 +73,7 @@ def run_ours(conn: Connection, args: Namespace) -> None:
     zo_training: Any = True
     if args.method == "factorized-mezo":
         method = FactorizedMeZO(rank=args.rank, eps=args.eps)
-        zo_training = {"slot_rank": min(r for r in SLOT_RANKS if r >= 2 * args.rank)}
+        zo_training = {"slot_rank": min(r for r in SLOT_RANKS if r >= args.rank)}
     if args.method == "mezo":
         method = MeZO(eps=args.eps)
     llm = LLM(args.model_dir, dtype=args.dtype, zo_training=zo_training, **options)

@@ -346,7 +346,7 @@ def test_the_bank_keeps_a_basis_an_interval_as_far_as_the_slot_rank_goes(
 
 def test_fold_keeps_one_basis() -> None:
     assert resolve_bases(LoZO(), "fold", 1000, 16) == resolve_bases(LoZO(), "fold", 1000, 16, 1) == 1
-    assert resolve_bases(FactorizedMeZO(rank=128), "fold", 1000, 256) == 1
+    assert resolve_bases(FactorizedMeZO(rank=512), "fold", 1000, 512) == 1  # folded at every step: one block
 
 
 @pytest.mark.parametrize(
@@ -355,8 +355,9 @@ def test_fold_keeps_one_basis() -> None:
         (LoZO(rank=9), "bank", 16, None, "lozo.rank=9 and slot_rank=16: a slot holds.*18 in all; set rank <= 8, or set "
          "slot_rank=32"),
         (LoZO(rank=1), "fold", 1, None, "lozo.rank=1 and slot_rank=1: a slot holds.*2 in all; set slot_rank=8"),
-        (FactorizedMeZO(), "fold", 128, None, "256 in all; set rank <= 64, or set slot_rank=256"),
-        (FactorizedMeZO(rank=300), "fold", 512, None, "set rank <= 256, or vLLM has no slot rank >= 600"),
+        (LoZO(rank=128), "fold", 128, None, "256 in all; set rank <= 64, or set slot_rank=256"),
+        (LoZO(rank=300), "fold", 512, None, "set rank <= 256, or vLLM has no slot rank >= 600"),
+        (FactorizedMeZO(rank=300), "fold", 128, None, "a slot holds a probe; set rank <= 128, or set slot_rank=320"),
         (LoZO(), "bank", 16, 8, "bases=8 with lozo.rank=2 and slot_rank=16: expected at most 7; for more, set "
          "slot_rank=32"),
         (LoZO(), "fold", 16, 2, "bases=2: update_space='fold' keeps one basis"),

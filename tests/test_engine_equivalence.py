@@ -51,7 +51,7 @@ CASES: dict[str, dict[str, Any]] = {
     "bank cycling through two bases": {"method": LOZO, "bases": 2},
     "bank with a basis an interval": {"method": LOZO},
     "fold": {"method": LOZO, "update_space": "fold"},
-    "factorized MeZO folds every step": {"method": FactorizedMeZO(rank=8, eps=EPS)},
+    "factorized MeZO folds every step, its rank that of a slot": {"method": FactorizedMeZO(rank=16, eps=EPS)},
     "three directions in probe waves": {"method": replace(LOZO, queries=3), "bases": 2},
     "three directions in one group": {"method": replace(LOZO, queries=3), "bases": 2, "slots": 6},
     "llama packs qkv and gate_up": {"method": LOZO, "family": "llama"},

@@ -16,7 +16,7 @@ from vllm import SamplingParams
 from tests.engines import SENTIMENT, Engines, reviews, scheduler_of, worker_of
 from tests.test_seams import PROMPTS, RUN, job_in_progress
 from tests.trajectories import base_weights
-from vllm_zo import JobError, LoZO
+from vllm_zo import FactorizedMeZO, JobError, LoZO
 from vllm_zo.engine.scheduler import MEMBER_CLIENT
 from vllm_zo.worker.trainer import Trainer
 
@@ -276,3 +276,20 @@ def test_evaluate_scores_the_base_and_a_run(engines: Engines) -> None:
     assert base["loss"] == pytest.approx(run.metrics["initial_loss"], abs=LOSS_TOLERANCE)
     assert tuned["loss"] == pytest.approx(run.metrics["loss"], abs=LOSS_TOLERANCE)
     assert tuned["accuracy"] == run.metrics["accuracy"]
+
+
+def test_evaluations_of_a_method_that_folds_at_every_step_use_the_one_block_of_its_slots(engines: Engines) -> None:
+    """Its rank is the slot's: the accumulator stands where a perturbation stood, and no probe finds it there."""
+    llm = engines.get()
+    data = reviews(20, seed=8)
+    options: dict[str, Any] = {"method": FactorizedMeZO(rank=16, eps=1e-2), "steps": 6, "learning_rate": 1e-2, **RUN}
+    quiet = llm.finetune(reviews(16), **options)
+    llm.restore_base(quiet)
+    run = llm.finetune(reviews(16), data, eval_interval=2, keep_best=False, **options)
+    folded = llm.evaluate(data, SENTIMENT)
+    llm.restore_base(run)
+    steps = [record for record in run.history if "loss" in record]
+    assert [record["loss"] for record in steps] == [record["loss"] for record in quiet.history]
+    first, *_, last = [record["eval_loss"] for record in run.evaluations]
+    assert len(run.evaluations) == 4 and abs(first - last) > 100 * LOSS_TOLERANCE
+    assert last == pytest.approx(folded["loss"], abs=LOSS_TOLERANCE)

@@ -39,7 +39,7 @@ class FactorizedMeZO(Method):
 
     @property
     def coordinates(self) -> Coordinates:
-        return LeftFactor(self.rank, scale=1.0 / math.sqrt(self.rank))
+        return LeftFactor(self.rank, scale=1.0 / math.sqrt(self.rank), folds_every_step=True)
 
     def epoch(self, step: int) -> int:
         return step

@@ -5,7 +5,7 @@
     fold   `W += U_acc V^T` before every refresh of V: the method as published. The engine is then this job's.
 
 A probe's slot holds one rank block for each basis and one for the perturbation: (M + 1) * r rows of A. (An adapter of
-which both factors are trained takes three.)
+which both factors are trained takes three; a method that folds at every step takes one.)
 """
 
 from __future__ import annotations
@@ -140,4 +140,5 @@ def _rank_fix(method: Method, slot_rank: int) -> str:
     blocks = method.coordinates.num_blocks(1)
     needed = blocks * method.coordinates.rank
     smaller = f"set rank <= {slot_rank // blocks}, or " if slot_rank >= blocks else ""
-    return f"a slot holds an accumulator and a probe, {needed} in all; {smaller}{_slot_rank_fix(needed)}."
+    holds = "a slot holds a probe" if blocks == 1 else f"a slot holds an accumulator and a probe, {needed} in all"
+    return f"{holds}; {smaller}{_slot_rank_fix(needed)}."

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -59,6 +59,9 @@ class Coordinates(ABC):
     """Columns of U and V."""
     scale: float = 1.0
     """Factor of a direction: it is `scale` times what `draw` gives."""
+    folds_every_step: bool = False
+    """Whether the basis is another at every step, and the accumulator folded before it: no probe meets one, so that
+    a slot holds either a perturbation or, for an evaluation, the accumulator."""
 
     @property
     def draws_normals(self) -> bool:
@@ -105,7 +108,7 @@ class Coordinates(ABC):
 
     def num_blocks(self, num_bases: int) -> int:
         """Rank blocks of a slot."""
-        return num_bases + 1
+        return 1 if self.folds_every_step else num_bases + 1
 
     def blocks(self, state: AdapterState, plan: ProbePlan, probe: int) -> list[Block]:
         """What a slot holds for one probe: block 0 the perturbation, block 1 + b the accumulator of basis b."""
@@ -128,4 +131,8 @@ class Coordinates(ABC):
             Block(1 + row, (basis, state.versions[row]), basis, accumulator(row, basis), basis_v(basis))
             for row, basis in state.touched_bases()
         ]
+        if self.folds_every_step and rest:
+            assert not p.sign, "a probe of a step before the fold of the one before"
+            (accumulated,) = rest
+            return [replace(accumulated, index=0)]
         return [first, *rest]
