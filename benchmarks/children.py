@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any
 
+from benchmarks.baselines import STOCK
+
 
 @dataclass(frozen=True)
 class Window:
@@ -58,13 +60,18 @@ def environment(name: str, cores: list[int]) -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
-    if name == "ours":  # vLLM binds its own threads; by default it would leave one core to the front end
-        return common | {
-            "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; the default is nearly all memory, and the baselines need some
-            "VLLM_CPU_OMP_THREADS_BIND": listed,
-            "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        }
+    if name == "ours" or name in STOCK:  # vLLM binds its own threads; by default it leaves a core to the front end
+        plugins = {"VLLM_PLUGINS": ""} if name in STOCK else {}
+        return (
+            common
+            | plugins
+            | {
+                "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; the default is nearly all memory, and the baselines need some
+                "VLLM_CPU_OMP_THREADS_BIND": listed,
+                "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
+                "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            }
+        )
     return common | {"GOMP_CPU_AFFINITY": listed.replace(",", " ")}
 
 

@@ -10,9 +10,10 @@ from benchmarks.baselines import CONTENDERS, CPU_ONLY, GPU_ONLY
 from benchmarks.facts import chosen_cores
 from benchmarks.shapes import SHAPES
 
-SLOW = ("dense-mezo", "official-full", "official", "official-addmm", "strong")
+SLOW = ("dense-mezo", "official-full", "official", "official-addmm", "strong", "stock-files", "stock-in-place")
 """Contenders that take only the first steps of a window."""
-DEFAULT_AGAINST = {"cpu": "official,strong,packed,packed-prepacked", "cuda": "official-full,official,compiled,gemms"}
+GPU_AGAINST = "official-full,official,compiled,stock-files,stock-in-place,gemms"
+DEFAULT_AGAINST = {"cpu": "official,strong,packed,packed-prepacked", "cuda": GPU_AGAINST}
 
 
 def parse(argv: list[str] | None, description: str | None) -> argparse.Namespace:

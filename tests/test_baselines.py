@@ -16,17 +16,17 @@ from transformers import OPTForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks/ is not part of the installed package
 
-from tiny import make_opt
-
-from benchmarks.baselines import CONTENDERS, linears, make
+from benchmarks.baselines import CONTENDERS, STOCK, linears, make
 from benchmarks.baselines.common import PROJECTIONS, Step
 from benchmarks.shapes import PROMPT_LENGTHS, Prompts, mean_longest, mean_prompt_tokens
+from tests.children import Child
+from tests.tiny import make_opt
 
 RANK, INTERVAL, EPS, LR = 2, 2, 1e-2, 3e-3
 OPTIONS = (17, 5)
 STEPS = 5  # refreshes before steps 0, 2 and 4: two of them fold
 WHOLE_MODEL = ("official-full", "dense-mezo")
-STEPPERS = [name for name in CONTENDERS if name not in ("gemms", *WHOLE_MODEL)]
+STEPPERS = [name for name in CONTENDERS if name not in ("gemms", *WHOLE_MODEL, *STOCK)]
 
 LOSS_TOLERANCE = 2e-5
 """Nats. A float32 forward of this model is within 1e-6 of float64; an official step also adds and subtracts eps U V^T
@@ -74,6 +74,10 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def batches() -> list[tuple[list[list[int]], list[int]]]:
+    return make_batches()
+
+
+def make_batches() -> list[tuple[list[list[int]], list[int]]]:
     generator = torch.Generator().manual_seed(3)
 
     def prompt() -> list[int]:
@@ -139,6 +143,22 @@ def test_every_baseline_has_the_losses_and_updates_of_a_naive_dense_float64_step
         assert mean == pytest.approx(sum(expected) / 2, abs=LOSS_TOLERANCE)
     for ours, theirs in zip(contender.effective_weights(), reference.weights, strict=True):
         torch.testing.assert_close(ours.double(), theirs, atol=WEIGHT_TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("name", STOCK)
+def test_a_trainer_outside_of_stock_vllm_takes_the_same_steps(
+    name: str, model_dir: Path, reference: Reference, tmp_path: Path
+) -> None:
+    """In a child: vLLM as released, without this package's plugin."""
+    rows, columns = reference.directions.rows, reference.directions.columns
+    file = tmp_path / "weights.pt"
+    child = Child("take_stock_steps", name, str(model_dir), str(rows), str(columns), str(file), VLLM_PLUGINS="")
+    *steps, plugin = child.finish()
+    assert not plugin["patched"]
+    for step, expected in zip(steps, reference.losses, strict=True):
+        assert step["losses"] == pytest.approx(expected, abs=LOSS_TOLERANCE)
+    for theirs, exact in zip(torch.load(file), reference.weights, strict=True):
+        torch.testing.assert_close(theirs.double(), exact, atol=WEIGHT_TOLERANCE, rtol=0)
 
 
 @pytest.mark.parametrize("name", WHOLE_MODEL)

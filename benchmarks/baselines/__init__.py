@@ -20,6 +20,8 @@ CONTENDERS = {
     "packed-prepacked": "packed, with weights prepacked by whatever multiplies fastest here",
     "packed-pruned": "packed-prepacked, and the last layer runs past attention for the last tokens only",
     "compiled": "packed, compiled and in CUDA graphs: plain PyTorch at its best on a GPU",
+    "stock-files": "stock vLLM: two adapter files written, loaded and scored a step; the update is in them",
+    "stock-in-place": "stock vLLM: a worker extension adds the direction to the weights and takes it away, by RPC",
     "gemms": "nothing but the six GEMMs of each layer on the packed tokens: a floor, not a step",
 }
 
@@ -27,6 +29,10 @@ CPU_ONLY = ("packed-prepacked", "packed-pruned")
 """Their weights are packed for a CPU's products."""
 GPU_ONLY = ("compiled",)
 """Right on a CPU too (the tests check it there), but without graphs it is a slower `packed`."""
+
+
+STOCK = ("stock-files", "stock-in-place")
+"""They run in vLLM as it is, without this package's plugin."""
 
 
 def make(name: str, *args: Any, **kwargs: Any) -> Step:
@@ -47,6 +53,10 @@ def make(name: str, *args: Any, **kwargs: Any) -> Step:
         from benchmarks.baselines.compiled import Compiled
 
         return Compiled(*args, **kwargs)
+    if name in STOCK:
+        from benchmarks.baselines.stock_vllm import FileAdapters, InPlace
+
+        return (FileAdapters if name == "stock-files" else InPlace)(*args, **kwargs)
     on_cpu = kwargs.get("device", "cpu") == "cpu"  # torch's own product is the fastest there is on a GPU
     if name == "gemms":
         from benchmarks.baselines.gemm_floor import GemmFloor

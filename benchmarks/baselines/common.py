@@ -77,6 +77,16 @@ class GaussianDirections:
         return torch.randn(rows, self.rank, generator=generator, device=self.device)
 
 
+def layout_of(config: OPTConfig) -> Layout:
+    hidden, ffn, layers = config.hidden_size, config.ffn_dim, config.num_hidden_layers
+    return Layout((*[hidden] * 4, ffn, hidden) * layers, (*[hidden] * 5, ffn) * layers)
+
+
+def linears_of(model: OPTForCausalLM) -> list[nn.Linear]:
+    """The modules in scope, in the order of `Layout`."""
+    return [layer.get_submodule(name) for layer in model.model.decoder.layers for name in PROJECTIONS]
+
+
 def load_model(model_dir: str | Path, dtype: torch.dtype, device: str) -> OPTForCausalLM:
     """The checkpoint; where its directory holds a config only, a model of random weights that is made on the device."""
     if any(Path(model_dir).glob("*.safetensors")):
@@ -118,21 +128,23 @@ class Step(ABC):
         self.device = device
         self.options = list(options)
         self.option_index = torch.tensor(self.options, device=device)
-        self.model = load_model(model_dir, dtype, device).eval()
-        if not self.model.config.do_layer_norm_before:
+        config = OPTConfig.from_pretrained(model_dir)
+        if not config.do_layer_norm_before:
             raise ValueError(f"model_dir={str(model_dir)!r}: post-LN OPT (350M) is not written here; use another size")
-        self.model.requires_grad_(False)
-        layers = self.model.model.decoder.layers
-        self.linears: list[nn.Linear] = [layer.get_submodule(name) for layer in layers for name in PROJECTIONS]
-        self.layout = Layout(
-            tuple(linear.out_features for linear in self.linears), tuple(linear.in_features for linear in self.linears)
-        )
+        self.layout = layout_of(config)
         self.directions = directions or GaussianDirections(self.layout, rank, seed, device)
         self.dtype = dtype
         self.step_index = 0
         """Number of the next step. May be set, to skip ahead; a multiple of `interval` starts with a refresh."""
         self.losses = (0.0, 0.0)
         """(L+, L-) of the last step: mean nats per example."""
+        self.load(model_dir)
+
+    def load(self, model_dir: str | Path) -> None:
+        """Make the model ready."""
+        self.model = load_model(model_dir, self.dtype, self.device).eval()
+        self.model.requires_grad_(False)
+        self.linears = linears_of(self.model)
 
     @property
     def details(self) -> dict[str, Any]:
