@@ -60,19 +60,15 @@ def environment(name: str, cores: list[int]) -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
-    if name == "ours" or name in STOCK:  # vLLM binds its own threads; by default it leaves a core to the front end
-        plugins = {"VLLM_PLUGINS": ""} if name in STOCK else {}
-        return (
-            common
-            | plugins
-            | {
-                "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; the default is nearly all memory, and the baselines need some
-                "VLLM_CPU_OMP_THREADS_BIND": listed,
-                "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
-                "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-            }
-        )
-    return common | {"GOMP_CPU_AFFINITY": listed.replace(",", " ")}
+    if name != "ours" and name not in STOCK:
+        return common | {"GOMP_CPU_AFFINITY": listed.replace(",", " ")}
+    engine = {  # vLLM binds its own threads; by default it would leave one core to the front end
+        "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; the default is nearly all memory, and the baselines need some
+        "VLLM_CPU_OMP_THREADS_BIND": listed,
+        "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    }
+    return common | engine | ({"VLLM_PLUGINS": ""} if name in STOCK else {})
 
 
 @contextmanager

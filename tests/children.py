@@ -150,6 +150,19 @@ def _interpret_triton() -> None:
     triton.backends.backends["cpu"] = types.SimpleNamespace(driver=types.SimpleNamespace(is_active=lambda: True))
 
 
+def in_interpreter(program: str, *arguments: str, **environment: str) -> None:
+    """Run Python code with Triton's interpreter, in a process of its own: the interpreter is chosen when triton is
+    imported, and vLLM puts a placeholder in its place. Fails with what the process said; skips without triton."""
+    import pytest
+
+    pytest.importorskip("triton", reason="triton is not installed (it is no dependency of vLLM on a CPU)")
+    paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    variables = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(paths), **environment}
+    command = [sys.executable, "-c", program, *arguments]
+    child = subprocess.run(command, env=variables, capture_output=True, text=True)
+    assert child.returncode == 0, child.stderr[-4000:]
+
+
 def widen_products() -> None:
     """Triton's interpreter multiplies the bit patterns of bfloat16 matrices: they are widened first."""
     import numpy as np

@@ -3,11 +3,7 @@ wrapper that vLLM calls. Without a GPU in Triton's interpreter."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.children import Child
+from tests.children import Child, in_interpreter
 from tests.engines import Engines
 from vllm_zo.worker.kernels.lora_tiles import ROWS, DeviceTiles, most_tiles, plan
 
@@ -238,14 +234,7 @@ getattr(test_gpu_lora, sys.argv[1])("cpu")
 
 @pytest.mark.parametrize("check", CHECKS)
 def test_in_the_interpreter(check: str) -> None:
-    """In a child: the interpreter is chosen when triton is imported, and vLLM puts a placeholder in its place."""
-    pytest.importorskip("triton", reason="triton is not installed (it is no dependency of vLLM on a CPU)")
-    paths = [str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
-    environment = {
-        **os.environ, "TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1", "PYTHONPATH": os.pathsep.join(paths),
-    }  # fmt: skip
-    child = subprocess.run([sys.executable, "-c", IN_A_CHILD, check], env=environment, capture_output=True, text=True)
-    assert child.returncode == 0, child.stderr[-4000:]
+    in_interpreter(IN_A_CHILD, check, VLLM_USE_V2_MODEL_RUNNER="1")
 
 
 # --- in an engine -----------------------------------------------------------------------------------------------------

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
 import random
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.children import in_interpreter
 from vllm_zo import noise, philox
 from vllm_zo.noise import ElementRanges
 
@@ -284,13 +281,7 @@ def check_triton_agrees(device: str) -> None:
 
 
 def test_the_triton_kernel_agrees_in_the_interpreter() -> None:
-    """In a child: the interpreter is chosen when triton is imported, and vLLM puts a placeholder in its place."""
-    pytest.importorskip("triton", reason="triton is not installed (it is no dependency of vLLM on a CPU)")
-    root = Path(__file__).parent.parent
-    path = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    child = subprocess.run([sys.executable, "-c", IN_A_CHILD], env=environment, capture_output=True, text=True)
-    assert child.returncode == 0, child.stderr
+    in_interpreter(IN_A_CHILD, OMP_NUM_THREADS="1")
 
 
 @pytest.mark.gpu

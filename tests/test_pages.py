@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from tests.children import in_interpreter
 from vllm_zo.worker.pages import LoopWriter, PageWriter, Piece
 
 SLOTS, COLUMNS = 3, 16
@@ -58,11 +55,7 @@ def check_triton(device: str) -> None:
 
 
 def test_the_triton_kernel_writes_the_same_in_the_interpreter() -> None:
-    """In a child: the interpreter is chosen when triton is imported, and vLLM puts a placeholder in its place."""
-    pytest.importorskip("triton", reason="triton is not installed (it is no dependency of vLLM on a CPU)")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
-    child = subprocess.run([sys.executable, "-c", IN_A_CHILD], env=environment, capture_output=True, text=True)
-    assert child.returncode == 0, child.stderr
+    in_interpreter(IN_A_CHILD)
 
 
 @pytest.mark.gpu

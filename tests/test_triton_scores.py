@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import math
-import os
 import random
-import subprocess
-import sys
 from collections.abc import Callable
 from itertools import product
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,9 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.children import in_interpreter
 from vllm_zo.commands import ScoreMember
 from vllm_zo.objectives.base import EncodedExample, ScoringRow
-from vllm_zo.worker import scoring
 from vllm_zo.worker.scoring import Head, LossTable, Present, score_members
 
 VOCAB, PADDED, WIDTH, SPAN = 301, 320, 72, 128
@@ -102,15 +98,7 @@ def exact_cells(head: Head, hidden: Tensor, present: list[Present], table: LossT
     return cells
 
 
-def use_kernels() -> None:
-    from vllm_zo.worker.kernels import triton_scores
-
-    scoring.has_kernels = lambda weight: True
-    triton_scores.SPAN = SPAN
-
-
 def check_cells(device: str) -> None:
-    use_kernels()
     for seed, (dtype, bias, soft_cap) in enumerate(CASES):
         torch.manual_seed(seed)
         draw = random.Random(seed)
@@ -127,7 +115,6 @@ def check_cells(device: str) -> None:
 
 def check_one_rank(device: str) -> None:
     """Of a vocabulary that is cut between ranks: labels are numbered through, and padding has no part in the sum."""
-    use_kernels()
     torch.manual_seed(0)
     draw = random.Random(0)
     head = make_head(torch.float32, device, bias=True, soft_cap=None, tp=OtherRank())
@@ -141,7 +128,6 @@ def check_one_rank(device: str) -> None:
 
 def check_not_finite(device: str) -> None:
     """A hidden state that is not finite reaches its own cells only, and those always."""
-    use_kernels()
     torch.manual_seed(0)
     head = make_head(torch.float32, device, bias=False, soft_cap=None)
     for value in (math.nan, math.inf):
@@ -160,20 +146,19 @@ def check_not_finite(device: str) -> None:
 CHECKS = (check_cells, check_one_rank, check_not_finite)
 IN_A_CHILD = """
 from tests.children import widen_products
-from tests.test_triton_scores import CHECKS
+from tests.test_triton_scores import CHECKS, SPAN
+from vllm_zo.worker import scoring
+from vllm_zo.worker.kernels import triton_scores
 widen_products()
+scoring.has_kernels = lambda weight: True
+triton_scores.SPAN = SPAN
 for check in CHECKS:
     check("cpu")
 """
 
 
 def test_in_the_interpreter() -> None:
-    """In a child: the interpreter is chosen when triton is imported, and vLLM puts a placeholder in its place."""
-    pytest.importorskip("triton", reason="triton is not installed (it is no dependency of vLLM on a CPU)")
-    paths = [str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(paths)}
-    child = subprocess.run([sys.executable, "-c", IN_A_CHILD], env=environment, capture_output=True, text=True)
-    assert child.returncode == 0, child.stderr[-4000:]
+    in_interpreter(IN_A_CHILD)
 
 
 @pytest.mark.gpu
@@ -181,6 +166,5 @@ def test_in_the_interpreter() -> None:
 def test_on_a_gpu(check: Callable[[str], None], monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm_zo.worker.kernels import triton_scores
 
-    monkeypatch.setattr(scoring, "has_kernels", scoring.has_kernels)  # the check sets another
     monkeypatch.setattr(triton_scores, "SPAN", SPAN)
     check("cuda")

@@ -20,14 +20,12 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import OPTForCausalLM
 
 from benchmarks import gpu
-from benchmarks.baselines.common import PROJECTIONS, Directions, Layout, Step, linears_of
+from benchmarks.baselines.common import PROJECTIONS, Directions, Layout, Step, linears_of, load_model
 
 SLOT_RANK = 16
 """Rank of an adapter slot, as in ours: one block for the perturbation, the others for what was learnt with each V."""
-SIGNS = (1, -1)
 
 
 class StockVLLM(Step):
@@ -96,7 +94,7 @@ class FileAdapters(StockVLLM):
         v, acc = self.learnt[basis]
         u = self.directions.u(self.step_index)
         requests = []
-        for probe, sign in enumerate(SIGNS):
+        for probe, sign in enumerate((1, -1)):
             number = 1 + 2 * self.step_index + probe
             self.write(Path(self.files.name) / str(probe), v, sign * self.eps * u)
             requests.append(LoRARequest(f"probe-{number}", number, f"{self.files.name}/{probe}"))
@@ -123,7 +121,7 @@ class FileAdapters(StockVLLM):
         save_file(tensors, directory / "adapter_model.safetensors")
 
     def effective_weights(self) -> list[Tensor]:
-        weights = [w.weight.float() for w in linears_of(OPTForCausalLM.from_pretrained(self.model_dir))]
+        weights = [linear.weight for linear in linears_of(load_model(self.model_dir, torch.float32, self.device))]
         for v, acc in self.learnt.values():
             factors = zip(self.layout.split_u(acc), self.layout.split_v(v), strict=True)
             weights = [w.addmm(u, v.T) for w, (u, v) in zip(weights, factors, strict=True)]

@@ -15,6 +15,7 @@ from vllm_zo.errors import ConfigError
 from vllm_zo.methods.base import Probe
 
 UNLIMITED = sys.maxsize
+"""Of something that training does not use in a step."""
 
 
 @dataclass(frozen=True)

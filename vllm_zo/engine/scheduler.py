@@ -140,9 +140,10 @@ class ZOSchedulerMixin(_Base):
         )
         capacity = capacity_for_training(total, serving, self.zo_config.token_budget)
         offered = self.zo.offer(capacity, engine_is_empty=is_empty)
-        if alone and offered and sum(len(member.token_ids) for member in offered) <= tokens:
+        offered_tokens = sum(len(member.token_ids) for member in offered)
+        if alone and offered and offered_tokens <= tokens:
             self.zo.run_alone(offered)
-            self._zo_tokens["training"] += sum(len(member.token_ids) for member in offered)
+            self._zo_tokens["training"] += offered_tokens
             return []
         for member in offered:
             self._enqueue(member)

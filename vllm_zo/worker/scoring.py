@@ -56,8 +56,8 @@ class Head:
         return logits * self.scale if self.scale != 1.0 else logits
 
     def _rows(self, ids: Tensor) -> tuple[Tensor, Tensor | None]:
-        bias = getattr(self.lm_head, "bias", None)
-        return self.lm_head.weight[ids].float(), None if bias is None else bias[ids].float()
+        weight, bias = self._held()
+        return weight[ids].float(), None if bias is None else bias[ids].float()
 
     def _adapted(self, hidden_TD: Tensor, ids: Tensor, slots_T: Slots) -> Tensor:
         """(T, D) float32, (L,) token ids -> (T, L): what the adapters of the head add. Every rank has them whole."""

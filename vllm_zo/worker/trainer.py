@@ -2,7 +2,7 @@
 
 run(before)         make jobs, fold, open groups, materialise slots        -- then vLLM's own forward runs
 score(...)          hidden rows -> cells of the loss tables                -- or score_alone, with a forward of ours
-run(after)      close groups: losses -> coefficients -> update; publish, snapshot
+run(after)          close groups: losses -> coefficients -> update; publish, snapshot
 """
 
 from __future__ import annotations
@@ -320,20 +320,19 @@ class Trainer:
         Args:
             forward: (sequences, slot of each among all of vLLM's) -> (tokens, D) final hidden states.
         """
-        members = [m for m in members if self._job_of(m) not in ("", *self._failed)]
+        dropped = {"", *self._failed}
+        members = [m for m in members if self._job_of(m) not in dropped]
         if not members:
             return
         with self._failing("the forward of members", members):
-            opened = [self.groups[m.group_id] for m in members]
-            slots = [group.slot_of_probe[m.probe] for m, group in zip(members, opened, strict=True)]
+            slots = [self._slot_of(m) for m in members]
             for slot in set(slots):
                 self.pool.check_materialised(slot)
-            lengths = [len(group.table.rows[m.row].token_ids) for m, group in zip(members, opened, strict=True)]
-            chunks = [self._chunk(m, length) for m, length in zip(members, lengths, strict=True)]
+            num_tokens = {m.req_id: len(self.groups[m.group_id].table.rows[m.row].token_ids) for m in members}
+            first_row = dict(zip(num_tokens, itertools.accumulate(num_tokens.values(), initial=0), strict=False))
+            chunks = self.chunks(members, num_tokens, list(num_tokens))
             hidden = forward(chunks, [self.pool.first + slot for slot in slots])
-            ids = [m.req_id for m in members]
-            first_row = dict(zip(ids, itertools.accumulate(lengths, initial=0), strict=False))
-            self.score(members, hidden, first_row, dict(zip(ids, lengths, strict=True)))
+            self.score(members, hidden, first_row, num_tokens)
 
     @contextmanager
     def _failing(self, what: str, members: Sequence[ScoreMember]) -> Iterator[None]:
@@ -342,15 +341,17 @@ class Trainer:
             yield
         except Exception as error:
             logger.exception("%s failed", what)
-            jobs = {self._job_of(m) for m in members} - {""}
-            self._failed |= jobs
-            self._results.failures += [CommandFailed(j, f"{type(error).__name__}: {error}") for j in jobs]
+            for job_id in {self._job_of(m) for m in members} - {""}:
+                self._fail(job_id, f"{type(error).__name__}: {error}")
 
     def _slot_at_the_head(self, member: ScoreMember) -> int | None:
         """Index among all slots of a member's adapter, if its job trains the LM head."""
-        opened = self.groups[member.group_id]
-        trained = self.jobs[opened.command.job_id].kinds
-        return self.pool.first + opened.slot_of_probe[member.probe] if LM_HEAD in trained else None
+        trained = self.jobs[self._job_of(member)].kinds
+        return self.pool.first + self._slot_of(member) if LM_HEAD in trained else None
+
+    def _slot_of(self, member: ScoreMember) -> int:
+        """Of the pool's slots, the one that holds a member's adapter."""
+        return self.groups[member.group_id].slot_of_probe[member.probe]
 
     def chunks(
         self, members: Sequence[ScoreMember], num_tokens: Mapping[str, int], req_ids: Sequence[str]

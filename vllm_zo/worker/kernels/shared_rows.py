@@ -107,12 +107,12 @@ class SharedRows:
         slot_of_row = torch.tensor(slots).repeat_interleave(torch.tensor([chunk.rows for chunk in chunks]))
         manager = self.runner.lora_manager._adapter_manager
         for wrapper in self.wrappers:
-            wrapper.take_rows(slot_of_row, manager.vocab_size)
-        manager._last_mapping = None
+            wrapper.take_rows(slot_of_row[plan.keep_U], manager.vocab_size)
+        manager._last_mapping = None  # vLLM makes its own mapping anew in the next step
         context = set_forward_context(None, self.runner.vllm_config, num_tokens=len(plan.keep_U))
-        with context, Forward(self, plan, alone=True):
+        with context, Forward(self, plan, alone=True) as running:
             hidden = self.runner.model(token_ids[plan.keep_U], positions[plan.keep_U], None)
-        return hidden.index_select(0, plan.expand_T) if plan.shares else hidden
+        return running.expand(hidden)
 
     def plan(self, rows: int) -> RowPlan | None:
         """The plan of the step that is about to run; None where all of its `rows` rows are to be computed."""
@@ -128,7 +128,11 @@ class SharedRows:
 
 
 class Forward:
-    """One forward on the rows of a plan."""
+    """One forward on the rows of a plan.
+
+    Args:
+        alone: of no batch of vLLM's; the LoRA wrappers have the plan's rows already.
+    """
 
     def __init__(self, shared: SharedRows, plan: RowPlan, *, alone: bool = False) -> None:
         self.shared = shared
@@ -143,9 +147,9 @@ class Forward:
     def past_attention(self) -> bool:
         return self.attentions == self.shared.layers
 
-    def expand(self, x: Tensor | None) -> Tensor | None:
+    def expand(self, x: Tensor) -> Tensor:
         """(U, ...) -> (T, ...)."""
-        return x if x is None or not self.plan.shares else x.index_select(0, self.plan.expand_T)
+        return x.index_select(0, self.plan.expand_T) if self.plan.shares else x
 
     def cut(self, attended: Tensor) -> Tensor:
         """(T, ...) -> (U, ...), and `past`."""
@@ -158,16 +162,19 @@ class Forward:
             self.shared.last_attention = attended
         return attended
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> Forward:
         for wrapper in self.shared.wrappers:
-            wrapper.restrict(self.plan.keep_U)
+            if not self.alone:
+                wrapper.restrict(self.plan.keep_U)
             self.needed_spans[id(wrapper)] = wrapper.spans_of_rows(self.plan.needed_P)
         _active.append(self)
+        return self
 
     def __exit__(self, *exc: object) -> None:
         _active.remove(self)
-        for wrapper in self.shared.wrappers:
-            wrapper.restore()
+        if not self.alone:
+            for wrapper in self.shared.wrappers:
+                wrapper.restore()
 
 
 def model_forward(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -186,9 +193,9 @@ def model_forward(original: Callable[..., Any]) -> Callable[..., Any]:
                 shared.wrote_kv = True
             return original(self, input_ids, positions, *args, inputs_embeds=inputs_embeds, **kwargs)
         shared.wrote_kv = False
-        with Forward(shared, plan):
+        with Forward(shared, plan) as running:
             hidden = original(self, input_ids[plan.keep_U], positions[plan.keep_U], *args, **kwargs)
-        return hidden.index_select(0, plan.expand_T) if plan.shares else hidden
+        return running.expand(hidden)
 
     return _model_forward
 
@@ -210,7 +217,8 @@ def attention_forward(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         running.shared.wrote_kv = True
         if output_shape is not None and running.plan.shares:
             output_shape = torch.Size((len(running.plan.expand_T), *output_shape[1:]))
-        attended = original(self, *map(running.expand, (query, key, value)), output_shape, *args, **kwargs)
+        expanded = (x if x is None else running.expand(x) for x in (query, key, value))
+        attended = original(self, *expanded, output_shape, *args, **kwargs)
         return running.cut(attended)
 
     return forward
