@@ -3,6 +3,7 @@
 
 PYTHON ?= python3
 ARGS ?=
+MODEL ?=
 RUN := .venv/bin/python
 export PYTHON
 
@@ -15,16 +16,16 @@ help: ## show this list
 install: ## make .venv with vLLM (CPU or CUDA, whichever fits), this package and the test tools
 	@bash ci/install.sh
 
-demo: install ## fine-tune a small OPT model inside vLLM; writes an adapter and run.png
-	@$(RUN) examples/demo.py $(ARGS)
+demo: install ## fine-tune a small OPT model inside vLLM (MODEL=smollm2: a real one); writes an adapter and run.png
+	@$(RUN) examples/demo.py $(if $(MODEL),--model $(MODEL)) $(ARGS)
 
-test: install ## the tests, without the slow ones
+test: install ## the tests, without the slow ones (WORKERS=2: in two processes)
 	@bash ci/test.sh $(ARGS)
 
-test-slow: install ## soaks and long convergence runs
-	@bash ci/test.sh --run-slow -m slow --timeout 3600 $(ARGS)
+test-slow: install ## soaks, long convergence runs, a real model; says what it could not run
+	@bash ci/test.sh --run-slow -m slow --timeout 3600 -rs $(ARGS)
 
-lint: install ## ruff (rules and format) and mypy
+lint: install ## ruff (rules and format), mypy and the import contracts
 	@bash ci/lint.sh
 
 format: install ## rewrite the files as ruff formats them

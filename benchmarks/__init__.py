@@ -1,1 +1,1 @@
-"""What vllm_zo is measured against, and the programs that measure it."""
+"""The programs that measure vllm_zo, and the contenders that they compare it with."""

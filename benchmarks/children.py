@@ -1,13 +1,14 @@
-"""One process per contender. It loads its model, then blocks on a pipe until it is told to take some steps.
+"""One process for each contender. It loads its model, then waits at a pipe until the parent asks for some steps.
 
-Only one child is ever told to run at a time; the others wait in `recv`, with no thread spinning, so contenders neither
-share a core nor a thread pool. Protocol, parent to child: `Window` or None (stop); child to parent: `Ready` once, then
-a `Timing` for each window, or `Failed`.
+The parent lets one child run at a time. The others wait in `recv`, with no thread spinning, so contenders share neither
+a core nor a thread pool. The parent sends `Window`, or None to stop. The child sends `Ready` once, then a `Timing` for
+each window, or `Failed`.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 import time
 import traceback
 from argparse import Namespace
@@ -19,10 +20,13 @@ from typing import Any
 
 from benchmarks.baselines import STOCK
 
+ENGINES = ("ours", "before")
+"""The contenders that are vllm_zo: of this checkout, and of the one that `--before` names."""
+
 
 @dataclass(frozen=True)
 class Window:
-    """Take steps `start` to `start + count - 1`. Steps in between windows are skipped, or taken without being timed."""
+    """The steps `start` to `start + count - 1`. A contender skips the steps between windows, or takes them untimed."""
 
     start: int
     count: int
@@ -35,8 +39,8 @@ class Ready:
 
 @dataclass(frozen=True)
 class Timing:
-    """Wall seconds of each step of a window, in order; the losses; CPU seconds of the process for the whole request;
-    most bytes torch had allocated on the GPU so far."""
+    """The wall seconds of each step of a window, in order; its losses; the CPU seconds of the process for the window;
+    and the most bytes that torch has allocated on the GPU so far."""
 
     seconds: list[float]
     losses: list[float]
@@ -50,7 +54,10 @@ class Failed:
 
 
 def environment(name: str, cores: list[int]) -> dict[str, str]:
-    """Variables of a child, set before it starts: equal thread counts and equally bound threads for all."""
+    """The environment variables of a child. All children have equal thread counts and equally bound threads.
+
+    The parent must set them before the child starts: OpenMP reads them when its library loads.
+    """
     listed = ",".join(map(str, cores))
     common = {
         "OMP_NUM_THREADS": str(len(cores)),
@@ -60,10 +67,10 @@ def environment(name: str, cores: list[int]) -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
-    if name != "ours" and name not in STOCK:
+    if name not in (*ENGINES, *STOCK):
         return common | {"GOMP_CPU_AFFINITY": listed.replace(",", " ")}
-    engine = {  # vLLM binds its own threads; by default it would leave one core to the front end
-        "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; the default is nearly all memory, and the baselines need some
+    engine = {  # vLLM binds its own threads, and by default leaves one core to the front end
+        "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; the default takes nearly all memory, and the baselines need some
         "VLLM_CPU_OMP_THREADS_BIND": listed,
         "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -73,7 +80,7 @@ def environment(name: str, cores: list[int]) -> dict[str, str]:
 
 @contextmanager
 def variables_of(name: str, cores: list[int]) -> Iterator[None]:
-    """`environment` for the processes that are started in the block; ours is afterwards what it was."""
+    """Set `environment` for the processes that start in the block. Behind it our own environment is as before."""
     saved = dict(os.environ)
     os.environ.update(environment(name, cores))
     try:
@@ -84,9 +91,11 @@ def variables_of(name: str, cores: list[int]) -> Iterator[None]:
 
 
 def child_main(name: str, conn: Connection, args: Namespace) -> None:
-    """Entry point of a child process."""
+    """The entry point of a child process."""
     try:
-        if name == "ours":
+        if name in ENGINES:
+            if name == "before":  # `vllm_zo` is not loaded yet, so all of it comes from there
+                sys.path.insert(0, str(args.before))
             from benchmarks.ours import run_ours
 
             run_ours(conn, args)
@@ -118,7 +127,7 @@ def run_baseline(name: str, conn: Connection, args: Namespace) -> None:
         batches = [prompts.batch(step) for step in range(window.start, window.start + window.count)]
         seconds, losses = [], []
         for batch, labels in batches:
-            finish()
+            finish()  # a GPU still works on what the host has queued
             start = time.perf_counter()
             losses.append(contender.step(batch, labels))
             finish()
@@ -127,11 +136,11 @@ def run_baseline(name: str, conn: Connection, args: Namespace) -> None:
 
 
 def _nothing() -> None:
-    """On a CPU a step is done when it returns."""
+    """On a CPU a step is complete when it returns."""
 
 
 def gpu_bytes(device: str) -> int:
-    """Most bytes that torch had allocated on the GPU in this process."""
+    """The most bytes that torch has allocated on the GPU in this process; 0 on a CPU."""
     import torch
 
     return torch.cuda.max_memory_allocated() if device == "cuda" else 0

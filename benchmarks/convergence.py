@@ -4,10 +4,11 @@
     python benchmarks/convergence.py --space fold --steps 500 --plot fold.png
     python benchmarks/convergence.py --trainers ours,plain,plain-float64 # and what rounding alone does
 
-The MeZO and LoZO papers' protocol: 1,000 training and 500 validation rows drawn from SST-2's training set by a data
-seed, all 872 rows of its validation set for the final figure. Both trainers take the same batches and the same
-directions in float32. Every curve is a file in --output: one that is there with the same settings is not run again, so
-a call that was cut off goes on where it stopped, and spaces and trainers may be run one a call.
+The protocol is that of the MeZO and LoZO papers. A data seed draws 1,000 training and 500 validation sentences from
+SST-2's training set; the final figure is for all 872 sentences of its validation set. Both trainers take the same
+batches and the same directions in float32. Every curve is a file in --output. The program does not run a curve again if
+its file has the same settings. So a second call goes on where the first one stopped, and each call may run one space or
+trainer.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ Evaluation = dict[str, float]
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What decides a pair of curves; stored beside each of them."""
+    """The settings that decide a pair of curves. The file of each curve holds them."""
 
     model: str
     data: str
@@ -44,7 +45,7 @@ class Settings:
     train_rows: int
     validation_rows: int
     test_rows: int | None
-    """Rows drawn from SST-2's own validation set; None: all."""
+    """How many sentences of SST-2's own validation set to draw; None stands for all."""
     steps: int
     eval_interval: int
     learning_rate: float
@@ -52,19 +53,19 @@ class Settings:
     rank: int
     interval: int
     bases: int | None
-    """Of `bank`; None: the package's default."""
+    """Number of bases in `bank`; None stands for the package's default."""
     batch: int
     seed: int
 
 
 @dataclass(frozen=True)
-class Rows:
+class Data:
     train: list[dict[str, Any]]
     validation: list[dict[str, Any]]
     test: list[dict[str, Any]]
 
     @classmethod
-    def of(cls, settings: Settings) -> Rows:
+    def of(cls, settings: Settings) -> Data:
         from vllm_zo.tasks import load_task
 
         task = load_task(
@@ -73,17 +74,17 @@ class Rows:
         return cls(task.train, task.validation, task.test)
 
 
-def train_ours(llm: Any, settings: Settings, space: str, rows: Rows) -> dict[str, Any]:
-    """A job inside a running engine. In `fold` space the base is restored afterwards."""
+def train_ours(llm: Any, settings: Settings, space: str, data: Data) -> dict[str, Any]:
+    """Train by a job inside a running engine. In `fold` space, restore the base weights afterwards."""
     from vllm_zo import LoZO
     from vllm_zo.tasks import PRESETS
 
     objective = PRESETS["sst2"].objective
-    zero_shot = llm.evaluate(rows.test, objective)
+    zero_shot = llm.evaluate(data.test, objective)
     start = time.perf_counter()
     run = llm.finetune(
-        rows.train,
-        rows.validation,
+        data.train,
+        data.validation,
         objective=objective,
         method=LoZO(rank=settings.rank, interval=settings.interval, eps=settings.eps),
         learning_rate=settings.learning_rate,
@@ -93,10 +94,10 @@ def train_ours(llm: Any, settings: Settings, space: str, rows: Rows) -> dict[str
         update_space=space,
         bases=settings.bases if space == "bank" else None,
         eval_interval=settings.eval_interval,
-        keep_best=False,  # `fold` has no earlier state to give back: the last one, in both
+        keep_best=False,  # `fold` can give back its last state only, so `bank` does the same
     )
     seconds = time.perf_counter() - start
-    test = llm.evaluate(rows.test, run=run)
+    test = llm.evaluate(data.test, run=run)
     if space == "fold":
         llm.restore_base(run)
     return {
@@ -110,15 +111,15 @@ def train_ours(llm: Any, settings: Settings, space: str, rows: Rows) -> dict[str
     }
 
 
-def train_plain(settings: Settings, space: str, rows: Rows, dtype: str = "float32") -> dict[str, Any]:
-    """The same run without vLLM."""
+def train_plain(settings: Settings, space: str, data: Data, dtype: str = "float32") -> dict[str, Any]:
+    """Take the same run without vLLM."""
     import torch
 
     from benchmarks.plain_trainer import PlainTrainer
     from vllm_zo import LoZO
     from vllm_zo.config import ZOTrainingConfig
     from vllm_zo.data.batches import BatchOrder
-    from vllm_zo.methods.spaces import resolve_bases
+    from vllm_zo.slot_fit import resolve_bases
     from vllm_zo.tasks import PRESETS
 
     sst2 = PRESETS["sst2"].objective
@@ -129,48 +130,48 @@ def train_plain(settings: Settings, space: str, rows: Rows, dtype: str = "float3
         settings.model, sst2.template, sst2.options, method, settings.learning_rate, settings.seed,
         num_bases=bases if space == "bank" else None, dtype=getattr(torch, dtype),
     )  # fmt: skip
-    order = BatchOrder(len(rows.train), settings.batch, settings.seed)
-    zero_shot = trainer.evaluate(rows.test)
+    order = BatchOrder(len(data.train), settings.batch, settings.seed)
+    zero_shot = trainer.evaluate(data.test)
     start = time.perf_counter()
-    train, evaluations = [], [{"step": 0, **trainer.evaluate(rows.validation)}]
+    train, evaluations = [], [{"step": 0, **trainer.evaluate(data.validation)}]
     for step in range(settings.steps):
-        train.append(list(trainer.step(step, [rows.train[i] for i in order.batch(step)])))
+        train.append(list(trainer.step(step, [data.train[i] for i in order.batch(step)])))
         if (step + 1) % settings.eval_interval == 0 or step + 1 == settings.steps:
-            evaluations.append({"step": step + 1, **trainer.evaluate(rows.validation)})
+            evaluations.append({"step": step + 1, **trainer.evaluate(data.validation)})
             print(f"plain {dtype} {space} {evaluations[-1]}", file=sys.stderr)
     seconds = time.perf_counter() - start
-    test = trainer.evaluate(rows.test)
+    test = trainer.evaluate(data.test)
     return {
         "train": train, "evaluations": evaluations, "zero_shot": zero_shot, "test": test, "seconds": seconds,
     }  # fmt: skip
 
 
 def _child(trainer: str, space: str, settings: Settings, path: Path, cores: list[int]) -> None:
-    """Make one curve, in a process of its own: vLLM wants its environment and its threads for itself."""
-    rows = Rows.of(settings)
+    """Make one curve. It runs in a process of its own, because vLLM needs its own environment and threads."""
+    data = Data.of(settings)
     if trainer == "ours":
         from vllm_zo import LLM
 
         llm = LLM(settings.model, max_model_len=256, dtype="float32", zo_training=True)
-        curve = train_ours(llm, settings, space, rows)
+        curve = train_ours(llm, settings, space, data)
     else:
         import torch
 
         torch.set_num_threads(len(cores))
-        curve = train_plain(settings, space, rows, "float64" if trainer.endswith("float64") else "float32")
+        curve = train_plain(settings, space, data, "float64" if trainer.endswith("float64") else "float32")
     head = {"trainer": trainer, "space": space, "settings": asdict(settings), "machine": facts.machine(cores)}
     write_json(path, head | curve)
 
 
 def write_json(path: Path, document: dict[str, Any]) -> None:
-    """Whole or not at all: a file that is there is a finished curve."""
+    """Write a file whole or not at all, so that every file is a finished curve."""
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(document) + "\n")
     partial.replace(path)
 
 
 def curves_of(args: argparse.Namespace, settings: Settings) -> dict[str, dict[str, Any]]:
-    """space-trainer -> curve, from the files that are there and from running what is missing."""
+    """space-trainer -> curve. It reads the curves that have a file, and runs the others."""
     args.output.mkdir(parents=True, exist_ok=True)
     for space in args.space:
         for trainer in args.trainers:

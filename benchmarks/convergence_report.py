@@ -1,4 +1,4 @@
-"""Curves of convergence.py as Markdown tables and a picture."""
+"""The curves of convergence.py as Markdown tables and a picture."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ Curve = dict[str, Any]
 SMOOTHING = 50
 """Steps in the moving average of the training loss: one interval of V."""
 COMPARED = (("ours", "plain"), ("plain", "plain-float64"))
-"""The second pair is a control: one program, one trajectory, other rounding."""
+"""The second pair is a control: the same program and trajectory with other rounding."""
 
 
 def markdown(curves: dict[str, Curve]) -> str:
-    """Table of results, table of differences."""
+    """The settings, the table of results, and the table of differences."""
     return "\n\n".join([_settings(curves), _results(curves), _differences(curves)])
 
 
@@ -44,7 +44,7 @@ def _results(curves: dict[str, Curve]) -> str:
 
 
 def difference(one: Curve, other: Curve) -> dict[str, float]:
-    """Largest gaps between two curves of equal settings; losses in nats, accuracies as shares."""
+    """The largest gaps between two curves of equal settings. Losses are in nats, accuracies are shares."""
     train = [abs(a[0] - b[0]) for a, b in zip(one["train"], other["train"], strict=True)]
     pairs = list(zip(one["evaluations"], other["evaluations"], strict=True))
     assert all(a["step"] == b["step"] for a, b in pairs)
@@ -85,7 +85,7 @@ def _differences(curves: dict[str, Curve]) -> str:
 
 
 def plot(curves: dict[str, Curve], path: Path) -> None:
-    """A row a space: training loss (moving average), validation loss, validation accuracy."""
+    """Draw training loss (moving average), validation loss and validation accuracy, one line of panels per space."""
     from matplotlib.figure import Figure
 
     spaces = list(dict.fromkeys(c["space"] for c in curves.values()))

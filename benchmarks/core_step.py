@@ -1,9 +1,9 @@
-"""ms per LoZO step: vllm_zo against other ways to take the same step, alternating in one call.
+"""Milliseconds per LoZO step: vllm_zo against other ways to take the same step, in turns in one call.
 
     python benchmarks/core_step.py --shape 125m --dtype bfloat16 --space bank --json out.json
     python benchmarks/core_step.py --no-ours --dtype float32 --against packed,packed-prepacked,strong --rounds 3
 
-See benchmarks/README.md for the contenders and for how the figures are made.
+benchmarks/README.md describes the contenders and says how the figures come about.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from benchmarks.options import SLOW, parse
 from benchmarks.shapes import SHAPES
 
 SETTLE_S = 0.5
-"""Pause before a window: longer than any OpenMP runtime spins after its last parallel region (Intel's: 0.2 s)."""
+"""Pause before a window. After its last parallel region an OpenMP runtime spins for a while (Intel's for 0.2 s). The
+pause is longer, so that one contender does not slow the next."""
 
 
 class Contender:
@@ -50,12 +51,13 @@ class Contender:
         with variables_of(name, args.cores):
             self.process: SpawnProcess = context.Process(target=child_main, args=(name, theirs, args))
             self.process.start()
+        # With our copy of the child's end open, `recv` would wait for ever for a child that has died.
         theirs.close()
         self.details = _answer(self.conn, self.name, Ready).details
         self.run(Window(0, args.warmup))
 
     def run(self, window: Window) -> dict[str, Any]:
-        """Let the child take a window of steps while everybody else waits."""
+        """Let the child take a window of steps while the other children wait."""
         time.sleep(SETTLE_S)
         busy, start = facts.busy_seconds(self.cores), time.perf_counter()
         self.conn.send(window)
@@ -66,16 +68,16 @@ class Contender:
             "start": window.start,
             "ms": [1e3 * s for s in timing.seconds],
             "losses": timing.losses,
-            "cpu_ms_per_step": 1e3 * timing.cpu_seconds / window.count,  # spinning threads included
+            "cpu_ms_per_step": 1e3 * timing.cpu_seconds / window.count,  # it includes spinning threads
             "gpu_bytes": timing.gpu_bytes,
             "foreign_load": max(0.0, foreign / (wall * len(self.cores))),
         }
 
     def stop(self) -> None:
-        with contextlib.suppress(OSError):  # it may have died
+        with contextlib.suppress(OSError):  # the child may have died
             self.conn.send(None)
         self.process.join(timeout=60)
-        if self.process.is_alive():  # the next one may need its memory
+        if self.process.is_alive():  # the next contender may need its memory
             self.process.kill()
             self.process.join()
 
@@ -92,11 +94,11 @@ def _answer(conn: Connection, name: str, kind: type) -> Any:
 
 
 def measure(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """Run all contenders round by round; returns name -> details and windows.
+    """Run all contenders round by round. Returns name -> details and windows.
 
     Every window starts with a refresh step (a multiple of the interval). The order of the contenders turns by one place
-    a round, so that nobody always follows the same neighbour. All live from the first round to the last; where they do
-    not fit on a GPU together (`args.apart`), each is started for its window and ended after it.
+    with each round, so that each contender takes every place in it. All live from the first round to the last. If they
+    do not fit on a GPU together (`args.apart`), each starts for its window and ends after it.
     """
     contenders = [Contender(name, args) for name in args.contenders]
     started: list[Contender] = []
@@ -126,6 +128,7 @@ def measure(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv, __doc__)
+    # Before any child starts: it inherits the cores.
     os.sched_setaffinity(0, args.cores)
     before = facts.machine(args.cores)
     least = None
@@ -144,12 +147,12 @@ def main(argv: list[str] | None = None) -> None:
     document = {"machine": before, "settings": settings, "contenders": result, "floor": least}
     report.show(document)
     if args.json:
-        args.json.write_text(json.dumps(document, indent=1) + "\n")
+        args.json.write_text(json.dumps(document, indent=1, default=str) + "\n")
 
 
 def make_checkpoint(args: argparse.Namespace, directory: Path) -> Path:
-    """In a process of its own: this one must stay without torch and its thread pool."""
-    weights = getattr(args, "device", "cpu") == "cpu"  # on a GPU they are made there, and never on a disk
+    """Write a checkpoint, in a process of its own: this one must stay without torch and its thread pool."""
+    weights = getattr(args, "device", "cpu") == "cpu"  # with a GPU, a contender makes them there and no disk holds them
     process = multiprocessing.get_context("spawn").Process(
         target=_write_checkpoint, args=(args.shape, args.dtype, directory / "model", weights)
     )

@@ -2,9 +2,9 @@
 
     python benchmarks/cpu_lora.py [--dtype float32] [--rank 16] [--rounds 7]
 
-Every LoRA product of one OPT-125M forward (12 layers; q, k, v packed, out, fc1, fc2), the base products left out.
-Batches are a prefill of 512 tokens in 16 requests and a decode of 16 requests, with 1, 2 or 8 adapters, and with 8
-adapters on half of the requests, the others plain. Contenders alternate; medians.
+It times every LoRA product of one OPT-125M forward (12 layers; q, k, v packed, out, fc1, fc2) without the base
+products. A batch is a prefill of 512 tokens in 16 requests or a decode of 16 requests. It has 1, 2 or 8 adapters, or 8
+adapters on half of the requests and none on the others. Contenders take turns; figures are medians.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ BATCHES = {
     "8 adapters": [1 + i % 8 for i in range(REQUESTS)],
     "8 adapters, half plain": [0 if i % 2 else 1 + i // 2 for i in range(REQUESTS)],
 }
-"""Adapter of each request; 0 is none."""
+"""The adapter of each request; 0 stands for none."""
 
 
 def patched_wrapper() -> Any:
-    """The class PunicaWrapperCPU as `patches/0005` leaves it, whatever the installed vLLM has."""
+    """The class PunicaWrapperCPU as `patches/0005` leaves it. The installed vLLM stays as it is."""
     from vllm.lora.punica_wrapper import punica_cpu
 
     with tempfile.TemporaryDirectory() as directory:
@@ -61,7 +61,7 @@ def patched_wrapper() -> Any:
 def contenders() -> dict[str, Any]:
     from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
-    from vllm_zo.worker.kernels.cpu_lora import GroupedPunicaWrapper
+    from vllm_zo.worker.cpu.lora import GroupedPunicaWrapper
 
     return {"stock": PunicaWrapperCPU, "patch": patched_wrapper(), "vllm_zo": GroupedPunicaWrapper}
 
@@ -91,7 +91,7 @@ def forward_of(wrapper_class: Any, adapters: list[int], tokens_each: int, rank: 
 
 
 def measure(forwards: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
-    """Median milliseconds of each, alternating."""
+    """The median milliseconds of each forward. They take turns."""
     seconds: dict[str, list[float]] = {name: [] for name in forwards}
     for round_number in range(rounds + 1):
         for name, forward in forwards.items():

@@ -1,6 +1,6 @@
-"""What the benchmarks need to know on a GPU: which card, the floor of a step there, and how vLLM is started.
+"""What the benchmarks need to know about a GPU: the card, the floor of a step there, and the options of vLLM.
 
-torch is imported in child processes only: a parent that times others must not hold a context on the card.
+Only child processes import torch: a parent that times others must not hold a context on the card.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from benchmarks.shapes import Shape, mean_prompt_tokens
 GIB = 1 << 30
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 KV_CACHE_BYTES = 4 * GIB
-"""Of ours. A group of 128 examples of OPT-13B fills 2.9."""
+"""The KV cache of ours. A group of 128 examples of OPT-13B fills 2.9 GiB of it."""
 MAX_BATCHED_TOKENS = 16384
 """16 directions of 16 examples make a group of some 7,100 tokens, at most 10,000."""
 BESIDE_WEIGHTS_BYTES = 10 * GIB
-"""Estimate of what a contender takes beyond 1.1 times its weights: KV cache or logits, graphs, the CUDA context."""
+"""An estimate of what a contender takes beyond 1.1 times its weights: KV cache or logits, graphs, the CUDA context."""
 USABLE_SHARE = 0.9
+"""The share of the card's memory that the contenders together may take."""
 
 PROBE = """
 import json, torch
@@ -65,7 +66,7 @@ def _ask(program: str, *arguments: str) -> Any:
 
 
 def find() -> dict[str, Any] | None:
-    """Name, memory, CUDA version and driver of the card that torch sees; None where it sees none."""
+    """The name, memory, CUDA version and driver of the card that torch sees; None if it sees none."""
     card: dict[str, Any] | None = _ask(PROBE)
     if card is None:
         return None
@@ -81,13 +82,13 @@ def _driver() -> str:
 
 
 def rates(dtype: str) -> dict[str, float]:
-    """What the card really gives: a square product of 8192 in `dtype`, and a copy of a GiB (read and written)."""
+    """Measured rates of the card: a square product of 8192 in `dtype`, and a copy of a GiB (read and written)."""
     measured: dict[str, float] = _ask(RATES, dtype)
     return measured
 
 
 def linear_parameters(shape: Shape) -> int:
-    """Weights of the six linear modules of every layer."""
+    """The number of weights in the six linear modules of all layers."""
     return shape.layers * (4 * shape.hidden**2 + 2 * shape.hidden * shape.ffn)
 
 
@@ -96,7 +97,7 @@ def parameters(shape: Shape) -> int:
 
 
 def floor(shape: Shape, dtype: str, batch: int, measured: dict[str, float]) -> dict[str, Any]:
-    """Least time of a step: the larger of its arithmetic and of reading its weights once. ms."""
+    """The least milliseconds of a step: the larger of its arithmetic and of reading its weights once."""
     tokens = 2 * batch * mean_prompt_tokens()
     arithmetic = 1e3 * 2 * linear_parameters(shape) * tokens / measured["flops_per_s"]
     traffic = 1e3 * ITEM_BYTES[dtype] * linear_parameters(shape) / measured["bytes_per_s"]
@@ -104,24 +105,24 @@ def floor(shape: Shape, dtype: str, batch: int, measured: dict[str, float]) -> d
 
 
 def fit_together(shape: Shape, dtype: str, contenders: int, memory_bytes: int) -> bool:
-    """Whether so many contenders may hold their models on the card at the same time."""
+    """Whether this number of contenders can hold their models on the card at the same time."""
     one = 1.1 * ITEM_BYTES[dtype] * parameters(shape) + BESIDE_WEIGHTS_BYTES
     return contenders * one < USABLE_SHARE * memory_bytes
 
 
 def engine_options(model_dir: str, groups: Iterable[int] = (), max_num_seqs: int = 256) -> dict[str, Any]:
-    """Options of vLLM's LLM on a GPU.
+    """The options of vLLM's LLM on a GPU.
 
     Args:
-        model_dir: a directory without weights is started with random ones, made on the device.
+        model_dir: if the directory has no weights, the engine makes random ones on the device.
         groups: token counts of the groups to come. vLLM's own graphs end at 512 tokens, below most groups.
-        max_num_seqs: members that run at once, at least.
+        max_num_seqs: how many members must be able to run at once.
     """
-    from vllm_zo.entrypoints.cuda_graphs import sizes_for  # imports torch
+    from vllm_zo.entrypoints.llm.cuda_graphs import sizes_for  # imports torch
 
     options: dict[str, Any] = {
         "kv_cache_memory_bytes": KV_CACHE_BYTES,
-        "gpu_memory_utilization": 0.5,  # with a fixed KV cache only a check of what is free when it starts
+        "gpu_memory_utilization": 0.5,  # with a fixed KV cache vLLM only checks at its start that so much is free
         "max_num_seqs": max(256, max_num_seqs),
         "max_num_batched_tokens": MAX_BATCHED_TOKENS,
         "compilation_config": {"cudagraph_capture_sizes": sizes_for(groups, MAX_BATCHED_TOKENS)},

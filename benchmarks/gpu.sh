@@ -1,24 +1,25 @@
 #!/usr/bin/env bash
-# Everything that is to be measured on a GPU, in pieces of under ten minutes each.
+# Everything that we measure on a GPU, in pieces of less than ten minutes each.
 #
+#   bash benchmarks/gpu.sh quick            # four minutes: short forms of check, core-1.3b and core-13b
 #   bash benchmarks/gpu.sh check            # first: tests marked gpu, every contender for a few steps at 125M
 #   bash benchmarks/gpu.sh core-13b         # one of the pieces below; results in $OUT
 #   OUT=/tmp/results DTYPE=bfloat16 bash benchmarks/gpu.sh core-1.3b
 #
-# Each piece writes PIECE.json and PIECE.txt to $OUT (benchmarks/results/gpu). A machine with network: `make install`
-# before. One without: VLLM_KIT names a directory whose bootstrap.sh, sourced here, puts vLLM on the path; this package
-# is then installed from its source, without an index, where the run can see its entry points.
+# Each piece writes PIECE.json and PIECE.txt to $OUT (benchmarks/results/gpu). With a network, run `make install` first.
+# Without one, VLLM_KIT names a directory whose bootstrap.sh puts vLLM on the path. The script then installs this
+# package from its source, without an index, so that vLLM finds its entry points.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-PIECES="check core-1.3b core-2.7b core-6.7b core-13b b32-1.3b b64-1.3b b128-1.3b b32-13b b64-13b b128-13b
+PIECES="quick check core-1.3b core-2.7b core-6.7b core-13b b32-1.3b b64-1.3b b128-1.3b b32-13b b64-13b b128-13b
 mezo mezo-512 anatomy-1.3b anatomy-13b memory serving long-1.3b long-13b"
 OUT=${OUT:-benchmarks/results/gpu}
 DTYPE=${DTYPE:-float16} # what the OPT checkpoints are in
-LIMIT_S=${LIMIT_S:-585}
+LIMIT_S=${LIMIT_S:-585} # below the ten minutes of a piece, so that a piece that hangs still shows its log
 
 usage() {
-    sed -n '2,11s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+    sed -n '2,12s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
     echo "pieces:" $PIECES
     exit 2
 }
@@ -37,7 +38,7 @@ find_python() {
     fi
 }
 
-record() { # record NAME PROGRAM ARGUMENTS...: what it prints goes to the screen and to NAME.txt
+record() { # record NAME PROGRAM ARGUMENTS...: its output goes to the screen and to NAME.txt
     local name=$1
     shift
     timeout "$LIMIT_S" "$PYTHON" "$@" 2>"$OUT/$name.log" | tee "$OUT/$name.txt" || {
@@ -53,10 +54,13 @@ core() { # core NAME SHAPE ARGUMENTS...
     program "$name" core_step.py "$shape" "$@"
 }
 
+tests() { # the files by name: the others need packages that a machine without network may lack
+    record check-tests -m pytest -o addopts= -p no:cacheprovider -rA -m gpu $(grep -l 'mark\.gpu' tests/test_*.py)
+}
+
 check() {
     local failed=0
-    # Named one by one: the other files need packages that a machine without network may lack.
-    record check-tests -m pytest -o addopts= -p no:cacheprovider -rA -m gpu $(grep -l 'mark\.gpu' tests/test_*.py) || failed=1
+    tests || failed=1
     core check-core 125m --rounds 1 --interval 10 --slow-steps 4 \
         --against official-full,official,dense-mezo,strong,packed,compiled,stock-files,stock-in-place,gemms || failed=1
     return $failed
@@ -68,12 +72,20 @@ program() { # program NAME FILE SHAPE ARGUMENTS...
     record "$name" "benchmarks/$file" --device cuda --shape "$shape" --dtype "$DTYPE" --json "$OUT/$name.json" "$@"
 }
 
+failed=0
 piece=${1:-}
 shape=${piece#*-}
 [[ -n $piece && " ${PIECES//$'\n'/ } " == *" $piece "* ]] || usage
 mkdir -p "$OUT"
 find_python
 case $piece in
+    quick)
+        # Each part has its share of the four minutes, and the next one starts whatever became of it.
+        LIMIT_S=60 tests || failed=1
+        LIMIT_S=70 core quick-1.3b 1.3b --rounds 1 --interval 20 --slow-steps 4 --against official,stock-in-place,gemms || failed=1
+        LIMIT_S=110 core quick-13b 13b --rounds 1 --interval 20 --slow-steps 2 --against official,gemms || failed=1
+        exit $failed
+        ;;
     check) LIMIT_S=290 check ;;
     core-1.3b) core "$piece" "$shape" --rounds 3 --against official-full,official,strong,compiled,stock-files,stock-in-place,gemms ;;
     core-2.7b) core "$piece" "$shape" --rounds 2 --against official-full,official,strong,compiled,stock-files,stock-in-place,gemms ;;
@@ -86,7 +98,7 @@ case $piece in
     mezo-512) core mezo-512 1.3b --method factorized-mezo --space fold --rank 512 --rounds 2 --against dense-mezo ;;
     anatomy-*) program "$piece" step_anatomy.py "$shape" ;;
     memory) program memory memory.py 1.3b --rounds 1 ;;
-    serving) program serving serving.py 13b --budgets 256,1024,0 --rate 20 --rounds 2 --seconds 6 ;;
+    serving) program serving serving.py 13b --slowdowns 1.1,0 --shares 25,75 --rounds 2 --seconds 6 ;;
     long-1.3b) program "$piece" long_run.py "$shape" ;;
     long-13b) program "$piece" long_run.py "$shape" --steps 350 --eval-interval 150 ;;
 esac

@@ -1,11 +1,11 @@
-"""Wall clock of a long job, evaluations included, and what 20,000 steps of it would take.
+"""The wall clock of a long job with its evaluations, and a projection for 20,000 steps of it.
 
     python benchmarks/long_run.py --shape 1.3b --dtype float16 --steps 2000            # measured from end to end
     python benchmarks/long_run.py --shape 13b --dtype float16 --steps 350 --skip 50    # a steady window, projected
 
-Random weights, SST-2's prompt lengths, 500 validation rows. On a GPU the engine runs where vLLM's environment says, by
-default in a process of its own. A projection is (steps x mean step + evaluations x mean evaluation), of what came after
-the first `--skip` steps, when nothing is compiled any more.
+The model has random weights, the prompts have SST-2's lengths, and an evaluation has 500 examples. On a GPU the engine
+runs where vLLM's environment says, by default in a process of its own. A projection is (steps x mean step + evaluations
+x mean evaluation). The means leave out the first `--skip` steps, which still compile.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ VALIDATION_ROWS = 500
 
 
 class Clock:
-    """A callback of `finetune`: seconds between records, steps and evaluations apart."""
+    """A callback of `finetune` that notes the seconds between records, for steps and evaluations separately."""
 
     def __init__(self) -> None:
         self.steps: list[float] = []
@@ -67,7 +67,7 @@ def measure(args: argparse.Namespace, model: str) -> dict[str, Any]:
         steps=args.steps,
         eval_interval=args.eval_interval,
         update_space=args.space,
-        divergence_factor=None,  # random weights learn nothing
+        divergence_factor=None,  # random weights learn nothing, and noise must not stop the job
         callbacks=[clock],
         progress=False,
     )

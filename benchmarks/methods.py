@@ -1,14 +1,14 @@
-"""Accuracy against forward passes: every method with the same budget and an equally small search of its step size.
+"""Accuracy against forward passes: every method has the same budget and an equally small search of its step size.
 
     python benchmarks/methods.py --data ../shared/data --model examples/demo/model       # all, some hours on 2 cores
     python benchmarks/methods.py --tasks sst2 --budget 1000 --methods "lozo; fzoo" --factors 1,3
     python benchmarks/methods.py --seeds 3 --methods "lozo; fzoo; eggroll"         # more seeds of the best step size
     python benchmarks/methods.py --report --plot methods.png        # tables and plot of what is there
 
-A forward pass is one probe of one mini-batch: a two-sided step of one direction costs 2, FZOO's with 8 directions 9.
-Each method gets the same multiples of the step size that `learning_rate="auto"` measures; the one with the lowest
-validation loss is reported on the test rows. Every run is a line of --output: a call that was cut off goes on where
-it stopped.
+A forward pass is one probe of one mini-batch. A two-sided step of one direction costs 2, FZOO's step with 8 directions
+costs 9. Each method gets the same multiples of the step size that `learning_rate="auto"` measures. The report has the
+test figures of the multiple with the lowest validation loss. Every run is a line of --output, so a second call goes on
+where the first one stopped.
 """
 
 from __future__ import annotations
@@ -34,7 +34,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "lozo, adam": {"name": "lozo", "optimizer": "adam"},
     "lozo, meazo": {"name": "lozo", "optimizer": "meazo"},
     "lozo, sign": {"name": "lozo", "optimizer": "sign"},
-    "lozo, conserve": {"name": "lozo", "optimizer": "conserve"},
     "fzoo": {"name": "fzoo"},
     "kerzoo": {"name": "kerzoo"},
     "eggroll": {"name": "eggroll"},
@@ -45,27 +44,19 @@ METHODS: dict[str, dict[str, Any]] = {
     "lora-fa": {"name": "lora-fa"},
     "mezo-lora": {"name": "mezo-lora"},
 }
-"""Label -> method as in JSON."""
-
-
-def passes_a_step(method: Any) -> int:
-    """Probes of all rounds of a step."""
-    plan, passes = method.plan(0, 0, 0), 0
-    while plan is not None:
-        passes += len(plan.probes)
-        plan = method.next_round(plan)
-    return passes
+"""Label -> the method as in JSON."""
 
 
 def run_once(llm: Any, task: Any, label: str, factor: float, budget: int, seed: int) -> dict[str, Any]:
-    """One run within the budget, with its validation curve and its test figures."""
+    """Take one run within the budget. Returns its line, with the validation curve and the test figures."""
+    from vllm_zo import methods
     from vllm_zo.errors import JobError
-    from vllm_zo.methods import build_method
 
-    method = build_method(**METHODS[label])
-    passes = passes_a_step(method)
+    method = methods.METHODS.build(METHODS[label])
+    passes = len(method.plan(0, 0, 0).probes)
     steps = budget // passes
     line: dict[str, Any] = {"task": task.name, "method": label, "factor": factor, "budget": budget, "seed": seed}
+    # CPU seconds: they vary less than wall time when other programs run. The engine is in this process.
     start = time.process_time()
     try:
         run = llm.finetune(
@@ -73,14 +64,14 @@ def run_once(llm: Any, task: Any, label: str, factor: float, budget: int, seed: 
             learning_rate_multiplier=factor, steps=steps, seed=seed, eval_interval=max(1, steps // EVALUATIONS),
             progress=False,
         )  # fmt: skip
-    except JobError as error:  # it diverged: a result too
+    except JobError as error:  # a run that diverged is a result too
         print(f"{label} at {factor:g}: {error}", file=sys.stderr)
         return line | {"loss": None, "seconds": time.process_time() - start}
     seconds = time.process_time() - start
     best = min(run.evaluations, key=lambda e: e["eval_loss"])
     last = run.evaluations[-1]
     test = llm.evaluate(task.test, run=run)
-    if run.config.space == "fold":  # it has no earlier state to give back
+    if run.config.space == "fold":  # `test` measured the last state: fold can give back no earlier one
         best = last
         llm.restore_base(run)
     curve = [[e["step"] * passes, e["eval_loss"], e["eval_accuracy"]] for e in run.evaluations]
@@ -91,7 +82,7 @@ def run_once(llm: Any, task: Any, label: str, factor: float, budget: int, seed: 
 
 
 def wanted(args: argparse.Namespace, done: list[dict[str, Any]]) -> Iterable[tuple[str, str, float, int]]:
-    """(task, method, factor, seed) of the runs that are not there yet: the search, then more seeds of its best."""
+    """(task, method, factor, seed) of the missing runs: first the search, then more seeds of its best factor."""
     have = {(d["task"], d["method"], d["factor"], d["budget"], d["seed"]) for d in done}
     for task in args.tasks:
         for label in args.methods:
@@ -111,7 +102,7 @@ def best_of(runs: list[dict[str, Any]]) -> dict[str, Any] | None:
 
 
 def report(done: list[dict[str, Any]]) -> str:
-    """A table a task, best validation loss first: with the measured step size as it is, and with the best multiple."""
+    """One table per task, by validation loss, with the figures for the measured step size and for its best multiple."""
     parts = []
     for task, budget in dict.fromkeys((d["task"], d["budget"]) for d in done):
         runs = [d for d in done if (d["task"], d["budget"]) == (task, budget)]
@@ -140,7 +131,7 @@ def shown(run: dict[str, Any]) -> str:
 
 
 def plot(done: list[dict[str, Any]], path: Path) -> None:
-    """Validation loss against forward passes, the best run of each method; a panel a task."""
+    """Draw validation loss against forward passes for the best run of each method, one panel per task."""
     from matplotlib.figure import Figure
 
     tasks = list(dict.fromkeys(d["task"] for d in done))
@@ -185,7 +176,7 @@ def main() -> None:
         raise SystemExit(f"skipped: no data in {args.data}; give --data DIR with sst2/train.jsonl and the like")
     todo = [] if args.report else list(wanted(args, done))
     if todo:
-        from vllm_zo.entrypoints.cpu_defaults import apply_cpu_defaults
+        from vllm_zo import apply_cpu_defaults
 
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine in this process, whose CPU seconds are shown
         apply_cpu_defaults()
@@ -193,6 +184,7 @@ def main() -> None:
         from vllm_zo.tasks import load_task
 
         tasks = {name: load_task(name, args.data / name, 0, *args.rows) for name in args.tasks}
+        # 9 slots hold a whole step of FZOO, the method with the most probes: 8 directions and the centre.
         llm = LLM(args.model, max_model_len=256, dtype="float32", zo_training={"slots": 9, "slot_rank": 32})
         args.output.parent.mkdir(parents=True, exist_ok=True)
         for task, label, factor, seed in todo:

@@ -1,4 +1,4 @@
-"""Command line of core_step.py."""
+"""The command line of core_step.py."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from benchmarks.facts import chosen_cores
 from benchmarks.shapes import SHAPES
 
 SLOW = ("dense-mezo", "official-full", "official", "official-addmm", "strong", "stock-files", "stock-in-place")
-"""Contenders that take only the first steps of a window."""
+"""Contenders that take only the first steps of a window, because whole windows of them would take too long."""
 DEFAULT_AGAINST = {
     "cpu": "official,strong,packed,packed-prepacked",
     "cuda": "official-full,official,compiled,stock-files,stock-in-place,gemms",
@@ -19,7 +19,7 @@ DEFAULT_AGAINST = {
 
 
 def parse(argv: list[str] | None, description: str | None) -> argparse.Namespace:
-    """Options of the command line, and what follows from them: contenders, cores, the steps of the whole run."""
+    """The options of the command line, and what follows from them: contenders, cores, the steps of the whole run."""
     parser = _parser(description)
     args = parser.parse_args(argv)
     if args.interval < 2:
@@ -47,8 +47,11 @@ def parse(argv: list[str] | None, description: str | None) -> argparse.Namespace
         parser.error(f"--against {wrong[0]}: not for --device {args.device}")
     if "compiled" in names and args.dtype == "float32":
         parser.error("--dtype float32: `compiled` calls FlashAttention, which takes 16-bit types")
-    args.contenders = names if args.no_ours else ["ours", *names]
+    if args.before is not None and not (args.before / "vllm_zo").is_dir():
+        parser.error(f"--before {args.before}: has no folder vllm_zo; give another checkout of this project")
+    args.contenders = [*([] if args.no_ours else ["ours"]), *(["before"] if args.before else []), *names]
     args.first_step = args.interval
+    # On a GPU one untimed interval lies between windows (ours.py says why).
     args.stride = args.window + (args.interval if args.device == "cuda" else 0)
     args.total_steps = args.first_step + args.rounds * args.stride
     args.apart = False
@@ -59,7 +62,7 @@ def parse(argv: list[str] | None, description: str | None) -> argparse.Namespace
 
 
 def choose_device(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Sets `device`, and `card` to what is known of the GPU (None on a CPU)."""
+    """Set `device`, and set `card` to the facts of the GPU (None on a CPU)."""
     args.card = None if args.device == "cpu" else gpu.find()
     if args.device == "cuda" and args.card is None:
         parser.error("--device cuda: torch sees no GPU")
@@ -94,6 +97,12 @@ def _parser(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=5, help="windows of each contender")
     parser.add_argument(
         "--against", help=f"of: {', '.join(CONTENDERS)} (default: {'; '.join(DEFAULT_AGAINST.values())} on a GPU)"
+    )
+    parser.add_argument(
+        "--before",
+        type=Path,
+        metavar="CHECKOUT",
+        help="another checkout of this project, whose engine takes part as the contender `before`",
     )
     parser.add_argument(
         "--no-ours", action="store_true", help="time the baselines only; ratios are to the last of them"

@@ -1,11 +1,11 @@
 """vllm_zo as a contender: the one place where the benchmark touches the package's public API.
 
 The job runs its steps one after another inside the engine. A callback after each step does what the loop of
-`children.run_baseline` does: it notes the time, and at the end of a window answers the parent and waits for the next
-one. The engine core is in this process (VLLM_ENABLE_V1_MULTIPROCESSING=0), where it works only when the caller steps
-it: while the callback waits, the engine is idle. Steps that lie between two windows are taken without being timed.
-On a GPU the next step is already under way when a record arrives, so a step's time is the time between two records, and
-windows lie an interval apart, which fills the pipeline again before the clock counts.
+`children.run_baseline` does: it notes the time, and at the end of a window it answers the parent and waits for the next
+window. The engine core is in this process (VLLM_ENABLE_V1_MULTIPROCESSING=0), where it works only when the caller steps
+it. So the engine is idle while the callback waits. The callback does not time the steps between two windows.
+On a GPU the next step has already begun when a record arrives. So the time of a step is the time between two records,
+and windows lie an interval apart, which fills the pipeline again before the clock counts.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from benchmarks.shapes import OPTION_TEXTS, SHAPES, Prompts
 
 
 class WindowClock:
-    """A callback of `finetune` that splits the job's steps into the windows the parent asks for."""
+    """A callback of `finetune` that splits the job's steps into the windows that the parent asks for."""
 
     def __init__(self, conn: Connection, device: str) -> None:
         self.conn, self.device = conn, device
@@ -50,7 +50,7 @@ class WindowClock:
 
 
 def engine_details(llm: Any) -> dict[str, Any]:
-    """What vLLM chose for itself."""
+    """The settings that vLLM chose by itself."""
     config = llm.llm_engine.vllm_config
     return {
         "async_scheduling": bool(config.scheduler_config.async_scheduling),
@@ -61,9 +61,8 @@ def engine_details(llm: Any) -> dict[str, Any]:
 
 
 def run_ours(conn: Connection, args: Namespace) -> None:
-    """Answer every `Window` with a `Timing` until None comes. `args` are those of core_step.py."""
+    """Answer every `Window` with a `Timing` until None comes. `args` are the options of core_step.py."""
     from vllm_zo import LLM, Classification, FactorizedMeZO, LoZO, MeZO
-    from vllm_zo.methods.spaces import SLOT_RANKS
 
     prompts = Prompts(SHAPES[args.shape].vocab, args.batch, args.seed)
     options: dict[str, Any] = {}
@@ -72,6 +71,8 @@ def run_ours(conn: Connection, args: Namespace) -> None:
     method: Any = LoZO(rank=args.rank, interval=args.interval, eps=args.eps)
     zo_training: Any = True
     if args.method == "factorized-mezo":
+        from vllm_zo.slot_fit import SLOT_RANKS
+
         method = FactorizedMeZO(rank=args.rank, eps=args.eps)
         zo_training = {"slot_rank": min(r for r in SLOT_RANKS if r >= args.rank)}
     if args.method == "mezo":

@@ -1,4 +1,4 @@
-"""From timed windows to the table that is printed."""
+"""From timed windows to the printed table."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from rich.console import Console
 from rich.table import Table
 
 FOREIGN_LOAD_LIMIT = 0.05
-"""Share of the cores taken by others during a window, above which the table carries a warning."""
+"""If other processes take a larger share of the cores than this during a window, the table has a warning."""
 
 
 def window_figures(window: dict[str, Any], interval: int) -> dict[str, float]:
-    """Figures of one window, in ms.
+    """The figures of one window, in ms.
 
     plain       median of the steps that do not refresh
-    refresh     mean of those that do: the fold, a new V, and the step itself
-    amortised   plain + (refresh - plain) / interval: a step including its share of the refresh. For a window of whole
-                intervals this is its mean, with outliers among the plain steps damped; for the first steps of one it
-                is the same estimate from fewer of them.
-    mean        of all steps of the window, undamped (not comparable where only the first steps were taken)
+    refresh     mean of the steps that do: the fold, a new V, and the step itself
+    amortised   plain + (refresh - plain) / interval: a step with its share of the refresh. For a window of whole
+                intervals this is its mean with damped outliers among the plain steps. For the first steps of an
+                interval it is the same estimate from fewer steps.
+    mean        mean of all steps of the window (not comparable if the contender took only its first steps)
     """
     by_kind: dict[bool, list[float]] = {True: [], False: []}
     for step, ms in enumerate(window["ms"], start=window["start"]):
@@ -35,9 +35,10 @@ def window_figures(window: dict[str, Any], interval: int) -> dict[str, float]:
 
 
 def summarise(measured: dict[str, Any], interval: int, reference: str) -> dict[str, Any]:
-    """Add figures over the rounds to what was measured: medians of the windows, their range, and ratios.
+    """Add figures over the rounds to the measured windows: medians, ranges and ratios.
 
-    A ratio is taken within a round, between windows minutes apart at most, and only then is the median taken.
+    It takes a ratio within a round, between windows that are at most minutes apart, and then the median of the ratios.
+    So a machine that slows down during the run changes both sides of a ratio.
     """
     for contender in measured.values():
         contender["rounds"] = [window_figures(window, interval) for window in contender["windows"]]
@@ -63,7 +64,7 @@ def steps_of(window: dict[str, Any]) -> range:
 
 
 def show(document: dict[str, Any]) -> None:
-    """Print the table and, where others used the cores, a warning."""
+    """Print the table, and a warning if other processes used the cores."""
     settings, machine, contenders = (document[key] for key in ("settings", "machine", "contenders"))
     console = Console(width=None if Console().is_terminal else 120)
     isa = ", ".join(flag for flag, present in machine["isa"].items() if present)

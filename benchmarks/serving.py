@@ -1,22 +1,24 @@
-"""What a fine-tuning job costs the requests that are served beside it, and what they leave the job.
+"""What a fine-tuning job costs the requests that the server answers meanwhile, and how fast the job then runs.
 
-    python benchmarks/serving.py                              # the demo model, three token budgets
-    python benchmarks/serving.py --budgets 64 --rounds 6 --json serving.json
-    python benchmarks/serving.py --shape 13b --dtype float16 --budgets 256,1024,0 --rate 20   # random weights
+    python benchmarks/serving.py                              # the demo model, --zo-slowdown 1.1
+    python benchmarks/serving.py --slowdowns 1.1,2,0 --shares 50 --rounds 6 --json serving.json
+    python benchmarks/serving.py --shape 13b --dtype float16 --slowdowns 1.1,0    # random weights
 
-A real server for each token budget (`vllm-zo serve --zo-token-budget`), a steady stream of streamed completions that
-arrive at random (Poisson), and windows with a job and without, taking turns. TTFT is from sending a request to its
-first token, TPOT the mean time between its further tokens; both over HTTP, on the cores that serve. Ratios are of the
-pooled percentiles with the job to those without, from the same server.
+Each slowdown has a real server (`vllm-zo serve --zo-slowdown`). The client is vLLM's own `vllm bench serve`, called as
+a function in this process, on the cores that serve: streamed completions that arrive at random (Poisson) at shares of
+the rate that saturates the engine without a job. Windows with and without a job take turns, and both windows of a round
+have the same arrivals. TTFT and TPOT are as that program defines them, for each request. A ratio divides the pooled
+percentile with the job by the one without, from the same server.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
+import io
 import json
 import os
-import random
 import signal
 import socket
 import statistics
@@ -30,6 +32,8 @@ from typing import Any
 import httpx
 from rich.console import Console
 from rich.table import Table
+from vllm.benchmarks import serve
+from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -43,26 +47,33 @@ MODEL, REVIEWS = ROOT / "examples" / "demo" / "model", ROOT / "examples" / "demo
 OBJECTIVE = {"name": "classification", "template": "{sentence} It was", "options": [" terrible", " great"]}
 HYPERPARAMETERS = {"steps": 1_000_000, "learning_rate": 1e-6, "bases": 1, "divergence_factor": None, "batch_size": 16}
 START_S = {"cpu": 180, "cuda": 420}
-"""On a GPU a first start compiles the model and captures its graphs."""
+"""The longest start, in seconds. On a GPU a first start compiles the model and captures its graphs."""
 LARGEST_GRAPH = 1024
+"""Tokens of the largest CUDA graph."""
 
 
 class Server:
-    """`vllm-zo serve` on a port of its own."""
+    """A process of `vllm-zo serve` on a port of its own."""
 
-    def __init__(self, budget: int, state_dir: Path, args: argparse.Namespace) -> None:
+    def __init__(self, slowdown: float, state_dir: Path, args: argparse.Namespace) -> None:
         self.start_s = START_S[args.device]
         with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
+            free.bind(("127.0.0.1", 0))  # port 0: the system chooses a free one
             port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
-        command = [sys.executable, "-c", "from vllm_zo.entrypoints.cli import main; main()", "serve", args.model_dir]
+        command = [
+            sys.executable,
+            "-c",
+            "from vllm_zo.entrypoints.cli.app import main; main()",
+            "serve",
+            args.model_dir,
+        ]
         command += ["--served-model-name", "demo", "--dtype", args.dtype, "--max-model-len", "256", "--port", str(port)]
-        command += ["--zo-state-dir", str(state_dir), "--zo-token-budget", str(budget), "--disable-uvicorn-access-log"]
+        command += ["--zo-state-dir", str(state_dir), "--zo-slowdown", str(slowdown), "--disable-uvicorn-access-log"]
         if args.device == "cuda":
             command += gpu_flags(args.model_dir)
         variables = {"VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
-        variables["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"  # a server's engine is a process of its own
+        variables["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"  # as in use: the engine has a process of its own
         self.process = subprocess.Popen(command, env={**os.environ, **variables}, stdout=subprocess.DEVNULL)
 
     def __enter__(self) -> Server:
@@ -90,27 +101,41 @@ def gpu_flags(model_dir: str) -> list[str]:
     return flags
 
 
-async def one_request(client: httpx.AsyncClient, prompt: str, tokens: int) -> tuple[float, float]:
-    """(TTFT, TPOT) in seconds."""
-    body = {"model": "demo", "prompt": prompt, "max_tokens": tokens, "ignore_eos": True, "stream": True}
-    body["temperature"] = 0.0
-    times = [time.perf_counter()]
-    async with client.stream("POST", "/v1/completions", json=body) as response:
-        response.raise_for_status()
-        async for line in response.aiter_lines():
-            if line.startswith("data: ") and not line.endswith("[DONE]"):
-                times.append(time.perf_counter())
-    return times[1] - times[0], (times[-1] - times[1]) / max(len(times) - 2, 1)
+def client_args(server: Server, args: argparse.Namespace, requests: int, rate: float, seed: int) -> argparse.Namespace:
+    """Arguments of `vllm bench serve`."""
+    parser = FlexibleArgumentParser()
+    serve.add_cli_args(parser)
+    flags = ["--model", args.model_dir, "--served-model-name", "demo", "--base-url", server.url, "--ignore-eos"]
+    flags += [
+        "--dataset-name",
+        "random",
+        "--random-input-len",
+        str(args.prompt),
+        "--random-output-len",
+        str(args.tokens),
+    ]
+    flags += ["--num-prompts", str(requests), "--request-rate", str(rate), "--seed", str(seed), "--disable-tqdm"]
+    flags += ["--save-detailed", "--temperature", "0"]
+    return parser.parse_args(flags)
 
 
-async def window(client: httpx.AsyncClient, prompts: list[str], args: argparse.Namespace, seed: int) -> list[Any]:
-    """Requests that arrive at random for so many seconds; the same ones for the same seed."""
-    rng, requests = random.Random(seed), []
-    end = time.perf_counter() + args.seconds
-    while time.perf_counter() < end:
-        requests.append(asyncio.create_task(one_request(client, rng.choice(prompts), args.tokens)))
-        await asyncio.sleep(rng.expovariate(args.rate))
-    return await asyncio.gather(*requests)
+async def window(server: Server, args: argparse.Namespace, rate: float, seed: int) -> list[tuple[float, float]]:
+    """(TTFT, TPOT) in seconds of the requests of a window. The same seed gives the same requests and pauses."""
+    requests = max(round(rate * args.seconds), 1)
+    with contextlib.redirect_stdout(io.StringIO()):
+        result = await serve.main_async(client_args(server, args, requests, rate, seed))
+    if result["completed"] < requests:
+        raise SystemExit(f"{requests - result['completed']} of {requests} requests failed: {result['errors'][:1]}")
+    # TPOT as `vllm bench serve` has it: the time after the first token over the number of further tokens.
+    return [(t, sum(gaps) / (args.tokens - 1)) for t, gaps in zip(result["ttfts"], result["itls"], strict=True)]
+
+
+async def saturation(server: Server, args: argparse.Namespace) -> float:
+    """Requests a second that the engine answers when all of them are there from the beginning."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        await serve.main_async(client_args(server, args, 32, float("inf"), 0))  # warms the server up
+        result = await serve.main_async(client_args(server, args, args.saturating, float("inf"), 0))
+    return float(result["request_throughput"])
 
 
 async def step_of(client: httpx.AsyncClient, job: str) -> int:
@@ -132,38 +157,65 @@ async def status_is(client: httpx.AsyncClient, job: str, status: str, step: int 
 
 
 async def measure(server: Server, args: argparse.Namespace) -> dict[str, Any]:
-    """Windows without and with the job, in turns: the job is paused in between."""
-    prompts = [json.loads(line)["sentence"] + args.suffix for line in args.rows.splitlines()]
-    samples: dict[str, list[Any]] = {"without": [], "with": []}
-    speeds = []
+    """Measure windows without and with the job at each share of the saturating rate. The job pauses during those
+    without."""
     async with httpx.AsyncClient(base_url=server.url, timeout=120) as client:
-        file = await post(client, "/v1/files", files={"file": args.rows.encode()}, data={"purpose": "fine-tune"})
-        method = {
-            "type": "zeroth_order",
-            "zeroth_order": {"hyperparameters": HYPERPARAMETERS, "objective": args.objective},
-        }
-        body = {"model": "demo", "training_file": file["id"], "method": method}
-        job = (await post(client, "/v1/fine_tuning/jobs", json=body))["id"]
+        saturating = args.rate or await saturation(server, args)
+        job = await create_job(client, args)
         await status_is(client, job, "running", step=30)
         begin, start = await step_of(client, job), time.perf_counter()
         await asyncio.sleep(args.seconds / 2)
         alone = (await step_of(client, job) - begin) / (time.perf_counter() - start)
-        await window(client, prompts, argparse.Namespace(**{**vars(args), "seconds": 2.0}), 0)  # nobody times the first
-        for number in range(args.rounds):
-            for kind in ("with", "without") if number % 2 else ("without", "with"):
-                verb, status = ("resume", "running") if kind == "with" else ("pause", "paused")
-                if (await client.get(f"/v1/fine_tuning/jobs/{job}")).json()["status"] != status:
-                    await post(client, f"/v1/fine_tuning/jobs/{job}/{verb}")
-                    await status_is(client, job, status)
-                begin, start = await step_of(client, job), time.perf_counter()
-                samples[kind] += await window(client, prompts, args, seed=number + 1)
-                if kind == "with":
-                    speeds.append((await step_of(client, job) - begin) / (time.perf_counter() - start))
-    return {"samples": samples, "steps_per_second": speeds, "steps_per_second_alone": alone}
+        say(f"saturated by {saturating:.1f} requests a second; {alone:.2f} steps a second alone")
+        shares = {}
+        for share in (float(percent) / 100 for percent in args.shares.split(",")):
+            shares[str(share)] = await measure_share(server, client, job, args, share, saturating)
+        return {"saturating_rate": saturating, "steps_per_second_alone": alone, "shares": shares}
+
+
+def say(text: str) -> None:
+    """Progress; the table goes to standard output."""
+    print(text, file=sys.stderr, flush=True)
+
+
+async def create_job(client: httpx.AsyncClient, args: argparse.Namespace) -> str:
+    file = await post(client, "/v1/files", files={"file": args.rows.encode()}, data={"purpose": "fine-tune"})
+    options = {"hyperparameters": HYPERPARAMETERS, "objective": args.objective}
+    method = {"type": "zeroth_order", "zeroth_order": options}
+    body = {"model": "demo", "training_file": file["id"], "method": method}
+    return str((await post(client, "/v1/fine_tuning/jobs", json=body))["id"])
+
+
+async def measure_share(
+    server: Server, client: httpx.AsyncClient, job: str, args: argparse.Namespace, share: float, saturating: float
+) -> dict[str, Any]:
+    samples: dict[str, list[tuple[float, float]]] = {"without": [], "with": []}
+    speeds, slowdowns = [], []
+    for number in range(args.rounds):
+        # The order alternates, so that a machine that slows down changes both kinds alike.
+        for kind in ("with", "without") if number % 2 else ("without", "with"):
+            verb, status = ("resume", "running") if kind == "with" else ("pause", "paused")
+            if (await client.get(f"/v1/fine_tuning/jobs/{job}")).json()["status"] != status:
+                await post(client, f"/v1/fine_tuning/jobs/{job}/{verb}")
+                await status_is(client, job, status)
+            begin, start = await step_of(client, job), time.perf_counter()
+            samples[kind] += await window(server, args, share * saturating, seed=number + 1)
+            if kind == "with":
+                speeds.append((await step_of(client, job) - begin) / (time.perf_counter() - start))
+                slowdowns.append(await measured_slowdown(client))
+            found = {name: percentiles([s[i] for s in samples[kind]]) for i, name in enumerate(("ttft", "tpot"))}
+            say(f"{share:.0%} {kind}: {len(samples[kind])} requests, {found}, steps/s {speeds}, slowdown {slowdowns}")
+    return {"rate": share * saturating, "samples": samples, "steps_per_second": speeds, "slowdowns": slowdowns}
+
+
+async def measured_slowdown(client: httpx.AsyncClient) -> float | None:
+    """The server's own figure, of its engine steps over the last minute."""
+    lines = (await client.get("/metrics")).text.splitlines()
+    return next((float(line.split()[-1]) for line in lines if line.startswith("vllm_zo:slowdown ")), None)
 
 
 def percentiles(values: list[float]) -> dict[str, float]:
-    """p50 and p99 in ms."""
+    """p50 and p99 in ms, of values in seconds."""
     ordered = sorted(values)
     return {
         "p50": 1e3 * statistics.median(ordered),
@@ -172,35 +224,46 @@ def percentiles(values: list[float]) -> dict[str, float]:
 
 
 def summarise(measured: dict[str, Any]) -> dict[str, Any]:
+    return measured | {"shares": {share: summarise_share(found) for share, found in measured["shares"].items()}}
+
+
+def summarise_share(measured: dict[str, Any]) -> dict[str, Any]:
     out: dict[str, Any] = {"requests": {kind: len(found) for kind, found in measured["samples"].items()}}
     for index, name in enumerate(("ttft", "tpot")):
         found = {kind: percentiles([s[index] for s in samples]) for kind, samples in measured["samples"].items()}
         ratios = {p: found["with"][p] / found["without"][p] for p in ("p50", "p99")}
         out[name] = found | {"ratio": ratios}
     out["steps_per_second"] = statistics.median(measured["steps_per_second"])
-    return out | {"steps_per_second_alone": measured["steps_per_second_alone"]}
+    return out | {"rate": measured["rate"], "slowdowns": measured["slowdowns"]}
 
 
 def show(results: dict[str, Any]) -> None:
-    table = Table("token budget", *(f"{n} {p}" for n in ("TTFT", "TPOT") for p in ("p50", "p99")), "steps/s", "alone")
-    for budget, result in results.items():
-        cells = [
-            f"{result[name]['without'][p]:.1f} -> {result[name]['with'][p]:.1f} ms ({result[name]['ratio'][p]:.2f}x)"
-            for name in ("ttft", "tpot")
-            for p in ("p50", "p99")
-        ]
-        speeds = (f"{result['steps_per_second']:.1f}", f"{result['steps_per_second_alone']:.1f}")
-        table.add_row(budget if int(budget) else "none", *cells, *speeds)
-    Console(width=160).print(table)
+    table = Table(
+        "slowdown", "load", *(f"{n} {p}" for n in ("TTFT", "TPOT") for p in ("p50", "p99")), "steps/s", "alone"
+    )
+    for slowdown, result in results.items():
+        for share, found in result["shares"].items():
+            cells = [
+                f"{found[name]['without'][p]:.1f} -> {found[name]['with'][p]:.1f} ms ({found[name]['ratio'][p]:.2f}x)"
+                for name in ("ttft", "tpot")
+                for p in ("p50", "p99")
+            ]
+            load = f"{float(share):.0%}, {found['rate']:.1f}/s"
+            speeds = (f"{found['steps_per_second']:.1f}", f"{result['steps_per_second_alone']:.1f}")
+            table.add_row(slowdown if float(slowdown) else "none", load, *cells, *speeds)
+    Console(width=180).print(table)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--budgets", default="32,64,128", help="token budgets; 0 is no limit")
-    parser.add_argument("--rate", type=float, default=4.0, help="requests that arrive a second")
+    parser.add_argument("--slowdowns", default="1.1", help="values of --zo-slowdown; 0 is no target")
+    parser.add_argument("--shares", default="25,50,75", help="percent of the saturating rate")
+    parser.add_argument("--rate", type=float, help="the saturating rate, if it is known: requests a second")
+    parser.add_argument("--saturating", type=int, default=300, help="requests that measure the saturating rate")
+    parser.add_argument("--prompt", type=int, default=16, help="tokens of a prompt")
     parser.add_argument("--tokens", type=int, default=32, help="tokens a request generates")
-    parser.add_argument("--seconds", type=float, default=8.0, help="length of a window")
-    parser.add_argument("--rounds", type=int, default=4, help="windows of each kind")
+    parser.add_argument("--seconds", type=float, default=20.0, help="length of a window")
+    parser.add_argument("--rounds", type=int, default=2, help="windows of each kind")
     parser.add_argument("--json", type=Path, help="write every figure to this file")
     parser.add_argument("--shape", choices=SHAPES, help="an OPT of random weights instead of the demo model")
     parser.add_argument("--dtype", choices=("bfloat16", "float32", "float16"), default="float32")
@@ -215,9 +278,9 @@ def main() -> None:
     }
     scratch = tempfile.TemporaryDirectory()
     choose_workload(args, Path(scratch.name))
-    for budget in map(int, args.budgets.split(",")):
-        with tempfile.TemporaryDirectory() as directory, Server(budget, Path(directory) / "state", args) as server:
-            document["results"][str(budget)] = summarise(asyncio.run(measure(server, args)))
+    for slowdown in map(float, args.slowdowns.split(",")):
+        with tempfile.TemporaryDirectory() as directory, Server(slowdown, Path(directory) / "state", args) as server:
+            document["results"][str(slowdown)] = summarise(asyncio.run(measure(server, args)))
         if args.json:
             args.json.write_text(json.dumps(document, indent=1))
     scratch.cleanup()
@@ -225,13 +288,12 @@ def main() -> None:
 
 
 def choose_workload(args: argparse.Namespace, scratch: Path) -> None:
-    """Sets the model, the training rows, what makes a prompt of a row, and the objective of the job."""
+    """Set the model, the training records and the objective of the job."""
     if args.shape is None:
-        args.model_dir, args.rows, args.suffix, args.objective = str(MODEL), REVIEWS.read_text(), " It was", OBJECTIVE
+        args.model_dir, args.rows, args.objective = str(MODEL), REVIEWS.read_text(), OBJECTIVE
         return
     args.model_dir = str(make_checkpoint(args, scratch))
     args.rows = "".join(json.dumps(row) + "\n" for row in Prompts(SHAPES[args.shape].vocab, 16).records())
-    args.suffix = ""
     args.objective = {"name": "classification", "template": "{sentence}", "options": list(OPTION_TEXTS)}
 
 

@@ -1,16 +1,16 @@
 """What the benchmarks run on: OPT shapes with random weights, and batches with SST-2's prompt lengths.
 
-Nothing is downloaded and no data set is needed. Speed does not depend on the values of weights and tokens, only on
-shapes and lengths; those are real:
+The benchmarks download nothing and need no data set. Speed does not depend on the values of weights and tokens, only on
+shapes and lengths, and those are real:
 
-* `SHAPES` are the published OPT configurations with pre-LN layers. OPT-350M is left out: its post-LN layers and
+* `SHAPES` are the published OPT configurations with pre-LN layers. OPT-350M is not among them: its post-LN layers and
   projected embeddings make it another architecture, and no table of the papers uses it.
-* `PROMPT_LENGTHS` counts the tokens of 1,000 prompts "{sentence} It was" (SST-2 training rows; GPT-2's byte-level BPE,
-  whose merges are OPT's; plus the </s> that OPT's tokenizer puts in front). 1,000 training rows is the MeZO and LoZO
-  protocol. Which 1,000: `random.Random(s).sample(range(67349), 1000)` with s = 5483, the first s whose sample has the
-  statistics that the project's reference measurements were made with, to their rounding: mean prompt 13.8 tokens, mean
-  longest of 16 prompts 34.9, hence 441 packed tokens in a step of 16 prompts x 2 signs, a padding factor of 2.5.
-  The whole training set has 14.4, 36.1, 460 and the same factor of 2.5, so nobody gains from the choice.
+* `PROMPT_LENGTHS` counts the tokens of 1,000 prompts "{sentence} It was" (SST-2 training sentences; GPT-2's byte-level
+  BPE, which has OPT's merges; plus the </s> that OPT's tokenizer puts in front). The MeZO and LoZO protocol has 1,000
+  training sentences. These are `random.Random(s).sample(range(67349), 1000)` with s = 5483, the first s whose sample
+  has the statistics of the project's reference measurements, to their rounding: a mean prompt of 13.8 tokens and a mean
+  longest of 16 prompts of 34.9. So a step of 16 prompts x 2 signs has 441 packed tokens and a padding factor of 2.5.
+  The whole training set has 14.4, 36.1, 460 and the same factor of 2.5, so no contender gains from the choice.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Shape:
-    """An OPT configuration; embeddings are tied and as wide as the layers, layers are pre-LN with biases and ReLU."""
+    """An OPT configuration. Embeddings are tied and as wide as the layers; layers are pre-LN with biases and ReLU."""
 
     hidden: int
     layers: int
@@ -63,7 +63,8 @@ def mean_prompt_tokens() -> float:
 
 
 def mean_longest(batch_size: int) -> float:
-    """Exact expectation of the longest of `batch_size` prompts drawn without replacement: what padding pads to."""
+    """The exact expectation of the longest of `batch_size` prompts drawn without replacement, which padding pads to."""
+    # Prompt i of the sorted list is the longest in comb(i, batch_size - 1) of all comb(n, batch_size) batches.
     lengths = sorted(length for length, count in PROMPT_LENGTHS.items() for _ in range(count))
     weighted = sum(length * comb(i, batch_size - 1) for i, length in enumerate(lengths))
     return weighted / comb(len(lengths), batch_size)
@@ -71,52 +72,54 @@ def mean_longest(batch_size: int) -> float:
 
 @dataclass(frozen=True)
 class Prompts:
-    """1,000 labelled prompts of random tokens with SST-2's lengths, served in a fixed order of full batches.
+    """1,000 labelled prompts of random tokens with SST-2's lengths, in a fixed order of full batches.
 
-    Every contender of a benchmark builds its own equal copy from the same three numbers; the order is that of a vllm_zo
-    job with this seed, so ours sees the same batches too. An epoch is a permutation of all prompts, so means over an
-    epoch are exactly those of `PROMPT_LENGTHS`; batches run on across epochs (none is short).
+    Every contender of a benchmark builds an equal copy from the same three numbers. The order is that of a vllm_zo job
+    with this seed, so ours sees the same batches too. An epoch is a permutation of all prompts, so means over an epoch
+    are exactly those of `PROMPT_LENGTHS`. Batches run on across epochs, so none is short.
     """
 
     vocab: int
     batch_size: int
     seed: int = 0
+    template, options, option_ids = "{sentence}", OPTION_TEXTS, OPTION_IDS
 
     @cached_property
     def rows(self) -> list[tuple[list[int], int]]:
-        """(token ids with BOS, index of the right option) of every prompt."""
+        """(token ids with BOS, index of the right option) for every prompt."""
+        # `random` makes its state of the SHA-512 of a text, so every process draws the same prompts.
         rng = random.Random(f"rows {self.seed}")
         lengths = [length for length, count in PROMPT_LENGTHS.items() for _ in range(count)]
         return [([BOS, *rng.choices(range(NUM_SPECIAL, self.vocab), k=n - 1)], rng.randrange(2)) for n in lengths]
 
     def indices(self, step: int) -> tuple[int, ...]:
-        """Which prompts make the batch of a step."""
+        """The indices of the prompts in the batch of a step."""
         from vllm_zo.data.batches import BatchOrder  # here: core_step.py itself stays without torch
 
         return BatchOrder(len(self.rows), self.batch_size, self.seed).batch(step)
 
     def batch(self, step: int) -> tuple[list[list[int]], list[int]]:
-        """Token ids of the prompts, and the indices of their right options."""
+        """The token ids of the prompts, and the indices of their right options."""
         chosen = [self.rows[i] for i in self.indices(step)]
         return [ids for ids, _ in chosen], [label for _, label in chosen]
 
     def tokens(self, step: int) -> int:
-        """Packed tokens of a step: its prompts, once for each sign."""
+        """The number of packed tokens of a step: those of its prompts, once for each sign."""
         return 2 * sum(map(len, self.batch(step)[0]))
 
     def records(self) -> list[dict[str, str | int]]:
-        """The rows as text: the tokenizer that `write_checkpoint` saves gives back the very same ids."""
+        """The prompts as text. The tokenizer that `write_checkpoint` saves gives back the very same ids."""
         return [{"sentence": " ".join(f"t{i}" for i in ids[1:]), "label": label} for ids, label in self.rows]
 
 
 def write_checkpoint(shape: Shape, dtype: str, directory: str | Path, seed: int = 0, *, weights: bool = True) -> Path:
-    """Save an OPT of random weights (normal, std 0.02) as safetensors, with config and a tokenizer.
+    """Save an OPT of random weights (normal, std 0.02) as safetensors, with a config and a tokenizer.
 
-    The tokenizer's words are "t<id>", separated by spaces, with </s> in front as OPT's own has it: a program that takes
-    text scores the same tokens as one that takes ids.
+    The tokenizer's words are "t<id>", separated by spaces. It puts </s> in front, as OPT's own does. So a program that
+    takes text scores the same tokens as one that takes ids.
 
     Args:
-        dtype: "float32", "bfloat16" or "float16": of the weights in the file and of the run.
+        dtype: "float32", "bfloat16" or "float16", for the weights in the file and for the run.
         weights: False leaves them out, for programs that make random ones themselves.
     """
     import torch
@@ -132,7 +135,7 @@ def write_checkpoint(shape: Shape, dtype: str, directory: str | Path, seed: int 
     if weights:
         torch.manual_seed(seed)
         default = torch.get_default_dtype()
-        torch.set_default_dtype(getattr(torch, dtype))  # 13B is never held in float32 on the way
+        torch.set_default_dtype(getattr(torch, dtype))  # so that 13B never takes the memory of float32
         try:
             OPTForCausalLM(config).save_pretrained(directory)
         finally:

@@ -1,8 +1,8 @@
-"""Where the time of one of our steps goes, and how it grows with directions and with the batch.
+"""Where the time of our steps goes, and how it grows with directions and with the batch.
 
     python benchmarks/step_anatomy.py --dtype float32 --json anatomy.json
 
-Three tables from one engine (its core in this process, its worker timed at the borders of its phases):
+One engine gives three tables. Its core runs in this process, and a clock times its worker at the borders of phases:
 
     phases       materialise, forward, score, update, host: median ms per step and share of the step
     directions   ms per step and per direction with K directions in one group
@@ -10,8 +10,8 @@ Three tables from one engine (its core in this process, its worker timed at the 
 
 The configurations of the last two take turns, round by round; figures are medians over the steps of all rounds.
 
-On a GPU work is only queued by the host. So the steps of the phases table wait for the device at every border, which
-undoes the overlap: its rows add up to more than a step, which is timed without waiting.
+On a GPU the host only queues work. So the steps of the phases table wait for the device at every border, which undoes
+the overlap. Its phases add up to more than a step, whose time comes from runs without waiting.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ BATCHES = (16, 32, 64, 128)
 
 
 class PhaseClock:
-    """Adds up the seconds of each phase since the last `take`."""
+    """It adds up the seconds of each phase since the last `take`."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
         self.start = time.perf_counter()
         self.finish: Callable[[], None] | None = None
-        """Waits for the device at the borders of a phase; None: does not wait."""
+        """A function that waits for the device at the borders of a phase. None does not wait."""
 
     def now(self) -> float:
         if self.finish is not None:
@@ -69,7 +69,7 @@ class PhaseClock:
         setattr(owner, name, timed)
 
     def take(self) -> dict[str, float]:
-        """Milliseconds by phase; `host` is whatever no phase of the worker accounts for."""
+        """The milliseconds of each phase. `host` is the rest of the step, in which no phase of the worker ran."""
         now = time.perf_counter()
         taken = {phase: 1e3 * self.seconds[phase] for phase in PHASES[:-1]}
         taken["step"] = 1e3 * (now - self.start)
@@ -83,8 +83,7 @@ def attach_clock(llm: Any) -> PhaseClock:
     worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
     clock = PhaseClock()
     clock.wrap(worker.model_runner, "execute_model", lambda *_: "forward")
-    if (shared := getattr(worker.model_runner, "zo_shared_rows", None)) is not None:
-        clock.wrap(shared, "forward_alone", lambda *_: "forward")
+    clock.wrap(worker.zo.platform, "forward_alone", lambda *_: "forward")
     clock.wrap(worker.model_runner, "sample_tokens", lambda *_: "sample")
     clock.wrap(worker.zo, "score", lambda *_: "score")
     updates = ("CloseGroup", "Fold")
@@ -93,7 +92,7 @@ def attach_clock(llm: Any) -> PhaseClock:
 
 
 def take_steps(llm: Any, clock: PhaseClock, args: argparse.Namespace, batch: int, queries: int) -> list[dict[str, Any]]:
-    """Phases of each step of a job, without its first steps (new slots, first batch of this size)."""
+    """The phases of each step of a job, without its first steps, which meet new slots and a new batch size."""
     from vllm_zo import Classification, LoZO
 
     taken: list[dict[str, Any]] = []
@@ -114,7 +113,7 @@ def take_steps(llm: Any, clock: PhaseClock, args: argparse.Namespace, batch: int
 def measure(args: argparse.Namespace, model: str) -> dict[str, Any]:
     from vllm_zo import LLM
 
-    # Every configuration in one pass: else a group of 256 sequences would be taken in waves.
+    # Room for every configuration in one pass: with a lower limit a group of 256 sequences would run in waves.
     directions = DIRECTIONS[args.device]
     configurations = [(b, 1) for b in BATCHES] + [(16, k) for k in directions if k > 1]
     options = {"max_num_seqs": 512, "max_num_batched_tokens": 16384}
@@ -143,7 +142,7 @@ def measure(args: argparse.Namespace, model: str) -> dict[str, Any]:
 
 
 def group_tokens(args: argparse.Namespace, configurations: list[tuple[int, int]]) -> set[int]:
-    """Sizes of all groups that will be run: every job starts with the same batches."""
+    """The sizes of all groups to come. Every job starts with the same batches."""
     vocab = SHAPES[args.shape].vocab
     return {
         queries * Prompts(vocab, batch, seed=0).tokens(step)

@@ -18,8 +18,8 @@ from typing import Any
 
 from vllm_zo import compat
 from vllm_zo.compat.moved import PLACES
-from vllm_zo.compat.registry import patches_in
-from vllm_zo.compat.seams import EXTENDED
+from vllm_zo.compat.registry import declared_patches
+from vllm_zo.compat.seams import EXTENDED, READ
 
 PACKAGE = Path(compat.__file__).parents[1]
 FIELDS = {
@@ -129,6 +129,14 @@ def parameters(node: ast.AST) -> Names:
     return tuple(p.arg for p in [*a.posonlyargs, *a.args, *a.kwonlyargs] if p.arg != "self")
 
 
+def names_in(node: ast.AST) -> set[str]:
+    """Every attribute, variable and definition inside; what `compat.registry.names_in` finds in a loaded function."""
+    found = set()
+    for part in ast.walk(node):
+        found.update(getattr(part, field) for field in ("attr", "id", "arg", "name") if hasattr(part, field))
+    return found
+
+
 def imported() -> Iterator[tuple[str, str, str]]:
     """(file, module, name) of every import of vLLM in this package."""
     for file in PACKAGE.rglob("*.py"):
@@ -139,7 +147,7 @@ def imported() -> Iterator[tuple[str, str, str]]:
 
 
 def seams() -> list[str]:
-    replaced = [p.target for p in patches_in(compat) if not p.optional]
+    replaced = [p.target for p in declared_patches() if not p.optional]
     return [*replaced, *(f"{owner}.{name}" for owner, names in EXTENDED.items() for name in names)]
 
 
@@ -153,6 +161,10 @@ def problems(source: Source) -> Iterator[str]:
     for target in seams():
         if source.member(target) is None:
             yield f"missing: {target}"
+    for target, names in READ.items():
+        node = source.member(target)
+        have = names_in(node) if node is not None else ()
+        yield from (f"missing: {name} in {target}" for name in names if name not in have)
     scheduler = source.find("vllm.v1.core.sched.scheduler", "Scheduler")
     text = ast.unparse(scheduler[1]) if scheduler is not None else ""
     for name in inherited():

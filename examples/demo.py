@@ -1,8 +1,10 @@
 """`make demo`: a small OPT model learns to tell good reviews from bad ones, inside vLLM, in a few minutes on a CPU.
 
-    python examples/demo.py [--steps 400] [--output demo-run]
+    python examples/demo.py [--model smollm2] [--steps 400] [--output demo-run]
 
-Zero-shot accuracy, LoZO with a live progress bar, final accuracy, a saved PEFT adapter and a picture of the run.
+It shows the zero-shot accuracy, trains with LoZO and a progress bar, shows the final accuracy, and saves a PEFT adapter
+and a picture of the run. The small model is in this repository. `--model` (`make demo MODEL=smollm2`) takes a real one,
+which models.py fetches once.
 """
 
 from __future__ import annotations
@@ -13,29 +15,38 @@ import sys
 import time
 from pathlib import Path
 
+from models import MODELS, FetchError, fetch
+
 HERE = Path(__file__).parent
-MODEL, REVIEWS = HERE / "demo" / "model", HERE / "demo" / "reviews"
+SMALL, REVIEWS = HERE / "demo" / "model", HERE / "demo" / "reviews"
 TEMPLATE, OPTIONS = "{sentence} It was", [" terrible", " great"]
 EXAMPLES = ("a warm and clever story , beautifully told .", "the soup was cold and the waiter never came back .")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=MODELS, help="a pretrained model in place of the small one")
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--output", type=Path, default=Path("demo-run"), help="job, adapter/ and run.png go here")
     args = parser.parse_args()
+    try:
+        model = fetch(args.model) if args.model else SMALL
+    except FetchError as error:
+        sys.exit(f"demo.py: {error}")
     job = args.output / time.strftime("%Y%m%d-%H%M%S")
 
+    # Before the import of vLLM, which reads its logging level then.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    from vllm_zo.entrypoints.cpu_defaults import apply_cpu_defaults, has_native_bfloat16
+    from vllm_zo import apply_cpu_defaults
+    from vllm_zo.entrypoints.llm.cpu_defaults import has_native_bfloat16
 
     apply_cpu_defaults()
     from vllm_zo import LLM, Classification, LoZO
 
-    print("Starting vLLM with", MODEL, file=sys.stderr)
+    print("Starting vLLM with", model, file=sys.stderr)
     dtype = "auto" if has_native_bfloat16() else "float32"  # emulated bfloat16 is slower than float32
-    llm = LLM(str(MODEL), max_model_len=256, dtype=dtype, zo_training=True)
+    llm = LLM(str(model), max_model_len=256, dtype=dtype, zo_training=True)
     run = llm.finetune(
         train=REVIEWS / "train.jsonl",
         validation=REVIEWS / "validation.jsonl",
@@ -60,7 +71,7 @@ def main() -> None:
 
 
 def next_option(llm, prompt: str, adapter) -> str:
-    """Which of the two options the model finds likelier after the prompt."""
+    """The option that the model finds likelier after the prompt."""
     from vllm import SamplingParams
 
     ids = [llm.get_tokenizer()(o, add_special_tokens=False).input_ids[0] for o in OPTIONS]

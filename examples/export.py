@@ -2,7 +2,7 @@
 
     python examples/export.py
 
-The commands: `vllm-zo export JOB_DIR OUT` and `vllm-zo export --merged JOB_DIR OUT`.
+The commands `vllm-zo export JOB_DIR OUT` and `vllm-zo export --merged JOB_DIR OUT` do the same.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ PROMPT = "a warm and clever story , beautifully told . It was"
 
 
 def main() -> None:
-    from vllm_zo.entrypoints.cpu_defaults import apply_cpu_defaults
+    from vllm_zo import apply_cpu_defaults
 
     apply_cpu_defaults()
     import torch
@@ -48,7 +48,7 @@ def main() -> None:
         merged = AutoModelForCausalLM.from_pretrained(out / "merged", dtype=torch.float32)(ids).logits[0, -1]
         adapted = PeftModel.from_pretrained(base, out / "adapter")(ids).logits[0, -1]
     print(f"logits moved by up to {(adapted - before).abs().max():.3f};", end=" ")
-    # The merged weights are rounded to the type of the checkpoint, bfloat16 here; the adapter is exact.
+    # The merge rounds the weights to the type of the checkpoint, bfloat16 here. The adapter is exact.
     print(f"adapter and merged model differ by up to {(adapted - merged).abs().max():.1e}")
 
 

@@ -2,7 +2,7 @@
 
     python examples/finetune.py
 
-With a model and a data set of your own: change the settings. On the command line: `vllm-zo train --task sst2`.
+Change the settings for a model and a data set of your own. The command line does the same: `vllm-zo train --task sst2`.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ LEARNING_RATE = 3e-4  # large, because the model is small; 1e-7 to 1e-6 for mode
 
 
 def main() -> None:
-    from vllm_zo.entrypoints.cpu_defaults import apply_cpu_defaults
+    from vllm_zo import apply_cpu_defaults
 
-    apply_cpu_defaults()  # on a CPU: threads, KV cache and the engine in this process; before vLLM is imported
+    apply_cpu_defaults()  # on a CPU it keeps the engine in this process, which starts sooner
     from vllm import SamplingParams
 
     from vllm_zo import LLM, Classification, LoZO

@@ -1,8 +1,8 @@
-"""Many directions a step: the mean of K estimates has a K-th of the variance, and all 2K probes are one batch to vLLM.
+"""Many directions per step: the mean of K estimates has a K-th of the variance, and vLLM runs all 2K probes as a batch.
 
     python examples/many_directions.py
 
-2K probes need 2K adapter slots to run together; with fewer slots the same step takes several engine steps.
+To run together, 2K probes need 2K adapter slots. With fewer slots the same step takes several engine steps.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ DIRECTIONS = (1, 4)
 
 
 def main() -> None:
-    from vllm_zo.entrypoints.cpu_defaults import apply_cpu_defaults
+    from vllm_zo import apply_cpu_defaults
 
     apply_cpu_defaults()
     from vllm_zo import LLM, Classification, LoZO
@@ -31,13 +31,13 @@ def main() -> None:
             train=TRAIN,
             objective=Classification("{sentence} It was", [" terrible", " great"]),
             method=LoZO(queries=count),
-            learning_rate=0.0,  # stay where we are: this measures the estimate, not the training
+            learning_rate=0.0,  # the weights stay as they are: this measures the estimate, not the training
             batch_size=8,
             steps=STEPS,
             progress=False,
         )
         # Mean of squares of the weights c_k / K: what the estimate's length, and so its noise, goes with.
-        noise = statistics.fmean(sum((c / count) ** 2 for c in r["projected_grad"]) for r in run.history)
+        noise = statistics.fmean(sum((c / count) ** 2 for c in r["coefficients"]) for r in run.history)
         seconds = statistics.median(r["seconds"] for r in run.history)
         print(f"{count} directions: {seconds * 1e3:.0f} ms a step, mean squared weight {noise:.3f}")
 

@@ -1,10 +1,10 @@
 """Fine-tune over HTTP with the OpenAI SDK, and use the model while it learns.
 
-In one terminal, the server with the demo model (see the README for other models):
+Start the server with the demo model in one terminal (see the README for other models):
 
     vllm-zo serve examples/demo/model --served-model-name demo --dtype float32 --max-model-len 256
 
-and in another:
+and run this in another:
 
     python examples/openai_finetune.py [--base-url http://localhost:8000/v1] [--api-key KEY] [--steps 400]
 """
@@ -60,7 +60,7 @@ def main() -> None:
         for event in reversed(client.fine_tuning.jobs.list_events(job.id, limit=100).data):
             if event.id not in seen and ("validation" in event.message or event.type == "message"):
                 print(" ", event.message)
-                if event.message.startswith("Checkpoint created"):  # and it can be used, while the job runs
+                if event.message.startswith("Checkpoint created"):  # the server serves it while the job runs
                     print(f"    the job's newest state says {great(client, f'job:{job.id}'):.0%} great")
             seen.add(event.id)
     if job.fine_tuned_model is None:
@@ -76,12 +76,12 @@ def main() -> None:
 
 
 def great(client: OpenAI, model: str) -> float:
-    """How likely the model finds " great" after the review, against " terrible"."""
+    """The probability of " great" after the review, if the only other answer is " terrible"."""
     scores = []
     for option in OPTIONS:
         prompt = TEMPLATE.format(sentence=REVIEW) + option
         answer = client.completions.create(model=model, prompt=prompt, max_tokens=1, echo=True, logprobs=1)
-        scores.append(answer.choices[0].logprobs.token_logprobs[-2])  # the last one is a token that was sampled
+        scores.append(answer.choices[0].logprobs.token_logprobs[-2])  # the last one belongs to the sampled token
     return 1 / (1 + math.exp(scores[0] - scores[1]))
 
 

@@ -1,19 +1,19 @@
 r"""Pretrain the small OPT model that the demo fine-tunes (plain torch and Hugging Face; vLLM is not involved).
 
-Why: zeroth-order fine-tuning starts from a pretrained model, and a demo that runs on any laptop needs one of a few
-megabytes. What: two phases, both float32, AdamW, one process.
+Zeroth-order fine-tuning starts from a pretrained model, and a demo that runs on any laptop needs one of a few
+megabytes. One process trains it with AdamW in float32, in two phases:
 
-1. Language model: next-token loss over the corpus, in blocks of 256 tokens.
-2. Verdicts: snippets of one or two review sentences followed by a prompt and a verdict, such as "... Rating:
-   excellent", with half the weight on the language-model loss, so that the model has the sentiment features which
-   larger models get from more text. The corpus carries no labels. Reviews that state a rating ("8/10") or a stock
-   verdict ("waste of time", "highly recommended") train a bag-of-words classifier, which does not see those words;
-   snippets on which it is sure become the training pairs. The demo's own prompt, " It was" with " terrible" or
-   " great", is never trained.
+1. Language model: the next-token loss over the corpus, in blocks of 256 tokens.
+2. Verdicts: the loss on snippets of one or two review sentences followed by a prompt and a verdict, such as "...
+   Rating: excellent". Half the weight stays on the language-model loss. So the model gets the sentiment features that
+   larger models get from more text. The corpus has no labels. Reviews that state a rating ("8/10") or a stock verdict
+   ("waste of time", "highly recommended") train a bag-of-words classifier, which does not see those words. Snippets on
+   which it is sure become the training pairs. The training never shows the demo's own prompt, " It was" with
+   " terrible" or " great".
 
-The corpus is JSON lines, `{"text": ...}`, plain or .xz. How long: one slow core without AVX-512 trains on about 1,100
-tokens a second, 4 million an hour, and labels the snippets in four minutes. An interrupted run carries on from its
-last checkpoint when it is started again with the same arguments.
+The corpus is JSON lines, `{"text": ...}`, plain or .xz. One slow core without AVX-512 trains on about 1,100 tokens a
+second, 4 million an hour, and labels the snippets in four minutes. To continue an interrupted run from its last
+checkpoint, start it again with the same arguments.
 
     python examples/pretrain_demo_model.py \
         --corpus reviews.jsonl.xz --init examples/demo/model --output my-model --minutes 60
@@ -142,7 +142,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def demo_config() -> OPTConfig:
-    """6.97 M parameters; 13.9 MB in bfloat16."""
+    """A model of 6.97 M parameters, which take 13.9 MB in bfloat16."""
     return OPTConfig(
         vocab_size=8192,
         hidden_size=256,
@@ -159,7 +159,7 @@ def demo_config() -> OPTConfig:
 
 
 def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE of 8,192 entries with OPT's special ids; a text starts with </s>, as OPT's do."""
+    """A byte-level BPE of 8,192 entries with OPT's special ids. A text starts with </s>, as for OPT."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -191,9 +191,9 @@ def train(
     output: Path,
     evaluate: Callable[[], str],
 ) -> None:
-    """AdamW, a short warm-up and a cosine decay over `budget_s` seconds; resumes from `output`/`phase`.pt.
+    """Train with AdamW, a short warm-up and a cosine decay over `budget_s` seconds. Resumes from `output`/`phase`.pt.
 
-    A batch is (tokens, weights), both (rows, columns): `weights` says how much the prediction of each token counts.
+    A batch is (tokens, weights), both (sequences, tokens). `weights` says how much the prediction of each token counts.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak_lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     path, step, spent_s, average = output / f"{phase}.pt", 0, 0.0, None
@@ -203,6 +203,7 @@ def train(
         optimizer.load_state_dict(state["optimizer"])
         step, spent_s = state["step"], state["spent_s"]
         print(f"{phase}: carries on after step {step}, {spent_s / 60:.1f} minutes")
+        # The batches follow from the seed: skip those that the interrupted run has seen.
         for _ in range(step):
             next(batches)
     saved_s = spent_s
@@ -227,6 +228,7 @@ def train(
             saved_s = spent_s
             print(f"{phase} step {step:5d}  held-out: {evaluate()}", flush=True)
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "spent_s": spent_s}
+            # A rename is atomic: an interrupt during the write leaves the old checkpoint whole.
             torch.save(state, path.with_suffix(".tmp"))
             path.with_suffix(".tmp").replace(path)
 
@@ -294,8 +296,8 @@ def treebank_style(text: str) -> str:
 def label_snippets(texts: list[str], seed: int) -> list[tuple[str, int]]:
     """Snippets of one or two sentences with a label (0 negative, 1 positive), half of each, shuffled.
 
-    A review's label is the verdict it states, else the classifier's where it is sure. A snippet takes its review's
-    label where the classifier, reading the snippet alone, agrees. Half of the snippets are printed in treebank style.
+    The label of a review is the verdict that it states, else that of the classifier if it is sure. A snippet takes the
+    label of its review if the classifier, reading the snippet alone, agrees. Half of the snippets have treebank style.
     """
     rng = random.Random(seed)
     stated = [stated_verdict(text) for text in texts]
@@ -334,7 +336,7 @@ def stated_verdict(text: str) -> int | None:
 
 
 def words_of(text: str) -> set[str]:
-    """The words and pairs of neighbouring words of a text, its stock verdicts left out."""
+    """The words and the pairs of neighbouring words of a text, without its stock verdicts."""
     for stated in (RATING, PRAISE, BLAME):
         text = stated.sub(" ", text)
     words = WORD.findall(text.lower().replace(" n't", "n't"))
@@ -342,7 +344,7 @@ def words_of(text: str) -> set[str]:
 
 
 def fit_bag_of_words(labelled: list[tuple[set[str], int]]) -> tuple[dict[str, float], float]:
-    """Logistic regression over `words_of`, two epochs of Adam; right on 88 % of 1,500 held-out reviews."""
+    """Fit a logistic regression over `words_of` by two epochs of Adam. It is right on 88 % of 1,500 unseen reviews."""
     counts = Counter(feature for features, _ in labelled for feature in features)
     index = {feature: i for i, feature in enumerate(sorted(f for f, count in counts.items() if count >= 5))}
     rows = [torch.tensor(sorted(index[f] for f in features if f in index)) for features, _ in labelled]
@@ -362,7 +364,8 @@ def fit_bag_of_words(labelled: list[tuple[set[str], int]]) -> tuple[dict[str, fl
 
 
 def bag_score(features: set[str], weights: dict[str, float], bias: float) -> float:
-    """Log-odds that a text is positive."""
+    """The log-odds that a text is positive."""
+    # Over the root of the number of words, as in `fit_bag_of_words`, so that length alone makes no score larger.
     known = [weights[feature] for feature in features if feature in weights]
     return sum(known) / math.sqrt(max(1, len(known))) + bias
 
@@ -370,7 +373,8 @@ def bag_score(features: set[str], weights: dict[str, float], bias: float) -> flo
 def verdict_batches(
     snippets: list[tuple[str, int]], tokenizer: PreTrainedTokenizerFast, seed: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Snippets with one prompt each: half the loss on the verdicts, half on the text of a quarter of the snippets."""
+    """Batches of snippets with one prompt each. Half the loss is on the verdicts, half on the text of a quarter of the
+    snippets."""
     rng = random.Random(seed + 2)
     while True:
         rng.shuffle(snippets)
@@ -392,7 +396,7 @@ def verdict_batches(
 
 @torch.no_grad()
 def verdict_accuracy(model: OPTForCausalLM, tokenizer: PreTrainedTokenizerFast, snippets: list[tuple[str, int]]) -> str:
-    """Share of held-out snippets whose right verdict outscores the wrong one, for each prompt."""
+    """For each prompt, the share of held-out snippets whose right verdict has a larger logit than the wrong one."""
     found = []
     for prompt, *verdicts in PROMPTS:
         pair = torch.tensor([tokenizer(verdict, add_special_tokens=False)["input_ids"][0] for verdict in verdicts])

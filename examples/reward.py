@@ -2,9 +2,9 @@
 
     python examples/reward.py [steps]
 
-The model goes on after "... It was". A completion is worth 1 if it is one word and a full stop, and 0 otherwise. No
-gradient leads there: completions are sampled and a Python function looks at them. The engine runs in this process, so
-that it can call a function of this script; one that can be imported works with any engine.
+The model continues "... It was". The reward of a completion is 1 if it is one word and a full stop, and 0 otherwise. No
+gradient leads there, because the model samples completions and a Python function reads them. The engine runs in this
+process, so that it can call a function of this script. A function that can be imported works with any engine.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ MODEL = str(HERE / "demo" / "model")
 TRAIN, VALIDATION = HERE / "demo" / "reviews" / "train.jsonl", HERE / "demo" / "reviews" / "validation.jsonl"
 STEPS = int(sys.argv[1]) if len(sys.argv) > 1 else 100
 SHOWN = 10
-"""Training steps averaged for the figures at the end."""
+"""The figures at the end average so many training steps."""
 
 
 def one_word(completions: list[str], **columns: list) -> list[float]:
-    """TRL's signature: completions, and the fields of their records as lists, which do not matter here."""
+    """The reward, with TRL's signature: completions, and the fields of their records as lists, which it ignores."""
     return [float(re.match(r" \w+\.", text) is not None) for text in completions]
 
 
 def main() -> None:
-    from vllm_zo.entrypoints.cpu_defaults import apply_cpu_defaults
+    from vllm_zo import apply_cpu_defaults
 
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine in this process; before vLLM is imported
-    apply_cpu_defaults()  # on a CPU: threads and KV cache
+    apply_cpu_defaults()  # on a CPU it sets threads and KV cache
     from vllm_zo import LLM, LoZO, Reward
 
     llm = LLM(MODEL, max_model_len=256, dtype="float32", zo_training=True)

@@ -1,8 +1,8 @@
-"""The engine goes on serving while it trains: latencies of requests without and with a job beside them.
+"""The engine serves while it trains: latencies of requests without a job, and with one.
 
     python examples/training_under_load.py
 
-Serving comes first; `token_budget` bounds what training may add to an engine step that serves.
+Serving comes first. `slowdown` says how many times as long training may make what requests wait for.
 """
 
 from __future__ import annotations
@@ -20,16 +20,17 @@ REQUESTS = int(sys.argv[1]) if len(sys.argv) > 1 else 10
 
 
 def main() -> None:
-    from vllm_zo.entrypoints.cpu_defaults import apply_cpu_defaults
+    from vllm_zo import apply_cpu_defaults
 
-    # An engine in a process of its own (vLLM's default) trains by itself while this process does something else.
+    # An engine in a process of its own (vLLM's default) trains while this process does something else. An engine in
+    # this process would work only during a call.
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
     apply_cpu_defaults()
     from vllm import SamplingParams
 
     from vllm_zo import LLM, Classification
 
-    llm = LLM(MODEL, max_model_len=256, dtype="float32", zo_training={"token_budget": 128})
+    llm = LLM(MODEL, max_model_len=256, dtype="float32", zo_training={"slowdown": 1.5})
 
     def latencies(lora_request=None) -> list[float]:
         taken = []
@@ -60,7 +61,7 @@ def main() -> None:
     run.poll()
     steps = len(run.history)
     print(f"meanwhile {steps} training steps in {time.perf_counter() - start:.1f} s")
-    while not run.published:  # at the fifth step
+    while not run.published:  # the fifth step publishes the first version
         time.sleep(0.1)
         run.poll()
     print(f"its newest version: median {statistics.median(latencies(run.lora_request)) * 1e3:.0f} ms")

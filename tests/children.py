@@ -69,7 +69,7 @@ class Child:
 
     def wait_for_steps(self, directory: Path, count: int) -> int:
         """Wait until the seed log in `directory` has `count` steps on disk; returns how many it has."""
-        from vllm_zo.checkpoint.seed_log import read_seed_log
+        from vllm_zo.checkpoint.seed_log.reader import read_seed_log
 
         while self.process.poll() is None:
             if (directory / "seeds.log").exists() and (
@@ -104,11 +104,86 @@ def train(report: Any, model: str, directory: str) -> None:
     run_job(engine(model, zo_training=True), **LONG_JOB, output_dir=directory, callbacks=[slowly])
 
 
+def learn_on(report: Any, model: str, directory: str) -> None:
+    """A continual job that gets two rows at every step until somebody kills it."""
+    from tests.engines import reviews
+    from tests.test_continual import CONTINUAL
+
+    def add(run: Any, record: dict[str, Any]) -> None:
+        report(added=run.add(reviews(2, seed=100 + record["step"])), step=record["step"])
+        time.sleep(0.02)
+
+    llm = engine(model, zo_training=True)
+    llm.finetune(reviews(24, seed=1), **CONTINUAL, output_dir=directory, callbacks=[add])
+
+
 def train_apart(report: Any, model: str, directory: str) -> None:
     """The same with a job that only a signal ends; for an engine in another process, which no callback slows down."""
     from tests.trajectories import train as run_job
 
     run_job(engine(model, zo_training=True, **ONE_PROCESS), **ENDLESS, output_dir=directory)
+
+
+def train_on_two_engines(report: Any, model: str, directory: str) -> None:
+    """A driver that a signal ends, with its engines in processes of their own."""
+    from tests.test_cluster import ENGINE, one_core_each
+    from tests.trajectories import train as run_job
+    from vllm_zo import Cluster
+
+    cluster = Cluster(model, 2, devices=one_core_each(2), **ENGINE)
+    report(pids=[engine.process.pid for engine in cluster.engines])
+    run_job(cluster, **ENDLESS, shards=2, output_dir=directory)
+
+
+def ray_cluster(report: Any) -> None:
+    """A Ray cluster with two CPUs, until a signal ends it."""
+    import signal
+
+    import ray
+
+    ray.init(num_cpus=2, include_dashboard=False, object_store_memory=80_000_000, log_to_driver=False)
+    report(address=ray.get_runtime_context().gcs_address)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # Ray ends what it has started
+    signal.pause()
+
+
+def train_on_nodes(report: Any, model: str) -> None:
+    """A job on two nodes, undisturbed; then again, when the second node goes away and another one comes."""
+    import ray
+    from ray.cluster_utils import Cluster as Nodes
+
+    from tests.test_cluster import ENGINE
+    from tests.trajectories import train as run_job
+    from vllm_zo import Cluster
+
+    small: dict[str, Any] = {"num_cpus": 1, "object_store_memory": 80_000_000}
+    nodes = Nodes(initialize_head=True, head_node_args={**small, "include_dashboard": False})
+    second = nodes.add_node(**small)
+    ray.init(address=nodes.address, log_to_driver=False)
+    seen: list[str] = []
+
+    def disturb(run: Any, record: dict[str, Any]) -> None:
+        nonlocal second
+        up = sum(engine["ready"] for engine in run.engines.values())
+        if not seen and record["step"] >= 10:
+            nodes.remove_node(second, allow_graceful=False)
+            seen.append("removed")
+        elif seen == ["removed"] and up == 1:
+            second = nodes.add_node(**small)
+            seen.append("added")
+        elif seen == ["removed", "added"] and up == 2:
+            seen.append("came back")
+            run.stop()
+
+    with Cluster(model, 2, ray="auto", **ENGINE) as cluster:
+        run = run_job(cluster, **ENDLESS, shards=2, callbacks=[disturb])
+        report(directory=str(run.directory), seen=seen)
+        steps = len(run.history)
+        stop = lambda run, record: run.stop() if record["step"] >= steps else None  # noqa: E731
+        undisturbed = run_job(cluster, **ENDLESS, shards=2, callbacks=[stop])
+        report(directory=str(undisturbed.directory))
+    ray.shutdown()
+    nodes.shutdown()
 
 
 def train_another_way(report: Any, model: str, road: str) -> None:
@@ -117,10 +192,12 @@ def train_another_way(report: Any, model: str, road: str) -> None:
     if road == "v2-runner":
         _interpret_triton()
     from tests.test_runners_and_ranks import ENGINE, results
-    from vllm_zo.worker import slots
 
-    if road == "v2-runner":
-        slots.wants_one_launch = lambda device: True  # our own kernel along with vLLM's
+    if road == "v2-runner":  # our own kernel along with vLLM's
+        from vllm_zo.worker.cpu.platform import CPUPlatform
+        from vllm_zo.worker.cuda.triton_slots import OneLaunchWriter
+
+        CPUPlatform.slot_writer = lambda self, pieces, rank: OneLaunchWriter(pieces, rank)  # type: ignore[method-assign]
     for name, result in results(engine(model, zo_training=True, **ENGINE, **options)):
         report(name=name, result=result)
 
@@ -130,9 +207,13 @@ def train_with_gpu_lora(report: Any, model: str) -> None:
     _interpret_triton()
     from tests.engines import worker_of
     from tests.test_gpu_lora import ENGINE, results
-    from vllm_zo.compat import cpu_lora, gpu_lora
+    from vllm_zo.worker.cpu import patches
+    from vllm_zo.worker.cpu.platform import CPUPlatform
+    from vllm_zo.worker.cuda.patches import WRAPPER
+    from vllm_zo.worker.cuda.platform import CUDAPlatform
 
-    cpu_lora.WRAPPER = gpu_lora.WRAPPER
+    patches.WRAPPER = WRAPPER
+    CPUPlatform.sampler_slots_changed = CUDAPlatform.sampler_slots_changed  # type: ignore[method-assign,assignment]
     llm = engine(model, **ENGINE)
     manager = worker_of(llm).model_runner.lora_manager._adapter_manager
     report(name="wrapper", result=type(manager.punica_wrapper_mapping["language_model"]).__name__)
@@ -227,13 +308,14 @@ def train_on_patched_tree(report: Any, model: str, directory: str) -> None:
     run = run_job(llm, output_dir=directory)
     report(answer=first_logprob(llm, run.lora_request), replaced=sorted(replaced_in_vllm()))
     manager = worker_of(llm).model_runner.lora_manager
-    replaced = {
-        "cache_blocks": scheduler_of(llm).kv_cache_manager.coordinator,
-        "_load_adapter": manager,
-        "_apply_adapters": manager,
-        "remove_all_adapters": manager._adapter_manager,
-    }
-    report(replaced_on_objects=[name for name, owner in replaced.items() if name in vars(owner)])
+    runner = worker_of(llm).model_runner
+    objects = [
+        scheduler_of(llm).kv_cache_manager.coordinator, manager, manager._adapter_manager, runner, runner.get_model(),
+        *runner.compilation_config.static_forward_context.values(), *manager._adapter_manager.modules.values(),
+        *runner.get_model().model.decoder.layers,
+    ]  # fmt: skip
+    marks = {getattr(value, "_vllm_zo_patch", None) for owner in objects for value in vars(owner).values()}
+    report(replaced_on_objects=sorted(marks - {None}))
     report(wrapper=type(next(iter(manager._adapter_manager.punica_wrapper_mapping.values()))).__name__)
     _scan_for_kernels()
 

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from tests.engines import reviews
-from vllm_zo.entrypoints import train_command
-from vllm_zo.entrypoints.cli import main
+from vllm_zo.entrypoints.cli import train as train_command
+from vllm_zo.entrypoints.cli.app import main
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Outcome:
     @property
     def error(self) -> str:
         """The one line that a refusal or a failure ends with."""
-        assert "Traceback" not in self.err
+        assert "Traceback" not in self.err, self.err
         line = self.err.splitlines()[-1]
         assert line.startswith("vllm-zo: "), self.err
         return line
@@ -40,7 +40,7 @@ def vllm_zo(capsys: pytest.CaptureFixture[str], *arguments: object) -> Outcome:
 
 def use_engine(monkeypatch: pytest.MonkeyPatch, llm: Any) -> None:
     """Let `vllm-zo train` run on this engine instead of one of its own."""
-    monkeypatch.setattr(train_command, "start_engine", lambda *_: llm)
+    monkeypatch.setattr(train_command, "start_engine", lambda *_, **__: llm)
 
 
 def write_jsonl(path: Path, records: Sequence[dict[str, Any]]) -> Path:

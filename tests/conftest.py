@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -13,23 +14,31 @@ if TYPE_CHECKING:
     from tests.openai_server import Servers
 
 
-def two_cores() -> str:
-    """The first two cores this process may run on, in vLLM's notation ("0-1"); one core where there is only one."""
-    cores = sorted(os.sched_getaffinity(0))[:2]
-    adjacent = len(cores) == 2 and cores[1] == cores[0] + 1
-    return f"{cores[0]}-{cores[1]}" if adjacent else ",".join(map(str, cores))
+WORKER = os.environ.get("PYTEST_XDIST_WORKER")
+"""The name of this worker of pytest-xdist, "gw0"; None where one process runs all tests."""
+
+
+def cores() -> str:
+    """The cores for engines, in vLLM's notation: the first two that this process may use ("0-1"), or one a worker."""
+    usable = sorted(os.sched_getaffinity(0))
+    if WORKER is not None:
+        return str(usable[int(WORKER.removeprefix("gw")) % len(usable)])
+    adjacent = len(usable) >= 2 and usable[1] == usable[0] + 1
+    return f"{usable[0]}-{usable[1]}" if adjacent else ",".join(map(str, usable[:2]))
 
 
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # engine core in process: starts in seconds, fails with its own traceback
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; the default takes a share of the machine's memory
-    "VLLM_CPU_OMP_THREADS_BIND": two_cores(),  # the default leaves a core of two idle
+    "VLLM_CPU_OMP_THREADS_BIND": cores(),  # the default leaves a core of two idle
     "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_NO_USAGE_STATS": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_OFFLINE": "1",  # models are made in the tests; a download is a mistake
 }
+if WORKER is not None:
+    ENVIRONMENT["OMP_NUM_THREADS"] = "1"  # workers share the cores; torch reads it at import
 for name, value in ENVIRONMENT.items():
     os.environ.setdefault(name, value)
 
@@ -38,13 +47,23 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--run-slow", action="store_true", help="run the tests marked slow as well")
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.pluginmanager.hasplugin("xdist"):
+        _group_by_server(items)
     run_slow = config.getoption("--run-slow")
     for item in items:
         if item.get_closest_marker("slow") and not run_slow:
             item.add_marker(pytest.mark.skip(reason="slow; give --run-slow, or make test-slow"))
         if item.get_closest_marker("gpu") and not cuda_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def _group_by_server(items: list[pytest.Item]) -> None:
+    """With several workers the tests of a file stay together, and all files that use the session's server too."""
+    files = {item.path for item in items if "servers" in getattr(item, "fixturenames", ())}
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("server" if item.path in files else item.path.stem))
 
 
 def cuda_available() -> bool:
@@ -58,7 +77,12 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engines]:
     """Real engines, shared by the session. See tests/engines.py."""
     from tests.engines import Engines
 
-    yield Engines(tmp_path_factory.mktemp("engines"))
+    engines = Engines(tmp_path_factory.mktemp("engines"))
+    yield engines
+    with pytest.MonkeyPatch.context() as patch:
+        # An engine that ends collects garbage: a second each, with all that a session holds.
+        patch.setattr(gc, "collect", lambda *_: 0)
+        engines.end()
 
 
 @pytest.fixture(scope="session")
@@ -69,3 +93,27 @@ def servers(engines: Engines, tmp_path_factory: pytest.TempPathFactory) -> Itera
     servers = Servers(str(engines.model("opt")), tmp_path_factory.mktemp("server") / "state")
     yield servers
     servers.end()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    from tests.tiny import make_tokenizer
+
+    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="module")
+def plain_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A tokenizer that puts nothing before a text."""
+    from tests.tiny import make_tokenizer
+
+    return make_tokenizer(tmp_path_factory.mktemp("plain"), bos=None)
+
+
+@pytest.fixture(scope="module")
+def ending_tokenizers(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
+    """Two that agree but for the end that the second puts behind every text."""
+    from tests.tokenizers_of import byte_level
+
+    root = tmp_path_factory.mktemp("ends")
+    return byte_level(root / "plain"), byte_level(root / "ends", appends_eos=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 from tests import tiny
 from vllm_zo import LLM, Classification
-from vllm_zo.entrypoints.engine_client import EngineClient
+from vllm_zo.entrypoints.llm.client import EngineClient
 
 MAKERS: dict[str, Callable[[Path], Path]] = {"opt": tiny.make_opt, "llama": tiny.make_llama, "qwen2": tiny.make_qwen2}
 SENTIMENT = Classification("{sentence} It was", [" terrible", " great"])
@@ -30,6 +30,15 @@ class Engines:
             directory.mkdir()
             self._models[family] = MAKERS[family](directory)
         return self._models[family]
+
+    def end(self) -> None:
+        """Let go of every engine: nothing else keeps them."""
+        self._engines.clear()
+
+    def add(self, family: str, directory: Path) -> None:
+        """A model that a test has made; its engine lives to the end of the session like the others."""
+        assert family not in MAKERS, f"{family} is a model that other tests share"
+        self._models[family] = directory
 
     def get(self, family: str = "opt", **options: Any) -> Any:
         key = repr((family, sorted(options.items())))
@@ -55,12 +64,12 @@ def worker_of(llm: Any) -> Any:
 @contextmanager
 def members_as_requests(llm: Any) -> Iterator[None]:
     """Jobs that start in the block run their members as requests of vLLM's, as they do beside traffic."""
-    shared = worker_of(llm).model_runner.zo_shared_rows
-    saved, shared.not_alone = shared.not_alone, "a test of members that are requests"
+    rows = worker_of(llm).zo.platform.rows
+    saved, rows.not_alone = rows.not_alone, "a test of members that are requests"
     try:
         yield
     finally:
-        shared.not_alone = saved
+        rows.not_alone = saved
 
 
 def client_of(llm: Any) -> EngineClient:

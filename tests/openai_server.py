@@ -18,6 +18,7 @@ import psutil
 from openai import OpenAI
 
 from tests.engines import reviews
+from vllm_zo.entrypoints.server.keys.key_file import KeyFile, read_key_file
 
 START_S = 180
 """Until it serves; 25 s on a quiet machine."""
@@ -31,7 +32,12 @@ CHAT_TEMPLATE = (
     "</s>{% for m in messages %} {{ m.role }} : {{ m.content }} {% endfor %}"
     "{% if add_generation_prompt %} assistant : {% endif %}"
 )
-FLAGS = ("--zo-concurrent-jobs", "2", "--chat-template", CHAT_TEMPLATE)
+PREFIX = "/zo"
+FLAGS = (
+    "--zo-concurrent-jobs", "2", "--chat-template", CHAT_TEMPLATE, "--zo-rollout-hosts", "127.0.0.1",
+    "--root-path", PREFIX,
+)  # fmt: skip
+"""With `--root-path` the server answers under the prefix and without it."""
 
 
 def free_port() -> int:
@@ -40,7 +46,7 @@ def free_port() -> int:
         return int(server.getsockname()[1])
 
 
-OURS = (sys.executable, "-c", "from vllm_zo.entrypoints.cli import main; main()", "serve")
+OURS = (sys.executable, "-c", "from vllm_zo.entrypoints.cli.app import main; main()", "serve")
 PLAIN = (sys.executable, "-m", "vllm.entrypoints.openai.api_server")
 """The server module of vLLM; its `vllm serve` command runs the same, and does not start on the CPU build."""
 PATCHED = (sys.executable, "-m", "vllm.entrypoints.cli.main", "serve")
@@ -90,8 +96,8 @@ class Server:
                 command, env=inherited | environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
             )
 
-    def wait_until_ready(self) -> Server:
-        deadline = time.monotonic() + START_S
+    def wait_until_ready(self, limit_s: float = START_S) -> Server:
+        deadline = time.monotonic() + limit_s
         while True:
             assert self.process.poll() is None and time.monotonic() < deadline, self.tail()
             try:
@@ -103,11 +109,11 @@ class Server:
     def tail(self) -> str:
         return self.log.read_text(errors="replace")[-6000:]
 
-    def client(self, **options: Any) -> OpenAI:
-        return OpenAI(base_url=f"{self.url}/v1", api_key=KEY, max_retries=0, timeout=60, **options)
+    def client(self, key: str = KEY, **options: Any) -> OpenAI:
+        return OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60, **options)
 
-    def http(self) -> httpx.Client:
-        return httpx.Client(base_url=self.url, headers={"Authorization": f"Bearer {KEY}"}, timeout=60)
+    def http(self, key: str = KEY) -> httpx.Client:
+        return httpx.Client(base_url=self.url, headers={"Authorization": f"Bearer {key}"}, timeout=60)
 
     @property
     def engine(self) -> psutil.Process:
@@ -132,10 +138,11 @@ class Server:
 def printed_command(command: list[str]) -> tuple[list[str], dict[str, str]]:
     """What `--zo-print-flags` prints, as a command that starts on any build, and its environment."""
     line = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
-    plugins, vllm, serve, *flags = shlex.split(line)
+    words = shlex.split(line)
+    start = words.index("vllm")
+    vllm, serve, *flags = words[start:]
     assert (vllm, serve) == ("vllm", "serve")
-    name, _, value = plugins.partition("=")
-    return [*PLAIN, "--model", *flags], {name: value}
+    return [*PLAIN, "--model", *flags], dict(word.split("=", 1) for word in words[:start])
 
 
 class Servers:
@@ -143,12 +150,21 @@ class Servers:
 
     def __init__(self, model: str, state_dir: Path) -> None:
         self.model, self.state_dir = model, state_dir
+        self.keys = state_dir.with_name("keys.json")
         self._server: Server | None = None
 
     def running(self) -> Server:
         if self._server is None or self._server.process.poll() is not None:
-            self._server = Server(self.model, self.state_dir, *FLAGS).wait_until_ready()
+            if not self.keys.exists():
+                KeyFile().write(self.keys)
+            self._server = Server(self.model, self.state_dir, *FLAGS, "--zo-keys", str(self.keys)).wait_until_ready()
         return self._server
+
+    def key_of(self, project: str, **limits: int) -> str:
+        """A new key of a project."""
+        file, _, secret = read_key_file(self.keys).with_key(project, limits, 0)
+        file.write(self.keys)
+        return secret
 
     def end(self) -> None:
         if self._server is not None and self._server.process.poll() is None:

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from vllm_zo import noise
-from vllm_zo.methods.base import Method, ModuleShape, ProbePlan
-from vllm_zo.methods.fold import change_of, fold_into
+from vllm_zo.methods.base import Method
+from vllm_zo.methods.fold import fold_into
+from vllm_zo.methods.plan import ModuleShape, ProbePlan
 from vllm_zo.methods.spaces import basis_of
 from vllm_zo.methods.state import AdapterState
 from vllm_zo.methods.targets import select_modules
-from vllm_zo.objectives.base import EncodedExample, Objective, ScoringRow
+from vllm_zo.objectives.base import EncodedExample, Objective, ScoringSequence
 
 DECODER_LAYER = re.compile(r"(^|.*\.)(layers|h|blocks)\.\d+\..+")
 
@@ -41,13 +42,18 @@ def weight_of(module: nn.Module) -> Tensor:
     return module.weight.T if isinstance(module, nn.Embedding) else module.weight
 
 
+def change_of(u: Tensor, v_IR: Tensor | None) -> Tensor:
+    """(O, I) float64 `u v^T`; `u` itself where there is no v."""
+    return u.double() if v_IR is None else u.double() @ v_IR.double().T
+
+
 class ReferenceTrainer:
     """Trains a copy of `model`, one step at a time.
 
     Args:
         model: causal LM; its dtype is the one weights are stored, and folded, in.
         num_bases: M as `resolve_bases` gives it; 1 in `fold` space.
-        target_modules: as in JobConfig.
+        target_modules, target_layers: as in JobConfig.
         dtype: of forward passes and losses, float32 or float64. Weights are summed in float64, then cast to it.
     """
 
@@ -61,10 +67,11 @@ class ReferenceTrainer:
         update_space: str,
         num_bases: int = 1,
         target_modules: str = "all-linear",
+        target_layers: str | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         modules = trainable(model)
-        self.names = select_modules(target_modules, modules)
+        self.names = select_modules(target_modules, modules, target_layers)
         self.base = {name: weight_of(modules[name]).detach().clone() for name in self.names}
         self.model = copy.deepcopy(model).to(dtype).eval()
         self.modules = trainable(self.model)
@@ -100,13 +107,6 @@ class ReferenceTrainer:
         if max_coefficient is not None:
             coefficients_K = coefficients_K.clamp(-max_coefficient, max_coefficient)
         finite = bool(losses_PE.isfinite().all())
-        following = self.method.next_round(plan)
-        while following is not None and finite:
-            self.state.propose(plan, coefficients_K, learning_rate)
-            more_PE = self.score_probes(examples, following)
-            finite = bool(more_PE.isfinite().all())
-            coefficients_K = self.method.settle(coefficients_K, following, more_PE)
-            following = self.method.next_round(following)
         if not finite:
             coefficients_K = torch.zeros_like(coefficients_K)
         self.state.apply(plan, coefficients_K, learning_rate, finite)
@@ -130,11 +130,11 @@ class ReferenceTrainer:
         """Dense float64 weights by module: base + sum over bases of U V^T, the current one at a probe's offset."""
         total = {name: weight.double() for name, weight in self.base.items()}
         for basis in [self.basis] if self.space == "fold" else range(self.num_bases):
-            theta_N = self.state.acc_BN[self.state.row(basis)].double()
+            theta_N = self.state.accumulator(basis).double()
             if offset_N is not None and basis == self.basis:
                 theta_N = theta_N + offset_N
             for name, u_OR, v_IR in zip(self.names, *self.state.factors(basis, theta_N), strict=True):
-                total[name] = total[name] + change_of(u_OR.double(), v_IR if v_IR is None else v_IR.double())
+                total[name] = total[name] + change_of(u_OR, v_IR)
         return total
 
     @torch.no_grad()
@@ -142,10 +142,10 @@ class ReferenceTrainer:
         """(1, E) losses in nats and (1, E) predictions at the current weights, or at a probe's."""
         for name, weight in self.weights(offset_N).items():
             weight_of(self.modules[name]).copy_(weight)
-        cells = [self._cells(row) for example in examples for row in example.rows]
+        cells = [self._cells(row) for example in examples for row in example.sequences]
         return self.objective.loss(torch.cat(cells)[None], examples)
 
-    def _cells(self, row: ScoringRow) -> Tensor:
+    def _cells(self, row: ScoringSequence) -> Tensor:
         """Scores of one row, from a forward pass over it alone; see `vllm_zo.objectives.base`."""
         logits_TV = self.model(torch.tensor([row.token_ids])).logits[0]
         labels = torch.tensor(row.label_ids)

@@ -11,6 +11,8 @@ import json
 import logging
 import os
 import re
+import shutil
+import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,14 +20,15 @@ from typing import Any
 
 import pytest
 from transformers import GPT2Config
+from vllm.lora.request import LoRARequest
 
 from tests.cli import train_flags, use_engine, vllm_zo, write_jsonl
 from tests.engines import SENTIMENT, Engines, reviews, scheduler_of
 from tests.trajectories import STEPS, Trajectory, cut_copy, steps_of, train
 from vllm_zo import LLM, ConfigError, CorruptLogError, JobError, LoZO
-from vllm_zo.checkpoint.seed_log import read_seed_log
-from vllm_zo.entrypoints import train_command
-from vllm_zo.entrypoints.engine_options import engine_options
+from vllm_zo.checkpoint.seed_log.reader import read_seed_log
+from vllm_zo.entrypoints.cli import train as train_command
+from vllm_zo.entrypoints.llm.options import engine_options
 
 Capture = pytest.CaptureFixture[str]
 
@@ -70,7 +73,7 @@ def test_a_command_line_that_does_not_parse_is_status_2_with_the_flag(
 
 @pytest.fixture
 def no_engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    def start(*_: object) -> None:
+    def start(*_: object, **__: object) -> None:
         raise AssertionError("an engine was started")
 
     monkeypatch.setattr(train_command, "start_engine", start)
@@ -96,17 +99,19 @@ def no_engine(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--slots", 1], "zo_training.slots=1: expected an integer >= 2; a pair of probes needs 2."),
         (["--slot-rank", 24], "zo_training.slot_rank=24: expected one of 1, 8, 16"),
         (["--batch-size", 25], "batch_size=25: the training data has 24 examples; use a smaller batch or more data."),
-        (["--learning-rate", -1], "learning_rate=-1.0: expected a number >= 0; 'auto' finds one."),
+        (["--learning-rate", -1], "learning_rate=-1: expected a number >= 0; 'auto' finds one."),
         (["--steps", -1], "steps=-1: expected an integer >= 0."),
         (["--method", "lozoo"], "unknown method 'lozoo': did you mean 'lozo'?"),
-        (["--method", "factorized-mezo", "--interval", 3], "unknown hyperparameter of factorized-mezo 'interval'"),
+        (["--method", "factorized-mezo", "--interval", 3], "unknown setting of method factorized-mezo 'interval'"),
         (["--update-space", "folds"], "unknown update_space 'folds': did you mean 'fold'?"),
         (["--task", "sst2"], "--train, --validation, --template, --option: --task sst2 brings its own; drop one"),
         (["--data", "a"], "--data: belongs to --task"),
         (["--objective", "language-modelling"], "unknown objective 'language-modelling': did you mean 'language-model"),
         (["--template", "no field"], "template='no field'"),
         (["--train", "nowhere.jsonl"], "train='nowhere.jsonl': no such file"),
-        (["--validation", "rows.txt"], "validation='rows.txt': expected a file that ends in .jsonl or .csv"),
+        (["--validation", "rows.txt"], "validation='rows.txt': expected a file that ends in .jsonl, .json, .csv"),
+        (["--chat-template", "nowhere.jinja"], "--chat-template nowhere.jinja: no such file (looked in "),
+        (["--default-chat-template-kwargs", "shout"], "--default-chat-template-kwargs 'shout': cannot be read as JSON"),
         (
             ["--resume-from", "nowhere"],
             "--resume-from nowhere: no job.json there; give the directory of an earlier run",
@@ -259,7 +264,7 @@ def test_resuming_with_another_model_dtype_or_slot_rank_is_refused_before_anythi
 ) -> None:
     directory = cut_copy(unbroken[0].directory, tmp_path / "cut", 5)
     before = {path.name: path.read_bytes() for path in directory.iterdir()}
-    with pytest.raises(ConfigError, match=r"model='\S+qwen2': the run in \S+ trained another one, '\S+opt'. Start "):
+    with pytest.raises(ConfigError, match=r"base_model='\S+qwen2' .* not the model the job trained, '\S+opt' "):
         train(engines.get("qwen2"), resume_from=directory)
     with pytest.raises(ConfigError, match=r"dtype='bfloat16': the run in \S+ was made in 'float32'; start the engine"):
         train(engines.get(dtype="bfloat16"), resume_from=directory)
@@ -312,7 +317,7 @@ needs_dev_full = pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /
 def full_disk_at(path: Path) -> Path:
     """Writing `path` atomically (beside it, then renamed) will find no space, once."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     temporary.symlink_to("/dev/full")
     return temporary
 
@@ -327,51 +332,65 @@ def our_log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixtu
 
 
 @needs_dev_full
-def test_a_full_disk_at_a_snapshot_ends_the_job_with_its_log_and_not_the_engine(
-    engines: Engines, unbroken: tuple[Any, Trajectory], tmp_path: Path, our_log: pytest.LogCaptureFixture
+@pytest.mark.parametrize("file", ["snapshot.safetensors", "step-4.safetensors"])
+def test_a_full_disk_at_a_snapshot_or_a_version_costs_that_file_only(
+    engines: Engines, unbroken: tuple[Any, Trajectory], tmp_path: Path, our_log: pytest.LogCaptureFixture, file: str
 ) -> None:
     llm, directory = engines.get(), tmp_path / "job"
-    full_disk_at(directory / "snapshot.safetensors")
-    with pytest.raises(JobError, match=r"failed: cannot write \S+snapshot.safetensors: No space left.*its log is in"):
-        train(llm, checkpoint_interval=4, output_dir=str(directory))
-    assert "No space left" in our_log.text and all(record.exc_info is None for record in our_log.records)
-    log = read_seed_log(directory / "seeds.log")
-    assert log.intact and 4 <= log.num_steps < STEPS
-    assert_serves(llm)
-    assert Trajectory.of(llm, train(llm, resume_from=directory)) == unbroken[1]
+    full_disk_at(directory / file)
+    run = train(llm, checkpoint_interval=4, publish_interval=4, output_dir=str(directory))
+    assert f"{file}: No space left" in our_log.text and all(record.exc_info is None for record in our_log.records)
+    assert run.status == "succeeded" and (4 in run.published) == (file == "snapshot.safetensors")
+    assert Trajectory.of(llm, run).steps == unbroken[1].steps
 
 
-@needs_dev_full
-def test_a_full_disk_under_the_metrics_ends_the_job_with_its_log_and_not_the_engine(
-    engines: Engines, unbroken: tuple[Any, Trajectory], tmp_path: Path
-) -> None:
+class Disk:
+    """`os.pwrite` of a disk that is full until it has refused `times` writes to files of one name."""
+
+    def __init__(self, name: str, times: int) -> None:
+        self.name, self.times = name, times
+        self._pwrite = os.pwrite
+
+    def pwrite(self, descriptor: int, data: bytes, offset: int) -> int:
+        if self.times and os.readlink(f"/proc/self/fd/{descriptor}").endswith(self.name):
+            self.times -= 1
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return self._pwrite(descriptor, data, offset)
+
+
+@pytest.mark.parametrize("file", ["metrics.jsonl", "seeds.log"])
+def test_a_job_waits_for_a_full_disk_and_loses_nothing(
+    engines: Engines, unbroken: tuple[Any, Trajectory], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    our_log: pytest.LogCaptureFixture, file: str,
+) -> None:  # fmt: skip
     llm, directory = engines.get(), tmp_path / "job"
-    directory.mkdir()
-    (directory / "metrics.jsonl").symlink_to("/dev/full")
-    with pytest.raises(JobError, match=r"failed: cannot write \S+metrics.jsonl: No space left .*; free space, then re"):
-        train(llm, output_dir=str(directory))
-    log = read_seed_log(directory / "seeds.log")
-    assert log.records == unbroken[1].steps[: log.num_steps] and 0 < log.num_steps < STEPS
+    monkeypatch.setattr(os, "pwrite", Disk(file, times=2).pwrite)
+    run = train(llm, output_dir=str(directory))
+    assert f"waits: {directory / file}: No space left on device with" in our_log.text
+    assert run.status == "succeeded" and Trajectory.of(llm, run) == unbroken[1]
     assert_serves(llm)
-    (directory / "metrics.jsonl").unlink()
-    assert Trajectory.of(llm, train(llm, resume_from=directory)) == unbroken[1]
 
 
-def test_a_full_disk_under_the_seed_log_fails_the_job_even_after_its_last_step(
+def test_a_job_that_waits_for_a_full_disk_says_so_serves_and_can_be_cancelled(
     engines: Engines, unbroken: tuple[Any, Trajectory], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The run is over before the log's thread looks at the disk again: it must not be called a success."""
     llm, directory = engines.get(), tmp_path / "job"
+    seen: list[str] = []
 
-    def full(*_: object) -> int:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    def cancel_once_it_waits(run: Any, record: Any) -> None:
+        while not run.waits_for:
+            llm.llm_engine.step()
+            run.poll()
+        seen.append(run.waits_for)
+        assert_serves(llm)
+        run.cancel()
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, "pwrite", full)
-        with pytest.raises(JobError, match=r"seed log \S+: No space left on device with \d+ steps not yet on disk"):
-            train(llm, output_dir=str(directory))
-    assert json.loads((directory / "summary.json").read_text())["status"] == "failed"
-    assert read_seed_log(directory / "seeds.log").num_steps == 0
+        patch.setattr(os, "pwrite", Disk("seeds.log", times=10**9).pwrite)
+        with pytest.raises(JobError, match="cancelled"):
+            train(llm, output_dir=str(directory), callbacks=[cancel_once_it_waits])
+    assert "seeds.log: No space left on device with" in seen[0]
+    assert json.loads((directory / "summary.json").read_text())["status"] == "cancelled"
     assert_serves(llm)
     assert Trajectory.of(llm, train(llm, resume_from=directory)) == unbroken[1]
 
@@ -390,7 +409,9 @@ def test_a_summary_that_does_not_fit_costs_the_summary_only(
 
 def test_a_directory_that_cannot_be_written_is_named_before_the_job_starts(engines: Engines, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(JobError, match=r"cannot write \S+train.jsonl: Not a directory.*or choose another directory"):
+    with pytest.raises(
+        JobError, match=r"cannot write \S+train.jsonl: (Not a directory|File exists).*or choose another directory"
+    ):
         train(engines.get(), output_dir=str(tmp_path / "file" / "job"))
     assert_serves(engines.get())
 
@@ -424,8 +445,27 @@ def test_evaluating_a_state_that_is_not_on_disk_is_refused_and_not_answered_with
     llm, run = engines.get(), unbroken[0]
     kept = run.version_file.rename(run.version_file.with_suffix(".kept"))
     try:
-        with pytest.raises(ConfigError, match=r"step-10.safetensors: the state to evaluate is not there"):
+        with pytest.raises(ConfigError, match=r"step-10.safetensors: there is no file of this state"):
             llm.evaluate(reviews(4), run=run)
     finally:
         kept.rename(run.version_file)
     assert llm.evaluate(reviews(4), run=run)["loss"] > 0
+
+
+@pytest.mark.parametrize("damage", ["cut off", "no header", "no configuration", "gone"])
+def test_a_damaged_adapter_costs_its_own_request_only(engines: Engines, tmp_path: Path, damage: str) -> None:
+    llm = engines.get()
+    train(llm, output_dir=str(tmp_path / "job")).save(tmp_path / "adapter")
+    weights = tmp_path / "adapter" / "adapter_model.safetensors"
+    adapter = LoRARequest(f"adapter-{damage}", 77 + len(damage), str(tmp_path / "adapter"))
+    if damage == "cut off":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif damage == "no header":
+        weights.write_bytes(b"x" * 1000)
+    elif damage == "no configuration":
+        (tmp_path / "adapter" / "adapter_config.json").unlink()
+    else:
+        shutil.rmtree(tmp_path / "adapter")
+    with pytest.raises(ConfigError, match="adapter_model.safetensors .* is damaged|no adapter_config.json there"):
+        llm.generate(["the story is"], use_tqdm=False, lora_request=adapter)
+    assert_serves(llm)

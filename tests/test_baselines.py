@@ -146,6 +146,7 @@ def test_every_baseline_has_the_losses_and_updates_of_a_naive_dense_float64_step
 
 
 @pytest.mark.parametrize("name", STOCK)
+@pytest.mark.slow
 def test_a_trainer_outside_of_stock_vllm_takes_the_same_steps(
     name: str, model_dir: Path, reference: Reference, tmp_path: Path
 ) -> None:

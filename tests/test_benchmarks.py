@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import convergence, convergence_report, memory
-from benchmarks.convergence import Rows, Settings
+from benchmarks.convergence import Data, Settings
 from tests.engines import Engines, reviews
 
 LOSS_TOLERANCE = 1e-4
@@ -29,7 +29,7 @@ def settings_for(model: Path) -> Settings:
 def curves(engines: Engines) -> dict[str, Any]:
     """Both spaces by both trainers; V comes back to its first basis at step 4 in `bank`, and is new in `fold`."""
     settings = settings_for(engines.model("opt"))
-    rows = Rows(reviews(24, seed=1), reviews(10, seed=2), reviews(10, seed=3))
+    rows = Data(reviews(24, seed=1), reviews(10, seed=2), reviews(10, seed=3))
     made = {}
     for space in convergence.SPACES:
         head = {"space": space, "settings": asdict(settings)}

@@ -6,6 +6,8 @@ import dataclasses
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +23,18 @@ from tests import tiny
 from vllm_zo import noise
 from vllm_zo.checkpoint.compress import truncate
 from vllm_zo.checkpoint.export import export_merged, export_peft
-from vllm_zo.checkpoint.header import SeedLogHeader
 from vllm_zo.checkpoint.hf_checkpoint import base_fingerprint
-from vllm_zo.checkpoint.replay import fold_key, rebuild_state, replay_into, replay_weights
-from vllm_zo.checkpoint.seed_log import SeedLog, SeedLogWriter, StepRecord, read_seed_log
-from vllm_zo.checkpoint.snapshot import SnapshotInfo, load_snapshot, save_snapshot
+from vllm_zo.checkpoint.replay import fold_key, rebuild_state, replay_weights
+from vllm_zo.checkpoint.seed_log.format import StepRecord
+from vllm_zo.checkpoint.seed_log.header import SeedLogHeader
+from vllm_zo.checkpoint.seed_log.reader import SeedLog, read_seed_log
+from vllm_zo.checkpoint.seed_log.writer import SeedLogWriter
+from vllm_zo.checkpoint.snapshot import load_snapshot, save_snapshot
 from vllm_zo.errors import ConfigError, JobError
 from vllm_zo.methods import FactorizedMeZO, LoZO, Method
-from vllm_zo.methods.base import ModuleShape
 from vllm_zo.methods.fold import fold_into
-from vllm_zo.methods.state import AdapterState, FactorLayout
+from vllm_zo.methods.plan import ModuleShape
+from vllm_zo.methods.state import AdapterState
 from vllm_zo.methods.targets import select_modules
 
 MODULES = (
@@ -74,7 +78,7 @@ def dense_updates(log: SeedLog) -> list[dict[str, Tensor]]:
         update = {}
         for module in header.modules:
             v_IR = draw(noise.derive_key(header.job_seed, "V", basis), module.name, module.in_features, method.rank)
-            us = [draw(seed, module.name, module.out_features, method.rank) for seed in plan.seeds]
+            us = [draw(seed, module.name, module.out_features, method.rank) for seed in plan.keys]
             moves = [c * (u @ v_IR.T) for c, u in zip(record.coefficients, us, strict=True)]
             update[module.name] = -record.learning_rate * method.coordinates.scale * torch.stack(moves).sum(0)
         updates.append(update)
@@ -93,7 +97,7 @@ def delta_of(state: AdapterState) -> dict[str, Tensor]:
     }
     for basis in range(state.num_bases):
         us = state.layout.split_u(state.acc_BN[basis])
-        vs = state.layout.split_v(state.v_flat(basis))
+        vs = state.layout.split_v(state.frozen(basis))
         for module, u, v in zip(state.layout.modules, us, vs, strict=True):
             total[module.name] += u.double() @ v.double().T
     return total
@@ -116,7 +120,7 @@ def test_a_rebuilt_fold_state_holds_the_current_basis_only() -> None:
     log = random_log(header_of(LoZO(rank=2, interval=5), "fold"), 13)
     state = rebuild_state(log)
     last_basis = dense_updates(log)[10:]
-    us, vs = state.layout.split_u(state.acc_BN[0]), state.layout.split_v(state.v_flat(2))
+    us, vs = state.layout.split_u(state.acc_BN[0]), state.layout.split_v(state.frozen(2))
     for module, u, v in zip(MODULES, us, vs, strict=True):
         reference = sum(update[module.name] for update in last_basis)
         torch.testing.assert_close(u.double() @ v.double().T, reference, rtol=1e-5, atol=1e-6)
@@ -146,9 +150,7 @@ def test_a_rebuild_from_a_snapshot_is_the_rebuild_from_zero(
 ) -> None:
     log = random_log(header_of(LoZO(rank=2, interval=3), space, num_bases), 8)
     expected = rebuild_state(log).acc_BN
-    epoch = max(snapshot_step - 1, 0) // 3
-    info = SnapshotInfo(snapshot_step, epoch % num_bases if space == "bank" else epoch)
-    save_snapshot(tmp_path / "s.safetensors", rebuild_state(log, upto=min(snapshot_step, 8)), info)
+    save_snapshot(tmp_path / "s.safetensors", rebuild_state(log, upto=snapshot_step), snapshot_step)
     applied: list[int] = []
     real_apply = AdapterState.apply
     monkeypatch.setattr(AdapterState, "apply", lambda *a: (applied.append(a[1].step), real_apply(*a))[1])
@@ -160,22 +162,12 @@ def test_a_rebuild_from_a_snapshot_is_the_rebuild_from_zero(
 def test_a_snapshot_ahead_of_the_log_or_damaged_or_absent_is_not_used(tmp_path: Path) -> None:
     log = random_log(header_of(LoZO(rank=2, interval=3), "bank", 2), 8)
     path = tmp_path / "s.safetensors"
-    save_snapshot(path, rebuild_state(log), SnapshotInfo(8, 0))
+    save_snapshot(path, rebuild_state(log), 8)
     expected = rebuild_state(log, upto=5).acc_BN
     assert torch.equal(rebuild_state(log, upto=5, snapshot=path).acc_BN, expected)
     path.write_bytes(path.read_bytes()[:100])
     assert torch.equal(rebuild_state(log, upto=5, snapshot=path).acc_BN, expected)
     assert torch.equal(rebuild_state(log, upto=5, snapshot=tmp_path / "none").acc_BN, expected)
-
-
-def test_a_shard_replays_to_the_slice_of_the_whole() -> None:
-    log = random_log(header_of(LoZO(rank=2, interval=3), "bank", 2), 8)
-    halves = tuple(slice(m.out_features // 2, m.out_features) for m in MODULES)
-    shard = AdapterState(log.header.build_method(), FactorLayout(MODULES, 2, out_slices=halves), 11, 2)
-    replay_into(shard, log)
-    whole = rebuild_state(log)
-    parts = zip(whole.layout.split_u(whole.acc_BN), shard.layout.split_u(shard.acc_BN), halves, strict=True)
-    assert all(torch.equal(w[:, half], s) for w, s, half in parts)
 
 
 def test_replaying_beyond_the_log_is_refused() -> None:
@@ -203,7 +195,7 @@ def test_replayed_bf16_weights_round_with_the_keys_of_the_folds() -> None:
     expected = dict(weights)
     for last_step, basis in ((4, 0), (8, 1), (10, 2)):
         state = rebuild_state(log, upto=last_step)
-        us, vs = state.layout.split_u(state.acc_BN[0]), state.layout.split_v(state.v_flat(basis))
+        us, vs = state.layout.split_u(state.acc_BN[0]), state.layout.split_v(state.frozen(basis))
         key = noise.derive_key(11, "fold", last_step)
         for module, u, v in zip(MODULES, us, vs, strict=True):
             expected[module.name] = fold_into(expected[module.name], u, v, key, module.name)
@@ -226,8 +218,8 @@ def test_replaying_weights_of_a_bank_job_or_without_a_module_is_refused() -> Non
 
 def test_a_snapshot_of_another_job_names_what_differs(tmp_path: Path) -> None:
     path = tmp_path / "s.safetensors"
-    save_snapshot(path, header_of(LoZO(rank=2), "bank", 2).new_state(), SnapshotInfo(3, 1))
-    assert load_snapshot(path, header_of(LoZO(rank=2), "bank", 2).new_state()) == SnapshotInfo(3, 1)
+    save_snapshot(path, header_of(LoZO(rank=2), "bank", 2).new_state(), 3)
+    assert load_snapshot(path, header_of(LoZO(rank=2), "bank", 2).new_state()) == 3
     cases: list[tuple[SeedLogHeader, str]] = [
         (header_of(LoZO(rank=2, eps=0.5), "bank", 2), r"lozo.eps=0.5 \(written with 0.001\)"),
         (header_of(LoZO(rank=2), "bank", 2, job_seed=12), r"job_seed=12 \(written with 11\)"),
@@ -239,10 +231,34 @@ def test_a_snapshot_of_another_job_names_what_differs(tmp_path: Path) -> None:
             load_snapshot(path, header.new_state())
 
 
+def test_a_snapshot_knows_which_bases_hold_an_update(tmp_path: Path) -> None:
+    log = random_log(header_of(LoZO(rank=2, interval=2), "bank", 5), 5)
+    for step, bases in ((0, []), (1, [0]), (5, [0, 1, 2])):
+        save_snapshot(tmp_path / "s.safetensors", rebuild_state(log, upto=step), step)
+        loaded = log.header.new_state()
+        load_snapshot(tmp_path / "s.safetensors", loaded)
+        assert loaded.touched_bases() == bases
+        assert loaded.last_basis == (bases[-1] if bases else None)
+
+
+def test_equal_states_give_equal_bytes_in_any_process(tmp_path: Path) -> None:
+    """safetensors alone writes metadata in the order of a hash table, which another process orders otherwise."""
+    log = random_log(header_of(LoZO(rank=2, interval=3, optimizer="adam"), "bank", 2), 8)
+    save_snapshot(tmp_path / "here", rebuild_state(log), 8)
+    save = """
+import sys
+from tests.test_checkpoint import LoZO, header_of, random_log, rebuild_state, save_snapshot
+log = random_log(header_of(LoZO(rank=2, interval=3, optimizer="adam"), "bank", 2), 8)
+save_snapshot(sys.argv[1], rebuild_state(log), 8)
+"""
+    subprocess.run([sys.executable, "-c", save, tmp_path / "there"], cwd=Path(__file__).parents[1], check=True)
+    assert (tmp_path / "there").read_bytes() == (tmp_path / "here").read_bytes()
+
+
 def test_a_failed_snapshot_leaves_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     log = random_log(header_of(LoZO(rank=2, interval=3), "bank", 2), 8)
     path = tmp_path / "s.safetensors"
-    save_snapshot(path, rebuild_state(log, upto=4), SnapshotInfo(4, 1))
+    save_snapshot(path, rebuild_state(log, upto=4), 4)
     before = path.read_bytes()
 
     def full(_: int) -> None:
@@ -252,7 +268,7 @@ def test_a_failed_snapshot_leaves_the_one_before(tmp_path: Path, monkeypatch: py
     with pytest.raises(
         JobError, match=r"cannot write .*s.safetensors: No space left on device; nothing there was changed"
     ):
-        save_snapshot(path, rebuild_state(log), SnapshotInfo(8, 0))
+        save_snapshot(path, rebuild_state(log), 8)
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["s.safetensors"]
 
@@ -381,7 +397,7 @@ def test_truncation_is_the_best_of_its_rank(rows: int, columns: int, width: int,
 
 def test_a_rank_vllm_cannot_serve_is_reported(tmp_path: Path) -> None:
     state = header_of(LoZO(rank=300), "bank", 2).new_state()
-    state.acc_BN.fill_(1.0)
+    state.mark_touched([0, 1])
     report = export_peft(state, "no/model", tmp_path)
     assert report.rank == 600
     assert "rank 600, vLLM serves at most 512" in report.warnings[0]

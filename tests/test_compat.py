@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import re
 import types
@@ -10,23 +11,36 @@ from typing import Any
 
 import pytest
 
-from vllm_zo import compat
-from vllm_zo.compat.registry import Patch, PatchConflictError, exists, patches_in
-from vllm_zo.entrypoints.engine_options import engine_options
+import vllm_zo
+from vllm_zo import plugin
+from vllm_zo.compat.registry import DECLARED_IN, Patch, PatchConflictError, declared_patches, exists, names_in
+from vllm_zo.entrypoints.llm.options import engine_options
+from vllm_zo.entrypoints.llm.requirements import require_patches
 from vllm_zo.errors import ZOError
 
+PACKAGE = Path(vllm_zo.__file__).parent
 PATCHES = Path(__file__).parents[1] / "patches"
-RECORDED = list(patches_in(compat))
+RECORDED = list(declared_patches())
 
 
 def named_patches() -> list[tuple[str, str, Patch]]:
     """(file, constant, patch) of all of them, read from the source: that is how the table names them."""
     found = []
-    for path in sorted(Path(compat.__path__[0]).glob("*.py")):
+    for module in map(importlib.import_module, DECLARED_IN):
+        path = Path(str(module.__file__))
         for constant in re.findall(r"^([A-Z_]+) = Patch\(", path.read_text(), re.M):
-            patch = getattr(__import__(f"vllm_zo.compat.{path.stem}", fromlist=["_"]), constant)
-            found.append((f"compat/{path.name}", constant, patch))
+            found.append((path.relative_to(PACKAGE).as_posix(), constant, getattr(module, constant)))
     return found
+
+
+def test_every_module_with_records_is_known_to_the_doctor() -> None:
+    declaring = {
+        f"vllm_zo.{path.relative_to(PACKAGE).with_suffix('').as_posix().replace('/', '.')}"
+        for path in PACKAGE.rglob("*.py")
+        if re.search(r"^[A-Z_]+ = Patch\(", path.read_text(), re.M)
+    }
+    assert declaring == set(DECLARED_IN)
+    assert len(named_patches()) == len(RECORDED) == len({patch.target for patch in RECORDED})
 
 
 @pytest.mark.parametrize(
@@ -35,17 +49,17 @@ def named_patches() -> list[tuple[str, str, Patch]]:
 def test_every_run_time_patch_has_its_counterpart_or_says_why_not(file: str, constant: str, patch: Patch) -> None:
     with_series, without = (PATCHES / "README.md").read_text().split("## Run-time patches without a counterpart")
     if patch.series.startswith("none: "):
-        assert patch.built_in is None
+        assert patch.built_in is None or patch.series.startswith("none: in vLLM since ")
         rows = [row for row in without.splitlines() if f"`{file}`" in row]
         assert any(constant in row for row in rows), "missing in the table of those without a counterpart"
         return
     source = (PATCHES / patch.series).read_text()
     rows = [row for row in with_series.splitlines() if f"({patch.series})" in row]
     assert len(rows) == 1 and re.search(rf"`{file}`[^`|]*\b{constant}\b", rows[0]), "the table names another patch"
-    assert re.search(rf"{Path(file).name} [^.]*\b{constant}\b", source), "the header of the patch does not name it"
+    assert re.search(rf"{file} [^.]*\b{constant}\b", source), "the header of the patch does not name it"
     assert patch.built_in is not None
     added = "\n".join(line[1:] for line in source.splitlines() if re.match(r"\+(?!\+\+)", line))
-    feature = patch.built_in.rpartition(".")[2].rpartition(":")[2]
+    feature = re.split(r"[.:(]", patch.built_in.removesuffix(")"))[-1]
     assert re.search(rf"\b{feature}\b", added), f"{patch.series} does not add {feature}, so it would never be noticed"
     assert not exists(patch.built_in), "the installed release has it: delete the run-time patch"
 
@@ -53,7 +67,7 @@ def test_every_run_time_patch_has_its_counterpart_or_says_why_not(file: str, con
 def test_the_tables_name_no_patch_that_is_gone() -> None:
     tables = (PATCHES / "README.md").read_text().split("## Run-time patches without a counterpart")
     for table, without in zip(tables, (False, True), strict=True):
-        cells = re.findall(r"`(compat/\w+\.py)` ([A-Z_]+(?:, [A-Z_]+)*)", table)
+        cells = re.findall(r"`([\w/]+\.py)` ([A-Z_]+(?:, [A-Z_]+)*)", table)
         named = {(file, constant) for file, constants in cells for constant in constants.split(", ")}
         assert named == {(f, c) for f, c, patch in named_patches() if patch.series.startswith("none: ") == without}
 
@@ -134,9 +148,62 @@ def test_a_patch_steps_aside_where_vllm_has_the_feature() -> None:
     assert patch.unneeded() and owner().step() == "vllm"
 
 
+# --- patches of one object --------------------------------------------------------------------------------------------
+
+
+def test_a_patch_of_an_object_leaves_the_others_of_its_class_alone() -> None:
+    owner = vllm_class(step=lambda self: "vllm")
+    patched, other = owner(), owner()
+    patch_of("vllm.somewhere:Engine.step").on(patched, "step", lambda: "zo")
+    assert (patched.step(), other.step()) == ("zo", "vllm")
+
+
+def test_an_object_is_patched_once_because_the_first_replacement_has_an_owner() -> None:
+    engine, patch = vllm_class(step=lambda self: None)(), patch_of("vllm.somewhere:Engine.step")
+    patch.on(engine, "step", lambda: None)
+    with pytest.raises(PatchConflictError, match="vllm_zo itself has replaced Engine.step already"):
+        patch.on(engine, "step", lambda: None)
+
+
+def test_what_another_plugin_has_replaced_on_an_object_is_refused() -> None:
+    patch = patch_of("vllm.somewhere:Engine.step")
+    for on_class in (False, True):
+        engine = vllm_class(step=lambda self: None)()
+        theirs = types.FunctionType((lambda self=None: None).__code__, {"__name__": "somebody.plugin"}, "step")
+        (type(engine) if on_class else engine).step = theirs
+        with pytest.raises(PatchConflictError, match=r"somebody.plugin has replaced Engine.step.*VLLM_PLUGINS"):
+            patch.on(engine, "step", lambda: None)
+    with pytest.raises(PatchConflictError, match="not found in the installed vLLM"):
+        patch.on(vllm_class()(), "step", lambda: None)
+
+
+def test_a_model_of_another_package_has_methods_of_its_own() -> None:
+    class Model:
+        def compute_logits(self) -> str:
+            return "all"
+
+    model = Model()
+    patch_of("vllm.somewhere:Model.compute_logits").on(model, "compute_logits", lambda: "some")
+    assert model.compute_logits() == "some"
+
+
+# --- what is in vLLM --------------------------------------------------------------------------------------------------
+
+
+def test_names_are_found_in_vllms_code_behind_our_replacement() -> None:
+    target = "vllm.model_executor.layers.utils:dispatch_cpu_unquantized_gemm"
+    plugin.install()
+    assert {"cpu_linear", "handler", "packed_weight"} <= names_in(target) and "no_such_name" not in names_in(target)
+
+
+def test_a_feature_may_be_a_parameter() -> None:
+    assert exists("vllm.v1.request:Request.__init__(priority)")
+    assert not exists("vllm.v1.request:Request.__init__(no_such_parameter)")
+
+
 def test_every_patch_in_this_process_is_marked_as_ours() -> None:
     """After an engine was made, nothing of ours is in vLLM that is not recorded, and what is recorded is there."""
-    compat.install()
+    plugin.install()
     from vllm.v1.engine.core import EngineCore, EngineCoreProc
     from vllm.v1.engine.llm_engine import LLMEngine
 
@@ -161,16 +228,15 @@ def test_a_vllm_that_the_patches_do_not_fit_serves_on_and_does_not_train(
     """The plugin is loaded in engines that have nothing to do with training."""
     from vllm.v1.engine.core import EngineCoreProc
 
-    monkeypatch.setattr(compat, "_installed", False)
     if theirs is None:
         monkeypatch.delattr(EngineCoreProc, "_handle_shutdown")
     else:
         monkeypatch.setattr(EngineCoreProc, "_handle_shutdown", theirs)
     why = "_handle_shutdown.*vllm-zo doctor" if theirs is None else "test_compat has replaced .*_handle_shutdown"
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
-    compat.install()
+    plugin.install()
     assert re.search(f"cannot train with this vLLM: .*{why}", caplog.text)
     with pytest.raises(PatchConflictError, match=why):
-        compat.require()
+        require_patches()
     with pytest.raises(ZOError, match="_handle_shutdown"):
         engine_options("no-model", True, {})

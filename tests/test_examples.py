@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+PLAYED = r"on held-out reviews: 0\.\d+ -> 0\.\d+\nrequests of a rollout: 1\.\d+ -> 1\.\d+;.*\n.*\n  (prompt|user): "
 RUNS = {  # script -> (argument: steps or requests, what it must print)
     "finetune.py": (
         6,
@@ -27,11 +28,15 @@ RUNS = {  # script -> (argument: steps or requests, what it must print)
         4,
         r"sampled: 0\.\d+ in the first 10 steps, 0\.\d+ in the last\nin the format, greedy: +0\.\d+ -> 0\.\d+",
     ),
+    "rollout_game.py": (3, rf"score {PLAYED}"),
+    "rollout_format.py": (3, rf"the judge {PLAYED}"),
+    "rollout_agent.py": (3, rf"the agent's score {PLAYED}"),
     "training_under_load.py": (3, r"meanwhile \d+ training steps.*\nits newest version: median \d+ ms"),
 }
 QUICKEST = "export.py"
-OTHERS = {"demo.py", "openai_finetune.py", "pretrain_demo_model.py"}
-"""Tested elsewhere (`make demo`, test_openai_server.py), or not meant to be run again."""
+NEEDS = {"rollout_agent.py": "pydantic_ai"}
+OTHERS = {"demo.py", "openai_finetune.py", "continual.py", "pretrain_demo_model.py"}
+"""Tested elsewhere (`make demo`, test_openai_server.py, test_openai_continual.py), or not meant to be run again."""
 
 
 def example(name: str) -> object:
@@ -40,6 +45,8 @@ def example(name: str) -> object:
 
 @pytest.mark.parametrize("name", [example(name) for name in RUNS])
 def test_an_example_runs_as_printed(name: str, tmp_path: Path) -> None:
+    if name in NEEDS:
+        pytest.importorskip(NEEDS[name])
     argument, printed = RUNS[name]
     environment = {**os.environ, "TMPDIR": str(tmp_path), "VLLM_LOGGING_LEVEL": "ERROR"}  # it logs to standard output
     environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)  # the tests' own choice; an example makes its own

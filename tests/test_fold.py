@@ -20,6 +20,21 @@ def neighbours(dtype: torch.dtype) -> tuple[float, float]:
 
 
 @pytest.mark.parametrize("dtype", HALVES)
+def test_the_parts_of_a_module_on_several_ranks_are_folded_as_the_whole(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    outs, ins = 12, 10
+    weight = torch.randn(outs, ins, generator=generator).to(dtype)
+    u, v = 1e-2 * torch.randn(outs, 2, generator=generator), torch.randn(ins, 2, generator=generator)
+    whole = fold_into(weight, u, v, 5, "m")
+    for o in (slice(0, 6), slice(6, 12)):  # as column-parallel layers are cut
+        part = fold_into(weight[o], u[o], v, 5, "m", first_element=o.start * ins)
+        assert torch.equal(part, whole[o])
+    for i in (slice(0, 4), slice(4, 10)):  # as row-parallel layers are
+        part = fold_into(weight[:, i], u, v[i], 5, "m", first_element=i.start, stride=ins)
+        assert torch.equal(part, whole[:, i])
+
+
+@pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("fraction", [0.01, 0.25, 0.5, 0.9])
 @pytest.mark.parametrize("exponent", [-12, 0, 5])

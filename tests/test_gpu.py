@@ -61,7 +61,7 @@ def test_losses_of_twenty_steps_are_those_of_the_plain_reference(
         losses_PE, coefficients_K = oracle.step(step, [examples[i] for i in order.batch(step)], RATE)
         spreads.append(abs(float(losses_PE[0].mean() - losses_PE[1].mean())))
         assert record["loss"] == pytest.approx(losses_PE.mean().item(), abs=LOSS_TOLERANCE), f"step {step}"
-        assert record["projected_grad"] == pytest.approx(coefficients_K.tolist(), abs=GRAD_TOLERANCE), f"step {step}"
+        assert record["coefficients"] == pytest.approx(coefficients_K.tolist(), abs=GRAD_TOLERANCE), f"step {step}"
     assert len(spreads) == STEPS
     assert max(spreads) > 5 * LOSS_TOLERANCE
 
@@ -95,7 +95,7 @@ def test_no_command_of_a_step_and_no_score_waits_for_the_device(
     engines: Engines, guard: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     llm = engine(engines, **ENGINES["compiled, with graphs"])
-    train(llm, "bank", steps=2)  # kernels are compiled, pages are made
+    train(llm, "bank", steps=2)  # kernels are compiled, slot writers are made
     trainer = worker_of(llm).zo
     execute = trainer.execute
     guarded = guard(execute, "error")
@@ -122,6 +122,6 @@ def test_what_waits_in_a_whole_engine_step_is_none_of_ours(
         train(llm, "bank")
     waits = sorted({f"{w.filename}:{w.lineno}" for w in caught if "synchronizing CUDA operation" in str(w.message)})
     print("waits in a step:", *waits, sep="\n  ")
-    starting_and_publishing = ("versions.py", "snapshot.py", "state.py")  # once a job, and when a file is written
+    starting_and_publishing = ("published.py", "snapshot.py", "state.py")  # once a job, and when a file is written
     ours = [w for w in waits if "vllm_zo" in w and not any(name in w for name in starting_and_publishing)]
     assert not ours

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tests.children import Child, in_interpreter
 from tests.engines import Engines
-from vllm_zo.worker.kernels.lora_tiles import ROWS, DeviceTiles, most_tiles, plan
+from vllm_zo.worker.cuda.lora_tiles import ROWS, DeviceTiles, most_tiles, plan
 
 SLOTS = 5
 IDS = [11, 12, 13, 14, 15]
@@ -85,7 +85,7 @@ class Pool:
 
 
 def make_wrapper(rank: int, device: str) -> Any:
-    from vllm_zo.worker.kernels.gpu_lora import SharedShrinkPunicaWrapper
+    from vllm_zo.worker.cuda.lora import SharedShrinkPunicaWrapper
 
     config = SimpleNamespace(max_loras=SLOTS, max_lora_rank=rank, specialize_active_lora=False)
     return SharedShrinkPunicaWrapper(256, 16, device, lora_config=config)
@@ -153,7 +153,7 @@ def check_product(
 
 def check_all(device: str) -> None:
     dtypes = (torch.float32, torch.float16, torch.bfloat16)
-    for dtype in dtypes:  # + and - of two directions with one A, and an adapter of somebody
+    for dtype in dtypes:  # + and - of two directions with one A, and a user's adapter
         check_product(device, dtype, inputs=1100, outs=(130, 66, 7), rank=16, bases="aaaae", used=[4, 4, 4, 4, 16])
         check_product(device, dtype, inputs=48, outs=(32,), rank=8)
     check_product(device, torch.float16, inputs=40, outs=(24, 24), rank=1, bases="aabbc")
@@ -180,7 +180,7 @@ def check_metadata(device: str) -> None:
     """What we write on the host is what vLLM derives on the device."""
     from vllm.lora.ops.triton_ops import LoRAKernelMeta
 
-    from vllm_zo.worker.kernels.gpu_lora import fill_metadata
+    from vllm_zo.worker.cuda.lora import fill_metadata
 
     for captured in ([], [1, 2, 4, 6]):
         ours, theirs = (LoRAKernelMeta.make(SLOTS, 64, device, captured_lora_counts=captured) for _ in range(2))
@@ -265,6 +265,7 @@ def results(llm: Any) -> Iterator[tuple[str, list[float]]]:
     yield "answers", [top_logprob(llm), top_logprob(llm, lora_request=run.lora_request)]
 
 
+@pytest.mark.slow
 def test_an_engine_takes_the_steps_it_takes_on_a_cpu(engines: Engines) -> None:
     pytest.importorskip("triton", reason="triton is not installed (it is no dependency of vLLM on a CPU)")
     roads = {"VLLM_USE_V2_MODEL_RUNNER": "1", "TRITON_INTERPRET": "1", "TORCHDYNAMO_DISABLE": "1"}

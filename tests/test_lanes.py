@@ -14,12 +14,12 @@ def job(name: str) -> Any:
 
 
 def test_lanes_share_out_the_slots_and_none_twice() -> None:
-    lanes = make_lanes(3, slots_per_lane=4)
+    lanes = make_lanes(3, slots_per_lane=4, block_size=16)
     assert [lane.slots.free for lane in lanes] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
 
 
 def test_jobs_beyond_the_lanes_do_not_enter() -> None:
-    lanes = make_lanes(2, slots_per_lane=2)
+    lanes = make_lanes(2, slots_per_lane=2, block_size=16)
     assert enter(lanes, job("a")) and enter(lanes, job("b")) and not enter(lanes, job("c"))
     lanes[0].leave()
     assert enter(lanes, job("c")) and [lane.job.job_id for lane in lanes if lane.job] == ["c", "b"]
@@ -28,7 +28,7 @@ def test_jobs_beyond_the_lanes_do_not_enter() -> None:
 def test_tokens_are_shared_evenly_whatever_a_job_asks_for() -> None:
     """Groups of very different sizes: over time each lane is given the same, to within its largest group."""
     rng = random.Random(0)
-    lanes = make_lanes(3, slots_per_lane=2)
+    lanes = make_lanes(3, slots_per_lane=2, block_size=16)
     sizes = {"small": 10, "middle": 100, "large": 1000}
     for name in sizes:
         enter(lanes, job(name))
@@ -39,7 +39,7 @@ def test_tokens_are_shared_evenly_whatever_a_job_asks_for() -> None:
 
 
 def test_a_job_that_enters_is_not_owed_the_time_before() -> None:
-    lanes = make_lanes(2, slots_per_lane=2)
+    lanes = make_lanes(2, slots_per_lane=2, block_size=16)
     enter(lanes, job("old"))
     lanes[0].tokens = 5000
     enter(lanes, job("new"))

@@ -14,7 +14,7 @@ from vllm import SamplingParams
 from tests.engines import SENTIMENT, Engines, members_as_requests, reviews, scheduler_of, worker_of
 from vllm_zo import JobError, LoZO
 from vllm_zo.commands import COMMANDS_ATTR, ZOCommands
-from vllm_zo.worker.kernels import shared_rows
+from vllm_zo.worker.cpu import pruned_forward
 
 JOB: dict[str, Any] = {
     "objective": SENTIMENT, "method": LoZO(eps=2e-2, interval=3), "learning_rate": 1e-3, "batch_size": 8, "steps": 4,
@@ -78,8 +78,8 @@ def test_members_are_requests_beside_a_request_and_alone_again_afterwards(engine
 def test_a_forward_that_fails_fails_its_job_and_no_request(engines: Engines, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without whole sequences to attend to, vLLM's attention would answer zeros: it has no metadata of this step."""
     llm = engines.get()
-    plan_rows = shared_rows.plan_rows
-    monkeypatch.setattr(shared_rows, "plan_rows", lambda chunks: replace(plan_rows(chunks), buckets=None))
+    plan_rows = pruned_forward.plan_rows
+    monkeypatch.setattr(pruned_forward, "plan_rows", lambda *a: replace(plan_rows(*a), buckets=None))
     with pytest.raises(JobError, match="RuntimeError: .*an attention call with further arguments"):
         losses(llm)
     monkeypatch.undo()

@@ -10,7 +10,7 @@ import json
 import math
 import pickle
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
@@ -20,14 +20,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.reference import change_of
 from vllm_zo import noise
 from vllm_zo.errors import ConfigError
-from vllm_zo.methods import METHODS, FactorizedMeZO, LoZO, Method, MeZOLoRA, build_method, method_fields
-from vllm_zo.methods.base import ModuleShape, ProbePlan
-from vllm_zo.methods.fold import change_of, fold_into
+from vllm_zo.methods import ESTIMATORS, METHODS, FactorizedMeZO, LoZO, Method, MeZOLoRA
+from vllm_zo.methods.fold import fold_into
+from vllm_zo.methods.layout import FactorLayout
+from vllm_zo.methods.plan import ModuleShape, ProbePlan
 from vllm_zo.methods.schedules import LRSchedule, learning_rate_at
 from vllm_zo.methods.spaces import basis_of
-from vllm_zo.methods.state import AdapterState, FactorLayout
+from vllm_zo.methods.state import AdapterState
+from vllm_zo.registry import settings
 
 MODULES = (ModuleShape("layers.0.q_proj", 5, 4), ModuleShape("layers.0.fc1", 3, 6))
 EXAMPLES = 3
@@ -39,7 +42,7 @@ Loss = Callable[[Weights], Tensor]
 """Weights of MODULES, float64 -> (EXAMPLES,) float64 losses."""
 
 
-def load_example_of_the_guide(directory: Path) -> ModuleType:
+def example_of_the_guide(directory: Path) -> ModuleType:
     """The python block of the guide, imported as a module (pickling wants one)."""
     block = GUIDE.read_text().split("```python\n")[1].split("```")[0]
     path = directory / "guide_example.py"
@@ -53,8 +56,12 @@ def load_example_of_the_guide(directory: Path) -> ModuleType:
 
 
 @pytest.fixture(scope="module")
-def guide_example(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
-    return load_example_of_the_guide(tmp_path_factory.mktemp("guide"))
+def guide_example(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The guide's estimator is known by its name."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ESTIMATORS, "_registered", dict(ESTIMATORS._registered))
+        ESTIMATORS.register(example_of_the_guide(tmp_path_factory.mktemp("guide")).MedianOfDirections)
+        yield
 
 
 @dataclass(frozen=True)
@@ -74,12 +81,8 @@ class Case:
     reach: float = 0.2
     gain: float | None = 1.0
 
-    def build(self, guide_example: ModuleType) -> Method:
-        built: Method
-        if self.name == "median":
-            built = guide_example.MedianOfDirections(**self.hyperparameters)
-        else:
-            built = build_method(self.name, **self.hyperparameters)
+    def build(self) -> Method:
+        built: Method = METHODS.build(self.name, **self.hyperparameters)
         return built
 
 
@@ -97,7 +100,6 @@ CASES = {
     "lozo, meazo": Case("lozo", SHORT | {"optimizer": "meazo"}, learning_rate=0.05, gain=None),
     "lozo, sign": Case("lozo", SHORT | {"optimizer": "sign"}, learning_rate=0.03, gain=None, reach=0.3),
     "lozo, muon": Case("lozo", SHORT | {"queries": 2, "optimizer": "muon"}, learning_rate=0.05, gain=None),
-    "lozo, conserve": Case("lozo", SHORT | {"optimizer": "conserve"}, learning_rate=0.01, gain=None),
     "factorized-mezo": Case("factorized-mezo", {"rank": 8}, learning_rate=0.02),
     "factorized-mezo, 2 queries": Case("factorized-mezo", {"rank": 5, "queries": 2}, learning_rate=0.03),
     "fzoo": Case("fzoo", {"interval": 5}, learning_rate=1e-4, gain=None),
@@ -110,7 +112,7 @@ CASES = {
     "lora-fa": Case("lora-fa", {"rank": 2}, learning_rate=0.008, gain=None),
     "mezo-lora": Case("mezo-lora", {"rank": 2}, learning_rate=0.001, gain=None, steps=600),
     "mezo": Case("mezo", {}, learning_rate=0.02),
-    "the guide's example": Case("median", SHORT | {"queries": 3}, learning_rate=0.01, gain=None),
+    "the guide's example": Case("lozo", SHORT | {"queries": 3, "estimator": "median"}, learning_rate=0.01, gain=None),
 }
 
 
@@ -120,8 +122,8 @@ def case(request: pytest.FixtureRequest) -> Case:
 
 
 @pytest.fixture
-def method(case: Case, guide_example: ModuleType) -> Method:
-    return case.build(guide_example)
+def method(case: Case, guide_example: None) -> Method:
+    return case.build()
 
 
 @pytest.fixture
@@ -178,11 +180,11 @@ class Toy:
     def weights(self, offset_N: Tensor | None = None) -> Weights:
         total = [w.double() for w in self.base]
         for basis in [self.basis] if self.space == "fold" else range(self.num_bases):
-            theta_N = self.state.acc_BN[self.state.row(basis)].double()
+            theta_N = self.state.accumulator(basis).double()
             if offset_N is not None and basis == self.basis:
                 theta_N = theta_N + offset_N
             pairs = zip(total, *self.state.factors(basis, theta_N), strict=True)
-            total = [w + change_of(u.double(), v if v is None else v.double()) for w, u, v in pairs]
+            total = [w + change_of(u, v) for w, u, v in pairs]
         return total
 
     def move_to(self, basis: int) -> None:
@@ -200,9 +202,6 @@ class Toy:
         self.move_to(basis_of(self.method, step, self.space, self.num_bases))
         plan = self.method.plan(self.state.job_seed, step, self.basis)
         coefficients_K = self.method.coefficients(plan, self.losses(plan, loss)).float()
-        if (more := self.method.next_round(plan)) is not None:
-            self.state.propose(plan, coefficients_K, learning_rate)
-            coefficients_K = self.method.settle(coefficients_K, more, self.losses(more, loss))
         self.state.apply(plan, coefficients_K, learning_rate)
         self.log.append((plan, coefficients_K.tolist()))
 
@@ -222,7 +221,7 @@ def test_every_method_of_the_package_has_a_row_in_the_table() -> None:
 def test_a_method_answers_the_protocol_and_survives_pickling_and_json(method: Method) -> None:
     assert isinstance(method, Method)
     assert pickle.loads(pickle.dumps(method)) == method
-    assert type(method)(**json.loads(json.dumps(method_fields(method)))) == method
+    assert type(method)(**json.loads(json.dumps(settings(method)))) == method
     assert method.update_spaces and set(method.update_spaces) <= {"bank", "fold"}
 
 
@@ -251,7 +250,7 @@ def unreachable(toy: Toy, optimum: Weights) -> Tensor:
     for basis in range(toy.num_bases):
         for unit in torch.eye(toy.state.acc_BN.shape[1], dtype=torch.float64):
             pairs = zip(*toy.state.factors(basis, unit), strict=True)
-            changes = [change_of(u.double(), v if v is None else v.double()) for u, v in pairs]
+            changes = [change_of(u, v) for u, v in pairs]
             columns.append(torch.cat([change.flatten() for change in changes]))
     target = torch.cat([w.flatten() for w in optimum])
     q, s, _ = torch.linalg.svd(torch.stack(columns, dim=1), full_matrices=False)
@@ -306,7 +305,7 @@ def test_coefficients_are_float32_one_a_direction(method: Method) -> None:
     plan = method.plan(JOB_SEED, 0, 0)
     losses_PE = torch.rand(len(plan.probes), EXAMPLES, generator=torch.Generator().manual_seed(0))
     coefficients_K = method.coefficients(plan, losses_PE)
-    assert coefficients_K.dtype == torch.float32 and coefficients_K.shape == (len(plan.seeds),)
+    assert coefficients_K.dtype == torch.float32 and coefficients_K.shape == (len(plan.keys),)
 
 
 def test_a_step_whose_loss_is_not_finite_changes_nothing(method: Method) -> None:
@@ -314,7 +313,7 @@ def test_a_step_whose_loss_is_not_finite_changes_nothing(method: Method) -> None
     toy = Toy(method, method.update_spaces[0]).run(5, quadratic(random_weights(3)), 0.01)
     before = {name: tensor.clone() for name, tensor in toy.state.tensors().items()}
     plan = method.plan(JOB_SEED, 5, toy.basis)
-    toy.state.apply(plan, torch.zeros(len(plan.seeds)), 0.01, finite=False)
+    toy.state.apply(plan, torch.zeros(len(plan.keys)), 0.01, finite=False)
     assert all(torch.equal(before[name], tensor) for name, tensor in toy.state.tensors().items())
 
 
@@ -325,8 +324,8 @@ def test_a_learning_rate_of_zero_changes_nothing(method: Method) -> None:
 
 
 def test_every_direction_of_a_run_is_different(method: Method) -> None:
-    seeds = [seed for step in range(40) for seed in method.plan(JOB_SEED, step, 0).seeds]
-    seeds += method.plan(JOB_SEED + 1, 0, 0).seeds
+    seeds = [seed for step in range(40) for seed in method.plan(JOB_SEED, step, 0).keys]
+    seeds += method.plan(JOB_SEED + 1, 0, 0).keys
     assert len(set(seeds)) == len(seeds)
 
 
@@ -407,7 +406,7 @@ def test_directions_of_factorized_mezo_have_unit_variance_at_any_rank(rank: int)
     """Bound: with 1,000 rows and columns the sample variance has a standard error of 0.063 / sqrt(rank); 5 of them."""
     method = FactorizedMeZO(rank=rank)
     state = AdapterState(method, FactorLayout((ModuleShape("layers.0.fc1", 1000, 1000),), rank), JOB_SEED, 1)
-    u_N, v_N = state.u_flat(method.plan(JOB_SEED, 0, 0).seeds)[0], state.v_flat(0)
+    u_N, v_N = state.draws(method.plan(JOB_SEED, 0, 0).keys)[0], state.frozen(0)
     direction = method.coordinates.scale * u_N.view(-1, rank) @ v_N.view(-1, rank).T
     assert abs(float(direction.var()) - 1.0) < 5 * 0.063 / rank**0.5
 
@@ -418,8 +417,8 @@ def test_directions_of_factorized_mezo_have_unit_variance_at_any_rank(rank: int)
 def test_probes_of_one_direction_lie_side_by_side() -> None:
     plan = LoZO(queries=3).plan(JOB_SEED, 9, 2)
     assert [p.sign for p in plan.probes] == [1, -1] * 3
-    assert [p.seed for p in plan.probes[::2]] == [p.seed for p in plan.probes[1::2]] == list(plan.seeds)
-    assert plan.seeds == tuple(noise.derive_key(JOB_SEED, "U", 9, k) for k in range(3))
+    assert [p.key for p in plan.probes[::2]] == [p.key for p in plan.probes[1::2]] == list(plan.keys)
+    assert plan.keys == tuple(noise.derive_key(JOB_SEED, "U", 9, k) for k in range(3))
     assert (plan.step, plan.basis) == (9, 2)
 
 
@@ -432,11 +431,11 @@ def test_v_is_kept_for_the_interval() -> None:
     ("name", "hyperparameters", "message"),
     [
         ("lozzo", {}, r"unknown method 'lozzo': did you mean 'lozo'\? Known: eggroll, factorized-mezo"),
-        ("lozo", {"intervall": 3}, r"unknown hyperparameter of lozo 'intervall': did you mean 'interval'"),
-        ("factorized-mezo", {"interval": 3}, r"unknown hyperparameter of factorized-mezo 'interval'.*queries"),
+        ("lozo", {"intervall": 3}, r"unknown setting of method lozo 'intervall': did you mean 'interval'"),
+        ("factorized-mezo", {"interval": 3}, r"unknown setting of method factorized-mezo 'interval'.*queries"),
         ("lozo", {"eps": 0.0}, r"lozo\.eps=0\.0: expected a number > 0; LoZO and MeZO use 1e-3"),
         ("lozo", {"eps": float("nan")}, r"lozo\.eps=nan: expected a number > 0"),
-        ("lozo", {"eps": "1e-3"}, r"lozo\.eps='1e-3': expected a number > 0"),
+        ("lozo", {"eps": "small"}, r"lozo\.eps='small': expected a number > 0"),
         ("lozo", {"interval": 0}, r"lozo\.interval=0: expected an integer >= 1"),
         ("lozo", {"rank": 2.0}, r"lozo\.rank=2\.0: expected an integer from 1 to 512"),
         ("lozo", {"rank": True}, r"lozo\.rank=True: expected an integer"),
@@ -448,7 +447,7 @@ def test_a_bad_hyperparameter_is_named_with_value_and_fix(
     name: str, hyperparameters: dict[str, object], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
-        build_method(name, **hyperparameters)
+        METHODS.build(name, **hyperparameters)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from tests.engines import SENTIMENT, Engines, reviews
 from tests.trajectories import base_weights, cut_copy, steps_of
 from vllm_zo import ConfigError, MeZO
 from vllm_zo.checkpoint.replay import rebuild_state
-from vllm_zo.checkpoint.seed_log import read_seed_log
+from vllm_zo.checkpoint.seed_log.reader import read_seed_log
 
 JOB: dict[str, Any] = {
     "objective": SENTIMENT, "method": MeZO(eps=1e-2), "batch_size": 2, "seed": 5, "progress": False,

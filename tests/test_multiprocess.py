@@ -28,12 +28,15 @@ from tests.test_durability import interrupted
 from tests.test_seams import PROMPTS
 from tests.test_serving import GREEDY, answers, assert_agree, margin
 from tests.trajectories import JOB, SPACES, Trajectory, steps_of, train
-from vllm_zo import ConfigError, JobError
-from vllm_zo.checkpoint.seed_log import read_seed_log
-from vllm_zo.entrypoints.engine_client import EngineClient
+from vllm_zo import ConfigError, JobError, LoZO, Reward, Rollout
+from vllm_zo.checkpoint.seed_log.reader import read_seed_log
+from vllm_zo.entrypoints.llm.client import EngineClient
 
 PROMPTLY_S = 20.0
 """From the signal to the last process gone. vLLM takes 4 to 5 s on a quiet machine, for an engine without work too."""
+
+RESTS_AFTER_S = 1.5
+"""A worker of vLLM spins for 1 s after a step before it rests."""
 
 
 @pytest.fixture(scope="module")
@@ -114,12 +117,74 @@ def test_generating_during_a_job_gives_the_answers_of_the_base(llm: Any) -> None
     assert_agree(answers(llm), alone)
 
 
+async def play(client: Any, model: str, row: dict[str, Any]) -> float:
+    """A rollout of two turns."""
+    text = row["sentence"]
+    for _ in range(2):
+        answer = await client.completions.create(model=model, prompt=text, max_tokens=5, temperature=1)
+        text += answer.choices[0].text
+    return len(set(text)) / 10
+
+
+PLAYED = {**JOB, "objective": Rollout(play), "steps": 4, "batch_size": 4, "method": LoZO(rank=2, interval=3, eps=0.3)}
+
+
+def test_rollouts_are_played_from_here_and_bring_what_they_bring_in_process(engines: Engines, llm: Any) -> None:
+    rows = reviews(8, seed=1), reviews(3, seed=2)
+    apart, inside = (one.finetune(*rows, **PLAYED) for one in (llm, engines.get()))
+    assert steps_of(apart.directory) == steps_of(inside.directory)
+    assert any(record["coefficients"] != [0.0] for record in apart.history)
+    assert apart.metrics["reward"] == inside.metrics["reward"]
+    assert answers(llm)
+
+
 def test_a_job_that_fails_raises_here_and_the_engine_goes_on(llm: Any) -> None:
     alone = answers(llm)
     with pytest.raises(JobError, match="failed: the training loss .*; its log is in"):
         train(llm, steps=200, learning_rate=1e37)
     assert_agree(answers(llm), alone)
     assert train(llm).status == "succeeded"
+
+
+def told_by_a_file(completions: list[str], asked: list[str], told: list[str], **columns: Any) -> list[float]:
+    """A reward that answers once the file `told` is there."""
+    Path(asked[0]).touch()
+    while not Path(told[0]).exists():
+        time.sleep(0.01)
+    return [float(len(text)) for text in completions]
+
+
+def test_an_engine_that_waits_for_rewards_rests_and_hears_what_it_is_asked(llm: Any, tmp_path: Path) -> None:
+    asked, told = tmp_path / "asked", tmp_path / "told"
+    rows = [{**row, "asked": str(asked), "told": str(told)} for row in reviews(8)]
+    job = {**JOB, "objective": Reward("{sentence} It was", reward=told_by_a_file, max_tokens=4), "steps": 2}
+    alone = answers(llm)
+    runs = []
+    for _ in range(2):
+        asked.unlink(missing_ok=True)
+        runs.append(llm.finetune(rows, wait=False, **job))
+        wait_until(asked.exists)
+        assert_agree(answers(llm), alone)
+        if len(runs) == 1:
+            time.sleep(RESTS_AFTER_S)
+            assert cpu_seconds(worker(llm), during_s=1.0) < 0.3, "a core until rewards come, if it gets empty steps"
+            runs[0].cancel()
+            assert runs[0].status == "cancelled", "heard, and the slots are free for the next job"
+    told.touch()
+    runs[1].wait()
+    assert runs[1].status == "succeeded" and len(runs[1].history) == 2
+
+
+def worker(llm: Any) -> psutil.Process:
+    (core,) = llm.llm_engine.engine_core.resources.engine_manager.processes
+    return next(p for p in psutil.Process(core.pid).children() if "Worker" in " ".join(p.cmdline()))
+
+
+def cpu_seconds(process: psutil.Process, during_s: float) -> float:
+    before = process.cpu_times()
+    time.sleep(during_s)
+    after = process.cpu_times()
+    return float(after.user - before.user + after.system - before.system)
 
 
 def test_a_request_behind_the_start_of_a_fold_job_is_refused_and_the_engine_lives(
@@ -184,6 +249,11 @@ async def serve_and_train(engine: AsyncLLM) -> Any:
     assert runs[0].status == "cancelled"
     with pytest.raises(JobError, match="failed: the training loss"):
         await engine.finetune(rows, **options | {"steps": 200, "learning_rate": 1e37})
+
+    played = await engine.finetune(reviews(8, seed=1), reviews(3, seed=2), **PLAYED)
+    assert len(played.history) == 4 and any(record["coefficients"] != [0.0] for record in played.history)
+    with pytest.raises(ConfigError, match="wait=False: rollouts are played while finetune waits"):
+        await engine.finetune(rows, **PLAYED, wait=False)
 
     run = await engine.finetune(rows, **options)
     loss = (await engine.evaluate(rows, run=run))["loss"], (await engine.evaluate(rows, SENTIMENT))["loss"]

@@ -14,9 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.engines import Engines, reviews, worker_of
 from tests.test_seams import RUN
-from vllm_zo import LanguageModeling, LoZO
-from vllm_zo.commands import CloseGroup, Materialise, OpenGroup
-from vllm_zo.methods import build_method
+from vllm_zo import LanguageModeling, LoZO, methods
+from vllm_zo.commands import ApplyRecord, CloseGroup, Materialise, OpenGroup, ReportCells
 
 aten = torch.ops.aten
 WAITING = {
@@ -50,10 +49,9 @@ def test_the_guard_sees_an_op_that_waits(op: Callable[[torch.Tensor], Any]) -> N
 METHODS: dict[str, Any] = {
     "lozo": LoZO(queries=2, interval=2),
     "adam": LoZO(optimizer="adam", interval=2),
-    "conserve": LoZO(optimizer="conserve"),
-    "fzoo": build_method("fzoo"),
-    "subzero": build_method("subzero"),
-    "mezo-lora": build_method("mezo-lora"),
+    "fzoo": methods.METHODS.build("fzoo"),
+    "subzero": methods.METHODS.build("subzero"),
+    "mezo-lora": methods.METHODS.build("mezo-lora"),
 }
 
 
@@ -65,7 +63,7 @@ def llm(engines: Engines, monkeypatch: pytest.MonkeyPatch) -> Any:
     execute, score = trainer.execute, trainer.score
 
     def guarded(command: Any) -> None:
-        if isinstance(command, OpenGroup | Materialise | CloseGroup):
+        if isinstance(command, OpenGroup | Materialise | CloseGroup | ReportCells | ApplyRecord):
             with NoWaiting():
                 execute(command)
         else:
@@ -83,6 +81,12 @@ def llm(engines: Engines, monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_no_command_and_no_score_of_a_step_waits(llm: Any, method: Any) -> None:
     assert llm.finetune(reviews(16), steps=4, method=method, **RUN).status == "succeeded"
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_no_command_of_the_log_path_waits(llm: Any, optimizer: str) -> None:
+    method = LoZO(queries=2, interval=2, optimizer=optimizer)
+    assert llm.finetune(reviews(16), steps=4, method=method, shards=3, **RUN).status == "succeeded"
 
 
 def test_scoring_log_probabilities_does_not_wait(llm: Any) -> None:

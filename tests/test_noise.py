@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.children import in_interpreter
-from vllm_zo import noise, philox
-from vllm_zo.noise import ElementRanges
+from vllm_zo import noise
+from vllm_zo.noise import ElementRanges, cpu, philox
 
 MASK32 = 0xFFFFFFFF
 # kat_vectors of Random123 (D. E. Shaw Research), lines "philox4x32 10": counter words, key words, result words.
@@ -116,9 +116,9 @@ def test_any_slice_equals_the_slice_of_the_whole(pieces: list[tuple[str, int, in
 
 
 def test_slices_agree_across_the_chunks_of_the_float_stage() -> None:
-    total = 4 * noise._CHUNK + 4000
+    total = 4 * cpu._CHUNK + 4000
     whole = noise.normal(5, ElementRanges.of([("m", 0, total)]), "cpu")
-    for start, stop in ((4 * noise._CHUNK - 7, total), (1, 4 * noise._CHUNK + 9)):
+    for start, stop in ((4 * cpu._CHUNK - 7, total), (1, 4 * cpu._CHUNK + 9)):
         assert torch.equal(noise.normal(5, ElementRanges.of([("m", start, stop)]), "cpu"), whole[start:stop])
 
 
@@ -170,7 +170,7 @@ def test_normals_equal_box_muller_in_float64() -> None:
 def test_extreme_words_give_finite_normals() -> None:
     words = torch.tensor([[0, 1, -(2**31), 2**31 - 1], [0, 0, -(2**31), 2**31 - 1]], dtype=torch.int32)
     out = torch.empty(4, 4)
-    noise._box_muller(torch.cat((words, words)), out)
+    cpu._box_muller(torch.cat((words, words)), out)
     assert torch.isfinite(out).all()
     assert out[0, 0] == pytest.approx(math.sqrt(66 * math.log(2)))  # u1 = 2**-33, the largest normal there is
     assert out[2, 0] == 0.0  # u1 = 1
@@ -220,7 +220,7 @@ check_triton_agrees("cpu")
 
 def check_launch_table() -> None:
     """The example of its docstring, and an empty table."""
-    from vllm_zo.worker.kernels import triton_noise
+    from vllm_zo.noise import triton as triton_noise
 
     module = noise.module_id("m")
     signed = module - 2**64 if module >> 63 else module
@@ -231,7 +231,7 @@ def check_launch_table() -> None:
 
 def check_table_of_one(device: str) -> None:
     """One piece: the table that is made on the device holds what the host's does."""
-    from vllm_zo.worker.kernels import triton_noise
+    from vllm_zo.noise import triton as triton_noise
 
     for piece in (*PIECES, ("m", 6, 3006), ("m", 2**24, 2**24 + 5000), ("big", 1021, 1024 * 300 + 1)):
         ranges = ElementRanges.of([piece])
@@ -248,7 +248,7 @@ def check_table_of_one(device: str) -> None:
 
 def check_fused_sum(device: str) -> None:
     """`add`, against the float64 sum of the noise that `fill` makes, and against the plain path."""
-    from vllm_zo.worker.kernels import triton_noise
+    from vllm_zo.noise import triton as triton_noise
 
     ranges = ElementRanges.of(PIECES)
     generator = torch.Generator().manual_seed(0)
@@ -269,7 +269,7 @@ def check_fused_sum(device: str) -> None:
 
 
 def check_triton_agrees(device: str) -> None:
-    from vllm_zo.worker.kernels import triton_noise
+    from vllm_zo.noise import triton as triton_noise
 
     ranges = ElementRanges.of(PIECES)
     for key in (5, 2**64 - 1):  # the largest is negative where it is passed signed

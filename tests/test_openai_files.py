@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import re
+import tarfile
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from tests.openai_app import app_client, upload
-from vllm_zo.entrypoints.openai.uploads import safe_name
+from vllm_zo.entrypoints.server.state.files import safe_name
 
 ROWS = b'{"prompt": "a", "completion": "b"}\n{"prompt": "c", "completion": "d"}\n'
 
@@ -57,6 +60,7 @@ def test_a_file_comes_back_byte_for_byte_until_it_is_deleted(client: TestClient)
         (ROWS + '{"prompt": "é"}\n'.encode("latin-1"), "line 3: not UTF-8 .byte 0xe9."),
         (json.dumps({"a": 1}).encode("utf-16"), "line 1: not UTF-8"),
         (b"\x00\x01\x02PK\x03\x04", "line 1: not valid JSON"),
+        (ROWS + b'{"prompt": "day \\ud83d"}\n', "line 3, field 'prompt': half a character .*position 4"),
         (b"[" * 100_000, "line 1: not valid JSON"),
     ],
 )
@@ -127,6 +131,12 @@ def test_an_id_that_is_no_file_is_a_404(client: TestClient, name: str) -> None:
         assert client.get(f"/v1/files/{name}{suffix}").status_code == 404
 
 
+@pytest.mark.parametrize("name", ["none", "org/none", "a%0Ab", "%0A"])
+def test_a_name_that_is_no_model_is_a_404(client: TestClient, name: str) -> None:
+    for answer in (client.get(f"/v1/models/{name}"), client.delete(f"/v1/models/{name}")):
+        assert answer.status_code == 404 and answer.json()["error"]["code"] == "model_not_found"
+
+
 def test_a_full_disk_is_a_507_and_leaves_nothing(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(fd: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -136,6 +146,33 @@ def test_a_full_disk_is_a_507_and_leaves_nothing(client: TestClient, monkeypatch
         assert "disk is full" in error_of(upload(client, ROWS), 507)["message"]
     assert contents(client) == [] and client.get("/v1/files").json()["data"] == []
     assert upload(client, ROWS).status_code == 200
+
+
+def test_a_full_temporary_directory_is_a_507(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(file: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    long = b'{"prompt": "a"}\n' * (1 << 17)  # Starlette keeps a short upload in memory
+    with app_client(tmp_path) as client, monkeypatch.context() as patch:
+        patch.setattr(tempfile.SpooledTemporaryFile, "rollover", full)
+        assert "disk is full" in error_of(upload(client, long), 507)["message"]
+
+
+def test_a_download_is_whole_and_leaves_no_file(client: TestClient, tmp_path: Path) -> None:
+    zo: Any = client.app.state.zo  # type: ignore[attr-defined]
+    model = {"id": "ft:base:x", "job_id": "ftjob-1", "step": 3, "kind": "checkpoint", "status": "unloaded"}
+    zo.store.add("models", model, parent="ftjob-1")
+    directory = zo.names.directory(model)
+    directory.mkdir(parents=True)
+    (directory / "adapter_model.safetensors").write_bytes(os.urandom(1 << 20))
+    before = sorted(tmp_path.rglob("*"))
+    answer = client.get("/v1/fine_tuning/checkpoints/ft:base:x/content")
+    assert int(answer.headers["content-length"]) == len(answer.content)
+    assert answer.headers["content-disposition"] == 'attachment; filename="ft-base-x.tar"'
+    with tarfile.open(fileobj=io.BytesIO(answer.content)) as archive:
+        file = archive.extractfile("step-3/adapter_model.safetensors")
+        assert file is not None and file.read() == (directory / "adapter_model.safetensors").read_bytes()
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_what_a_killed_server_was_writing_is_swept_away(tmp_path: Path) -> None:

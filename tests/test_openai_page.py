@@ -1,8 +1,14 @@
-"""GET /fine-tuning in a real headless Chromium."""
+"""GET /fine-tuning in a real headless Chromium.
+
+With VLLM_ZO_SCREENSHOTS=DIR the slow test writes the pictures of the docs there.
+"""
 
 from __future__ import annotations
 
+import itertools
+import os
 import shutil
+import statistics
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,9 +16,11 @@ from typing import Any
 
 import pytest
 
-from tests.openai_server import KEY, Server, Servers, create, upload_reviews, wait_for
+from tests.engines import reviews
+from tests.openai_server import KEY, PREFIX, Server, Servers, create, jsonl, upload_reviews, wait_for
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+StaleElementReferenceException = pytest.importorskip("selenium.common").exceptions.StaleElementReferenceException
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs chromium and chromium-driver")
 
@@ -105,7 +113,132 @@ def test_what_users_name_is_text_and_never_markup(server: Server, browser: Any) 
     rows = b'{"sentence": "<img src=x onerror=document.title=1>", "label": "<script>"}\n'
     file = client.files.create(file=("x.jsonl", rows), purpose="fine-tune")
     job = create(client, file.id, hyperparameters={"batch_size": 1})
-    browser.get(f"{server.url}/fine-tuning")
+    browser.get(f"{server.url}/fine-tuning#{job.id}")
     log_in(browser, KEY)
     until(lambda: "<script>" in text(browser, f"#{job.id} .error"), "the error, as text")
+    until(lambda: "<script>" in text(browser, f"#{job.id} [role=region][aria-label=Events]"), "the event, as text")
     assert browser.title == "Fine-tuning" and not browser.find_elements("css selector", f"#{job.id} img")
+
+
+# --- a job from the form to its versions ------------------------------------------------------------------------------
+
+
+def screenshot(browser: Any, name: str) -> None:
+    if directory := os.environ.get("VLLM_ZO_SCREENSHOTS"):
+        browser.save_screenshot(str(Path(directory) / name))
+
+
+def values(browser: Any, selector: str) -> list[float]:
+    """The heights of a line's points."""
+    points = browser.execute_script("return document.querySelector(arguments[0])?.getAttribute('points')", selector)
+    return [float(point.split(",")[1]) for point in (points or "").split()]
+
+
+def steady(look: Any) -> Any:
+    """What `look` finds. It looks again where the page has drawn a node anew meanwhile, as it does once a second."""
+    while True:
+        try:
+            return look()
+        except StaleElementReferenceException:
+            continue
+
+
+def nameless(browser: Any) -> list[str]:
+    """What a screen reader could only call "button" or "edit"."""
+    return list(steady(lambda: look_for_nameless(browser)))
+
+
+def look_for_nameless(browser: Any) -> list[str]:
+    found = browser.find_elements("css selector", "button, input, select, textarea, [role=region], svg, table")
+    return [one.get_attribute("outerHTML")[:200] for one in found if one.is_displayed() and not one.accessible_name]
+
+
+@pytest.mark.slow
+def test_a_job_is_made_watched_asked_and_tidied_up_on_the_page_behind_a_prefix(
+    server: Server, browser: Any, tmp_path: Path
+) -> None:
+    client = server.client()
+    train, validation = tmp_path / "train.jsonl", tmp_path / "validation.jsonl"
+    train.write_bytes(jsonl(reviews(64, seed=1)))
+    validation.write_bytes(jsonl(reviews(16, seed=2)))
+    browser.get(f"{server.url}{PREFIX}/fine-tuning")
+    log_in(browser, KEY)
+    until(lambda: not find(browser, "#login").is_displayed(), "the list")
+
+    # The form, by keyboard but for the files.
+    find(browser, "#new").send_keys("\n")
+    until(lambda: find(browser, "#create").is_displayed(), "the form")
+    assert browser.switch_to.active_element.get_attribute("id") == "train", "it takes the focus"
+    until(lambda: text(browser, "#model option") == "tiny", "the model")
+    assert not find(browser, "#grader").is_displayed() and nameless(browser) == []
+    find(browser, "#train").send_keys(str(train))
+    find(browser, "#validation").send_keys(str(validation))
+    find(browser, "#suffix").send_keys("form")
+    find(browser, "#task").send_keys("Classification")
+    until(lambda: find(browser, "#template").is_displayed(), "the fields of the task")
+    find(browser, "#recipe").send_keys("A quick look")
+    assert find(browser, "#hyperparameters").get_attribute("value") == '{"steps":100}'
+    find(browser, "#hyperparameters").clear()
+    find(browser, "#hyperparameters").send_keys('{"steps": 1}{')
+    find(browser, "#start").send_keys("\n")
+    until(lambda: "Hyperparameters:" in text(browser, "#create-error"), "the reason, before anything is uploaded")
+    find(browser, "#hyperparameters").clear()
+    find(browser, "#hyperparameters").send_keys(
+        '{"steps": 1000, "eps": 0.01, "learning_rate": 0.01, "bases": 1, "eval_interval": 100}'
+    )
+    screenshot(browser, "fine-tuning-form.png")
+    find(browser, "#start").send_keys("\n")
+    job_id = until(lambda: browser.current_url.partition("#")[2], "the job's own view")
+    card = f"#{job_id}"
+
+    # It runs: speed, a smooth curve over the raw one, a button that keeps its focus.
+    until(lambda: "tokens/s" in text(browser, f"{card} .progress"), "the speed")
+    until(lambda: len(values(browser, f"{card} polyline.raw")) > 100, "a curve")
+    raw, mean = (values(browser, f"{card} polyline.{kind}") for kind in ("raw", "train:not(.raw)"))
+    jumps = [statistics.fmean(abs(b - a) for a, b in itertools.pairwise(line)) for line in (raw, mean)]
+    assert jumps[1] < jumps[0] / 2, jumps
+    assert "on average now" in steady(lambda: find(browser, f"{card} svg").accessible_name)
+    pause = until(lambda: find(browser, f'{card} button[data-verb="pause"]'), "the button")
+    browser.execute_script("arguments[0].focus()", pause)
+    time.sleep(2.5)  # two polls
+    assert browser.switch_to.active_element.accessible_name == f"Pause job {job_id}"
+    assert nameless(browser) == []
+    bar = find(browser, f"{card} [role=progressbar]")
+    assert bar.accessible_name and int(bar.get_attribute("aria-valuenow")) > 0
+
+    # It has ended: configuration, evaluations, versions, events, and two answers side by side.
+    job = wait_for(client, job_id, "succeeded")
+    until(lambda: text(browser, f"{card} .status") == "succeeded", "the end")
+    assert (job.model, job.suffix) == ("tiny", "form")
+    rows = (
+        "return [...document.querySelectorAll(arguments[0] + ' tbody tr')].map(r => [...r.cells].map(c => c.innerText))"
+    )
+    configuration = dict(browser.execute_script(rows, f"{card} [role=region][aria-label=Configuration]"))
+    assert configuration["steps"] == "1000" and configuration["training_file"] == job.training_file
+    evaluations = browser.execute_script(rows, f"{card} .evaluations")
+    assert [row[0] for row in evaluations] == [str(step) for step in range(1000, -1, -100)]
+    versions = f'{card} section[aria-label="Versions"]'
+    until(lambda: len(browser.execute_script(rows, versions)) == 4, "the versions")
+    prompt = find(browser, f"{card} section textarea")
+    prompt.send_keys("a warm and clever story It was")
+    find(browser, f"{card} section form button").send_keys("\n")
+    until(lambda: len(text(browser, f"{card} .said.newest").strip(" .")) > 3, "an answer")
+    said = [text(browser, f"{card} .said.{which}") for which in ("base", "newest")]
+    for model, shown in zip(("tiny", f"job:{job_id}"), said, strict=True):
+        again = client.completions.create(
+            model=model, prompt="a warm and clever story It was", max_tokens=64, temperature=0
+        )
+        assert again.choices[0].text == shown
+    screenshot(browser, "fine-tuning-job.png")
+    browser.execute_script("window.confirm = () => true")
+    oldest = client.fine_tuning.jobs.checkpoints.list(job_id).data[-1].fine_tuned_model_checkpoint
+    browser.execute_script(f"document.querySelector('[aria-label=\"Delete {oldest}\"]').click()")
+    until(lambda: browser.execute_script(rows, versions)[-1][-1] == "deleted", "the version to go")
+    assert oldest not in {model.id for model in client.models.list()}
+
+    # Dark and light.
+    before = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
+    find(browser, "#theme").send_keys("\n")
+    assert browser.execute_script("return getComputedStyle(document.body).backgroundColor") != before
+    screenshot(browser, "fine-tuning-dark.png")
+    assert [entry for entry in browser.get_log("browser") if "401" not in entry["message"]] == []

@@ -6,26 +6,26 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
-from transformers import AutoTokenizer
 
 from tests.openai_app import BASE, app_client, upload
-from vllm_zo import Classification, ConfigError, JobConfig, LanguageModeling, Reward
+from tests.served import Served
+from vllm_zo import Classification, ConfigError, JobConfig, LanguageModeling, Preference, Reward
 from vllm_zo.data import encode_examples
-from vllm_zo.entrypoints.openai.chat import chat_template, supervised, with_prompts
-from vllm_zo.entrypoints.openai.job_request import (
+from vllm_zo.entrypoints.llm.chats import ServedChats, supervised, with_prompts
+from vllm_zo.entrypoints.server.jobs.request import (
     JobRequest,
-    Wanted,
     clean_suffix,
     job_options,
     read_request,
     shown_hyperparameters,
     shown_method,
 )
-from vllm_zo.entrypoints.openai.models import checkpoint_name, final_name
+from vllm_zo.entrypoints.server.models.names import checkpoint_name, final_name
 
 DEMO_MODEL = Path(__file__).parents[1] / "examples" / "demo" / "model"
 SENTIMENT = {"name": "classification", "template": "{sentence} It was", "options": [" terrible", " great"]}
@@ -36,6 +36,7 @@ CHECK = {
     "input": "{{sample.output_text}}",
     "reference": "{{item.answer}}",
 }
+GRADERS = "/v1/fine_tuning/alpha/graders"
 PYTHON = {"type": "python", "name": "code", "source": "def grade(sample, item):\n    return 0.25"}
 JOBS = "/v1/fine_tuning/jobs"
 
@@ -53,6 +54,10 @@ def file_id(client: TestClient) -> str:
 
 def zeroth_order(hyperparameters: dict[str, Any] | None = None, **method: Any) -> dict[str, Any]:
     return {"type": "zeroth_order", "zeroth_order": {"hyperparameters": hyperparameters or {}, **method}}
+
+
+def dpo(hyperparameters: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "dpo", "dpo": {"hyperparameters": hyperparameters}}
 
 
 def reinforcement(hyperparameters: dict[str, Any] | None = None, grader: Any = None) -> dict[str, Any]:
@@ -74,7 +79,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"suffix": ".."}, "suffix='..': expected letters, digits"),
     ({"metadata": {f"k{i}": "v" for i in range(17)}}, "metadata=.*: Dictionary should have at most 16 items"),
     ({"metadata": {"k": "v" * 513}}, "String should have at most 512 characters"),
-    ({"method": {"type": "dpo"}}, "method.type='dpo': Input should be"),
+    ({"method": {"type": "orpo"}}, "method.type='orpo': Input should be"),
     (
         {"method": {"type": "supervised", "zeroth_order": {}}},
         "method.zeroth_order: given, but method.type is 'supervised'",
@@ -88,7 +93,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"method": zeroth_order({"objective": "x"})}, "unknown hyperparameter 'objective'"),
     ({"method": zeroth_order({"interval": 5}, algorithm="factorized-mezo")}, "unknown hyperparameter 'interval'"),
     ({"method": zeroth_order({"rank": 0})}, "rank=0: expected an integer from 1"),
-    ({"method": zeroth_order({"rank": "2"})}, "rank='2': expected an integer"),
+    ({"method": zeroth_order({"rank": "two"})}, "rank='two': expected an integer"),
     ({"method": zeroth_order({"rank": 64})}, "rank"),
     ({"method": zeroth_order({"eps": 0})}, "eps=0: expected a number > 0"),
     ({"method": zeroth_order({"eps": {"__class__": "x"}})}, "eps=.*: expected a number"),
@@ -103,6 +108,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"method": zeroth_order({"lr_schedule": "cyclic"})}, "unknown lr_schedule 'cyclic'"),
     ({"method": zeroth_order({"update_space": "nowhere"})}, "nowhere"),
     ({"method": zeroth_order({"target_modules": "("})}, "target_modules"),
+    ({"method": zeroth_order({"target_layers": "upper"})}, "target_layers='upper': expected layers such as '20:'"),
+    ({"method": zeroth_order({"target_layers": "2:"})}, "target_layers='2:': the model has 2 layers, 0 to 1"),
     ({"method": zeroth_order(objective={"template": "{a}"})}, "objective.name=None: expected one of"),
     ({"method": zeroth_order(objective={"name": "clasification"})}, "did you mean 'classification'"),
     ({"method": zeroth_order(objective={"name": "classification"})}, "objective.template is missing"),
@@ -112,10 +119,24 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ),
     ({"method": zeroth_order(objective={**SENTIMENT, "template": "{sentence[0]} is"})}, "is not a plain field name"),
     ({"method": zeroth_order(objective={**SENTIMENT, "options": 3})}, "options=3"),
+    (
+        {"method": zeroth_order(objective={**SENTIMENT, "bos_token_id": 999_999})},
+        "bos_token_id=999999: the model",
+    ),
+    (
+        {"method": zeroth_order(objective={**SENTIMENT, "template": "{sentence} \ud83d"})},
+        "request, field 'method'.zeroth_order.objective.template: half a character",
+    ),
+    ({"metadata": {"note": "\ud83d"}}, "half a character|unicode"),
     ({"hyperparameters": {"n_epoch": 1}}, "unknown hyperparameter 'n_epoch': did you mean 'n_epochs'"),
     ({"hyperparameters": {"n_epochs": 2}, "method": zeroth_order({"steps": 2})}, "hyperparameters: given twice"),
     ({"method": {"type": "reinforcement"}}, "method.reinforcement is missing"),
     ({"method": reinforcement({"max_token": 5})}, "unknown hyperparameter 'max_token': did you mean 'max_tokens'"),
+    ({"method": dpo({"beta": 0})}, "beta=0: expected a number > 0"),
+    ({"method": dpo({"betta": 0.1})}, "unknown hyperparameter 'betta': did you mean 'beta'"),
+    ({"method": dpo({"samples": 2})}, "unknown hyperparameter 'samples'"),
+    ({"method": dpo({}) | {"supervised": {}}}, "method.supervised: given, but method.type is 'dpo'"),
+    ({"method": {"type": "supervised", "supervised": {"hyperparameters": {"beta": 0.1}}}}, "unknown hyperparameter"),
     ({"method": reinforcement({"max_tokens": 0})}, "max_tokens=0: expected an integer >= 1"),
     ({"method": reinforcement({"shaping": "sharp"})}, "unknown shaping 'sharp'"),
     (
@@ -126,10 +147,18 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"method": reinforcement(grader=PYTHON)}, "not allowed here"),
     ({"method": zeroth_order({"max_tokens": 5})}, "unknown hyperparameter 'max_tokens'"),
     ({"method": zeroth_order(grader=PYTHON)}, "not allowed here"),
-    ({"method": zeroth_order(grader=CHECK, objective=SENTIMENT)}, "grader: goes with no objective"),
+    ({"method": zeroth_order(grader=CHECK, objective=SENTIMENT)}, "grader: needs objective 'reward'"),
     (
         {"method": zeroth_order(objective={"name": "reward", "template": "{q}", "reward": "os:system"})},
-        "not allowed here",
+        "not allowed here.*a registered reward: exact_match",
+    ),
+    (
+        {"method": zeroth_order(objective={"name": "reward", "template": "{q}", "reward": "m:re.enum.sys.exit"})},
+        "expected 'module:function'",
+    ),
+    (
+        {"method": zeroth_order(objective={"name": "reward", "template": "{q}", "reward": "token_f2"})},
+        "unknown reward 'token_f2': did you mean 'token_f1'",
     ),
     ({"integrations": [{"type": "comet"}]}, "integrations.0.type='comet'"),
 ]
@@ -137,7 +166,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("change", "message"), REFUSED, ids=[m for _, m in REFUSED])
 def test_what_cannot_work_is_a_400_that_names_it(client: TestClient, file_id: str, change: Any, message: str) -> None:
-    response = client.post(JOBS, json={"model": BASE, "training_file": file_id, **change})
+    body = json.dumps({"model": BASE, "training_file": file_id, **change})  # escapes even half a character
+    response = client.post(JOBS, content=body, headers={"content-type": "application/json"})
     error = response.json()["error"]
     assert response.status_code in (400, 404) and re.search(message, error["message"]), error
     assert client.get(JOBS).json()["data"] == [], "nothing was started"
@@ -147,6 +177,34 @@ def test_what_cannot_work_is_a_400_that_names_it(client: TestClient, file_id: st
 def test_a_body_that_is_no_request_is_a_400(client: TestClient, body: bytes) -> None:
     response = client.post(JOBS, content=body, headers={"content-type": "application/json"})
     assert response.status_code == 400 and response.json()["error"]["type"] == "invalid_request_error"
+
+
+BAD_VALUES = [
+    ("\ud83d", "half a character"), (float("nan"), "=nan: JSON has no such number"),
+    (float("-inf"), "=-inf: JSON has no such number"), (10**400, "an integer of more than 64 bits"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("value", "message"), BAD_VALUES, ids=["surrogate", "nan", "inf", "long"])
+def test_what_no_answer_can_hold_is_refused_at_every_door_and_never_stored(
+    client: TestClient, file_id: str, value: Any, message: str
+) -> None:
+    objective = {"name": "reward", "template": "{sentence}", "reward": "exact_match"}
+    methods = [zeroth_order(objective={**objective, field: value}) for field in ("pass_reward", "temperature", "stop")]
+    methods.append(zeroth_order({"eps": value}))
+    graders = [{**CHECK, field: value} for field in ("reference", "name", "pass_threshold")]
+    bodies: list[tuple[str, dict[str, Any]]] = [
+        *((JOBS, {"model": BASE, "training_file": file_id, "method": method}) for method in methods),
+        *((f"{GRADERS}/validate", {"grader": grader}) for grader in graders),
+        *((f"{GRADERS}/run", {"grader": grader, "model_sample": "x"}) for grader in graders),
+        (f"{GRADERS}/run", {"grader": CHECK, "model_sample": "x", "item": {"answer": [{"a": value}]}}),
+        (f"{GRADERS}/run", {"grader": CHECK, "model_sample": value}),
+    ]
+    for url, body in bodies:
+        response = client.post(url, content=json.dumps(body), headers={"content-type": "application/json"})
+        error = response.json()["error"]["message"]
+        assert response.status_code == 400 and message in error and "request, field" in error, (body, error)
+    assert client.get(JOBS).json()["data"] == []
 
 
 def test_a_body_without_end_is_refused(client: TestClient) -> None:
@@ -171,10 +229,12 @@ def test_an_unknown_model_is_a_404(client: TestClient, name: str) -> None:
 # --- values -----------------------------------------------------------------------------------------------------------
 
 
-def resolved(rows: int, **hyperparameters: Any) -> tuple[JobConfig, dict[str, Any]]:
+def resolved(rows: int | None, **hyperparameters: Any) -> tuple[JobConfig, dict[str, Any]]:
     method = zeroth_order(hyperparameters)
-    wanted = read_request(JobRequest(model=BASE, training_file="f", method=method, seed=3))  # type: ignore[arg-type]
-    wanted = Wanted.from_json(json.loads(json.dumps(wanted.to_json())))
+    request = JobRequest(model=BASE, training_file="f", method=method, seed=3)  # type: ignore[arg-type]
+    wanted = read_request(request)
+    kept = JobRequest.model_validate(json.loads(json.dumps(request.model_dump())))  # in the job's record
+    assert read_request(kept) == wanted
     config = JobConfig.from_options(job_options(wanted, rows, LanguageModeling()))
     return config, shown_hyperparameters(wanted, config, rows)
 
@@ -191,9 +251,27 @@ def test_auto_resolves_to_the_documented_values_and_shows_them() -> None:
         assert [name for name, value in shown.items() if value == "auto"] == ["learning_rate"], "the run measures it"
 
 
+def test_long_rows_and_patience_are_the_options_of_python_and_the_command_line() -> None:
+    config, shown = resolved(50, on_long="truncate-left", patience="3")
+    assert (config.on_long, config.patience) == (shown["on_long"], shown["patience"]) == ("truncate-left", 3)
+    with pytest.raises(ConfigError, match="unknown on_long 'cut': .*truncate-left"):
+        resolved(50, on_long="cut")
+    with pytest.raises(ConfigError, match="patience=0: expected an integer >= 1"):
+        resolved(50, patience=0)
+
+
 def test_epochs_count_whole_passes_over_the_data() -> None:
     assert resolved(100, n_epochs=3, batch_size=16)[0].steps == 21
     assert resolved(5, n_epochs=2)[0].batch_size == 5
+
+
+def test_what_depends_on_the_data_is_open_until_it_is_read_and_refused_for_nothing_else() -> None:
+    _, shown = resolved(None, n_epochs=3, warmup_steps=100)
+    assert (shown["n_epochs"], shown["steps"], shown["eval_interval"], shown["batch_size"]) == (3, *["auto"] * 3)
+    _, shown = resolved(None)
+    assert (shown["n_epochs"], shown["steps"], shown["eval_interval"]) == ("auto", 1000, 250)
+    with pytest.raises(ConfigError, match="n_epochs=0"):
+        resolved(None, n_epochs=0)
 
 
 def test_the_multiplier_scales_what_auto_means_and_what_is_given() -> None:
@@ -215,9 +293,10 @@ def test_a_seed_is_drawn_where_none_is_given() -> None:
 
 def test_names_are_made_of_safe_parts() -> None:
     assert clean_suffix("My model/../v1 (ü)") == "My-model-v1"
-    job = {"id": "ftjob-abc", "model": "/models/opt-125m", "suffix": "tone"}
+    job: Any = SimpleNamespace(id="ftjob-abc", model="/models/opt-125m", suffix="tone")
     assert final_name(job) == "ft:opt-125m:vllm-zo:tone:abc"
-    assert checkpoint_name({**job, "suffix": None, "model": "facebook/opt"}, 7) == "ft:opt:vllm-zo::abc:ckpt-step-7"
+    job.suffix, job.model = None, "facebook/opt"
+    assert checkpoint_name(job, 7) == "ft:opt:vllm-zo::abc:ckpt-step-7"
 
 
 # --- chats ------------------------------------------------------------------------------------------------------------
@@ -234,31 +313,36 @@ CHAT = [
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    return AutoTokenizer.from_pretrained(DEMO_MODEL)
+def renderer() -> Any:
+    return Served(DEMO_MODEL).renderer
 
 
-def test_only_the_assistants_tokens_are_learnt(tokenizer: Any) -> None:
-    pairs, objective = supervised([{"messages": CHAT}], chat_template(tokenizer, TEMPLATE), "training_file")
+@pytest.fixture(scope="module")
+def tokenizer(renderer: Any) -> Any:
+    return renderer.get_tokenizer()
+
+
+def test_only_the_assistants_tokens_are_learnt(renderer: Any, tokenizer: Any) -> None:
+    pairs, objective = supervised([{"messages": CHAT}], ServedChats(renderer, TEMPLATE), "training_file")
     before = "<user>a film ?</s><assistant>good</s><user>another ?</s><assistant>"
     assert pairs == [{"prompt": before, "completion": "bad</s>"}], "weight 0 is context only"
     (example,) = encode_examples(pairs, objective, tokenizer, 128, "train")
-    (row,) = example.rows
+    (row,) = example.sequences
     whole = tokenizer(before + "bad</s>", add_special_tokens=False)["input_ids"]
     learnt = tokenizer("bad</s>", add_special_tokens=False)["input_ids"]
     assert list(row.token_ids) == whole[:-1], "no second BOS, and the last token is scored but not fed"
     assert list(row.label_ids) == learnt == whole[-len(learnt) :]
 
 
-def test_every_assistant_message_is_an_example(tokenizer: Any) -> None:
+def test_every_assistant_message_is_an_example(renderer: Any) -> None:
     chat = [{**message, "weight": 1} for message in CHAT]
-    pairs, _ = supervised([{"messages": chat}], chat_template(tokenizer, TEMPLATE), "training_file")
+    pairs, _ = supervised([{"messages": chat}], ServedChats(renderer, TEMPLATE), "training_file")
     assert [pair["completion"] for pair in pairs] == ["good</s>", "bad</s>"]
 
 
-def test_prompts_and_completions_are_taken_as_they_are(tokenizer: Any) -> None:
+def test_prompts_and_completions_are_taken_as_they_are(renderer: Any) -> None:
     rows = [{"prompt": "a", "completion": "b"}]
-    assert supervised(rows, chat_template(tokenizer, None), "training_file") == (rows, LanguageModeling())
+    assert supervised(rows, ServedChats(renderer, None), "training_file") == (rows, LanguageModeling())
 
 
 @pytest.mark.parametrize(
@@ -272,9 +356,9 @@ def test_prompts_and_completions_are_taken_as_they_are(tokenizer: Any) -> None:
         ([{"messages": CHAT[3:]}], "row 1: the first message is the assistant's"),
     ],
 )
-def test_a_chat_that_cannot_be_learnt_names_its_row(tokenizer: Any, records: Any, message: str) -> None:
+def test_a_chat_that_cannot_be_learnt_names_its_row(renderer: Any, records: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=f"training_file, {message}"):
-        supervised(records, chat_template(tokenizer, TEMPLATE), "training_file")
+        supervised(records, ServedChats(renderer, TEMPLATE), "training_file")
 
 
 @pytest.mark.parametrize(
@@ -288,22 +372,22 @@ def test_a_chat_that_cannot_be_learnt_names_its_row(tokenizer: Any, records: Any
         "{{ messages.append(1) }}",
     ],
 )
-def test_a_template_that_reaches_into_objects_is_stopped(tokenizer: Any, template: str) -> None:
+def test_a_template_that_reaches_into_objects_is_stopped(renderer: Any, template: str) -> None:
     with pytest.raises(ConfigError, match="the chat template does not take this conversation"):
-        supervised([{"messages": CHAT}], chat_template(tokenizer, template), "training_file")
+        supervised([{"messages": CHAT}], ServedChats(renderer, template), "training_file")
 
 
-def test_a_model_without_a_chat_template_says_so(tokenizer: Any) -> None:
+def test_a_model_without_a_chat_template_says_so(renderer: Any) -> None:
     with pytest.raises(
-        ConfigError, match=r"row 1: the chat template does not take .*: Cannot use chat template functions"
+        ConfigError, match=r"row 1: the chat template does not take .*: As of .* you must provide a chat template"
     ):
-        supervised([{"messages": CHAT}], chat_template(tokenizer, None), "training_file")
+        supervised([{"messages": CHAT}], ServedChats(renderer, None), "training_file")
 
 
-def test_a_template_that_rewrites_the_conversation_is_refused(tokenizer: Any) -> None:
+def test_a_template_that_rewrites_the_conversation_is_refused(renderer: Any) -> None:
     template = "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}"
     with pytest.raises(ConfigError, match="writes the conversation differently"):
-        supervised([{"messages": CHAT}], chat_template(tokenizer, template), "training_file")
+        supervised([{"messages": CHAT}], ServedChats(renderer, template), "training_file")
 
 
 def test_classification_data_is_left_to_its_objective() -> None:
@@ -323,39 +407,50 @@ def test_classification_data_is_left_to_its_objective() -> None:
         ([{"prompt": "a"}, {"messages": CHAT[:1]}], "row 2: chats .* and prompts are mixed"),
     ],
 )
-def test_a_chat_that_cannot_be_answered_names_its_row(tokenizer: Any, records: Any, message: str) -> None:
+def test_a_chat_that_cannot_be_answered_names_its_row(renderer: Any, records: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=f"training_file, {message}"):
-        with_prompts(records, chat_template(tokenizer, TEMPLATE), ANSWER, "training_file")
+        with_prompts(records, ServedChats(renderer, TEMPLATE), ANSWER, "training_file")
 
 
-def test_the_prompt_of_a_reward_is_the_conversation_as_the_template_writes_it(tokenizer: Any) -> None:
+def test_the_prompt_of_a_reward_is_the_conversation_as_the_template_writes_it(renderer: Any, tokenizer: Any) -> None:
     template = TEMPLATE.replace("<assistant>", "{{ '<assistant>\\n ' }}")
     records = [{"messages": CHAT[:1], "answer": "good"}]
-    asked, objective = with_prompts(records, chat_template(tokenizer, template), ANSWER, "training_file")
+    asked, objective = with_prompts(records, ServedChats(renderer, template), ANSWER, "training_file")
     prompt = "<user>a film ?</s><assistant>\n "
     assert asked == [{**records[0], "prompt": prompt}]
     (example,) = encode_examples(asked, objective, tokenizer, 128, "train")
-    assert list(example.rows[0].token_ids) == tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    assert list(example.sequences[0].token_ids) == tokenizer(prompt, add_special_tokens=False)["input_ids"]
     assert example.columns is not None and example.columns["answer"] == "good", "for the grader"
 
 
-def test_prompts_of_a_reward_are_taken_with_the_tokenizers_own_special_tokens(tokenizer: Any) -> None:
+def test_prompts_of_a_reward_are_taken_with_the_tokenizers_own_special_tokens(renderer: Any, tokenizer: Any) -> None:
     records = [{"prompt": "a film", "answer": "good"}]
-    asked, objective = with_prompts(records, chat_template(tokenizer, TEMPLATE), ANSWER, "training_file")
+    asked, objective = with_prompts(records, ServedChats(renderer, TEMPLATE), ANSWER, "training_file")
     assert (asked, objective) == (records, ANSWER)
     (example,) = encode_examples(asked, objective, tokenizer, 128, "train")
-    assert list(example.rows[0].token_ids) == tokenizer("a film")["input_ids"]
+    assert list(example.sequences[0].token_ids) == tokenizer("a film")["input_ids"]
 
 
 def test_a_reinforcement_job_is_a_reward_on_the_answers() -> None:
     method = reinforcement({"max_tokens": 5, "samples": 2, "compute_multiplier": "auto", "steps": 7})
     wanted = read_request(JobRequest(model=BASE, training_file="f", method=method))  # type: ignore[arg-type]
     assert wanted.objective == Reward("{prompt}", grader=CHECK, max_tokens=5, samples=2)
-    assert Wanted.from_json(json.loads(json.dumps(wanted.to_json()))) == wanted
     config = JobConfig.from_options(job_options(wanted, 50, wanted.objective))
     shown = shown_method(wanted, shown_hyperparameters(wanted, config, 50), wanted.objective)
     assert shown["reinforcement"]["grader"] == CHECK
     assert shown["reinforcement"]["hyperparameters"].items() >= {"max_tokens": 5, "samples": 2, "steps": 7}.items()
+
+
+@pytest.mark.parametrize("given", [{"beta": 0.3, "steps": 7}, {"beta": "auto", "steps": 7}, None])
+def test_a_dpo_job_prefers_one_of_two_answers(given: Any) -> None:
+    method = {"type": "dpo"} if given is None else dpo(given)
+    wanted = read_request(JobRequest(model=BASE, training_file="f", method=method))  # type: ignore[arg-type]
+    beta = 0.3 if given and given["beta"] == 0.3 else 0.1
+    assert wanted.objective == Preference(beta=beta)
+    config = JobConfig.from_options(job_options(wanted, 50, wanted.objective))
+    shown = shown_method(wanted, shown_hyperparameters(wanted, config, 50), wanted.objective)
+    assert shown["type"] == "dpo" and shown["dpo"]["hyperparameters"].items() >= {"beta": beta}.items()
+    assert shown["dpo"]["hyperparameters"]["steps"] == (7 if given else 1000)
 
 
 def test_a_zeroth_order_job_takes_a_grader_with_and_without_a_reward_objective() -> None:
@@ -369,8 +464,6 @@ def test_a_zeroth_order_job_takes_a_grader_with_and_without_a_reward_objective()
 
 
 # --- graders ----------------------------------------------------------------------------------------------------------
-
-GRADERS = "/v1/fine_tuning/alpha/graders"
 
 
 def test_a_grader_can_be_tried(client: TestClient) -> None:
@@ -394,3 +487,12 @@ def test_python_graders_are_off_unless_the_operator_allows_them(client: TestClie
         assert response.status_code == 400 and "not allowed here" in response.json()["error"]["message"]
     with app_client(tmp_path, allow_python_graders=True) as trusting:
         assert trusting.post(f"{GRADERS}/run", json=body).json()["reward"] == 0.25
+
+
+def test_a_client_never_names_a_function_to_import_whatever_the_operator_allows(tmp_path: Path) -> None:
+    with app_client(tmp_path, allow_python_graders=True) as trusting:
+        file_id = upload(trusting, b'{"prompt": "a"}\n').json()["id"]
+        for reward in ("os:system", "vllm_zo.objectives.rewards:token_f1", "local:length-0"):
+            method = zeroth_order(objective={"name": "reward", "template": "{prompt}", "reward": reward})
+            response = trusting.post(JOBS, json={"model": BASE, "training_file": file_id, "method": method})
+            assert response.status_code == 400 and "not allowed here" in response.json()["error"]["message"]

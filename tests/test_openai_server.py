@@ -8,11 +8,13 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import re
 import subprocess
 import sys
 import tarfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +25,8 @@ from safetensors.torch import load_file
 
 from tests.engines import reviews
 from tests.openai_server import KEY, METHOD, SENTIMENT, Server, Servers, create, jsonl, upload_reviews, wait_for
-from vllm_zo.checkpoint.seed_log import read_seed_log
-from vllm_zo.entrypoints.openai.store import Store
+from vllm_zo.checkpoint.seed_log.reader import read_seed_log
+from vllm_zo.entrypoints.server.state.store import Store
 
 PROMPT = "a warm and clever story It was"
 LONG = 100_000
@@ -69,7 +71,7 @@ def losses(client: OpenAI, job: Any) -> list[dict[str, str]]:
 # --- a job from start to end ------------------------------------------------------------------------------------------
 
 
-def test_a_job_from_upload_to_use(client: OpenAI, data: str) -> None:
+def test_a_job_from_upload_to_use(client: OpenAI, data: str, state_dir: Path) -> None:
     validation = upload_reviews(client, 8, seed=2)
     before = answer(client, "tiny")
     job = create(
@@ -105,6 +107,8 @@ def test_a_job_from_upload_to_use(client: OpenAI, data: str) -> None:
     assert messages[1] == f"New fine-tuned model created: {job.fine_tuned_model}"
     assert any(m.startswith("Step 40/40: training loss=") for m in messages)
     assert messages[-1] == f"Created fine-tuning job: {job.id}", "oldest last, and the pages were followed"
+    made = [state_dir, *state_dir.rglob("*")]
+    assert len(made) > 20 and [path for path in made if path.stat().st_mode & 0o077] == [], "for its owner alone"
 
 
 def test_the_example_runs_as_it_is(server: Server) -> None:
@@ -115,11 +119,25 @@ def test_the_example_runs_as_it_is(server: Server) -> None:
     assert len(re.findall(r"step \d: validation loss \d\.\d+, accuracy \d\.\d+", printed)) == 4, printed
 
 
+def test_a_downloaded_training_file_of_openai_is_learnt_as_the_page_says(server: Server) -> None:
+    root = Path(__file__).parents[1]
+    (snippet,) = re.findall(r"^```python\n(.*?)^```$", (root / "docs" / "from-openai.md").read_text(), re.M | re.S)
+    there = {"OPENAI_BASE_URL": f"{server.url}/v1", "OPENAI_API_KEY": KEY}
+    done = subprocess.run(
+        [sys.executable, "-c", snippet], cwd=root, env=os.environ | there, capture_output=True, text=True, timeout=180
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.search(
+        r"Step 100/100: training loss=\d.*\n(.*\n)*succeeded ft:tiny:vllm-zo:club:\w+ None\n.", done.stdout
+    )
+
+
 def test_events_are_streamed_while_they_happen(client: OpenAI, server: Server, data: str) -> None:
     job = create(client, data, hyperparameters={"steps": 30})
     events: list[dict[str, Any]] = []
     with server.http().stream("GET", f"/v1/fine_tuning/jobs/{job.id}/events?stream=true") as response:
         assert response.headers["content-type"].startswith("text/event-stream")
+        assert response.headers["x-accel-buffering"] == "no", "nginx holds events back otherwise"
         status_at_first_step = None
         for line in response.iter_lines():
             if line == "data: [DONE]":
@@ -158,25 +176,27 @@ def test_a_running_job_can_be_used_and_its_newest_state_is_served(client: OpenAI
     cancelled = client.fine_tuning.jobs.cancel(job.id)
     assert cancelled.status == "cancelled" and cancelled.fine_tuned_model is None
     last = client.fine_tuning.jobs.checkpoints.list(job.id).data[0]
-    assert answer(client, last.fine_tuned_model_checkpoint)[0], "what it had learnt stays usable"
+    assert answer(client, last.fine_tuned_model_checkpoint)[1], "what it had learnt stays usable"
     with pytest.raises(openai.ConflictError, match="has ended already"):
         client.fine_tuning.jobs.cancel(job.id)
 
 
 def test_requests_in_flight_keep_the_state_they_began_with(client: OpenAI, data: str) -> None:
     """The same request under a name that never changes gives the same answer however much is published meanwhile."""
-    job = create(client, data, hyperparameters={"steps": LONG, "publish_interval": 5, "divergence_factor": None})
+    job = create(client, data, hyperparameters={"steps": LONG // 2, "publish_interval": 5, "divergence_factor": None})
     wait_for(client, job.id, "running", step=6)
     while not (page := client.fine_tuning.jobs.checkpoints.list(job.id).data):
         time.sleep(0.05)
     name = page[-1].fine_tuned_model_checkpoint
     first = answer(client, name)
-    stream = client.completions.create(model=name, prompt=PROMPT, max_tokens=60, temperature=0, stream=True)
-    text = "".join(chunk.choices[0].text for chunk in stream)
-    assert len(client.fine_tuning.jobs.checkpoints.list(job.id, limit=100).data) > len(page), "published meanwhile"
+    texts, versions = set(), set()
+    while len(versions) < 3:  # requests slow the job down: it may need a few to get so far
+        versions.add(client.fine_tuning.jobs.checkpoints.list(job.id, limit=1).data[0].step_number)
+        stream = client.completions.create(model=name, prompt=PROMPT, max_tokens=60, temperature=0, stream=True)
+        texts.add("".join(chunk.choices[0].text for chunk in stream))
     client.fine_tuning.jobs.cancel(job.id)
     alone = client.completions.create(model=name, prompt=PROMPT, max_tokens=60, temperature=0)
-    assert alone.choices[0].text == text and not differs(answer(client, name), first)
+    assert texts == {alone.choices[0].text} and not differs(answer(client, name), first)
 
 
 def test_a_reinforcement_job_is_driven_by_its_grader(client: OpenAI) -> None:
@@ -205,6 +225,39 @@ def test_a_reinforcement_job_is_driven_by_its_grader(client: OpenAI) -> None:
     assert answer(client, done.fine_tuned_model)
 
 
+def test_a_dpo_job_of_openais_rows(client: OpenAI) -> None:
+    def said(text: str) -> list[dict[str, str]]:
+        return [{"role": "assistant", "content": text}]
+
+    def pairs(count: int, seed: int) -> str:
+        rows = [
+            {
+                "input": {"messages": [{"role": "user", "content": row["sentence"]}], "tools": []},
+                "preferred_output": said("great"),
+                "non_preferred_output": said("terrible"),
+            }
+            for row in reviews(count, seed)
+        ]
+        return client.files.create(file=("pairs.jsonl", jsonl(rows)), purpose="fine-tune").id
+
+    hyperparameters: Any = {"beta": 0.5, "batch_size": 4, "n_epochs": 2, "learning_rate_multiplier": "auto"}
+    job = client.fine_tuning.jobs.create(
+        model="tiny", training_file=pairs(24, 1), validation_file=pairs(8, 2), seed=1,
+        method={"type": "dpo", "dpo": {"hyperparameters": hyperparameters}},
+    )  # fmt: skip
+    done = wait_for(client, job.id, "succeeded")
+    assert done.method is not None and done.method.dpo is not None and done.method.dpo.hyperparameters is not None
+    assert done.method.dpo.hyperparameters.beta == 0.5 and done.method.dpo.hyperparameters.n_epochs == 2
+    rows = losses(client, done)
+    assert float(rows[0]["valid_loss"]) == pytest.approx(0.6931, abs=1e-3)
+    trained = [float(row["train_loss"]) for row in rows if row["train_loss"]]
+    assert len(trained) == 12 and len(set(trained)) > 6
+    events = client.fine_tuning.jobs.list_events(job.id, limit=100).data
+    margins = [event.data["valid_margin"] for event in events if event.data and "valid_margin" in event.data]  # type: ignore[attr-defined, index, operator]
+    assert margins[-1] == pytest.approx(0, abs=1e-3) and margins[0] != margins[-1]
+    assert answer(client, done.fine_tuned_model)
+
+
 def test_a_learning_rate_that_the_job_measures_is_shown_from_then_on(client: OpenAI, data: str) -> None:
     job = create(client, data, hyperparameters={"steps": 14, "learning_rate": "auto"})
     done = wait_for(client, job.id, "succeeded").to_dict()
@@ -214,11 +267,22 @@ def test_a_learning_rate_that_the_job_measures_is_shown_from_then_on(client: Ope
     assert shown == done["hyperparameters"]["learning_rate"] == rates[0] > 0.0 == rates[-1]
 
 
+def test_a_job_ends_when_its_time_is_up_and_upper_layers_alone_are_an_adapter(client: OpenAI, data: str) -> None:
+    chosen: Any = {"steps": 10**6, "max_seconds": 1, "target_layers": "last", "learning_rate": 3e-2}
+    done = wait_for(client, create(client, data, hyperparameters=chosen).id, "succeeded")
+    shown = done.to_dict()["hyperparameters"]
+    assert (shown["max_seconds"], shown["target_layers"]) == (1, "last")
+    steps = [int(row["step"]) for row in losses(client, done)]
+    assert steps == list(range(1, len(steps) + 1)) and len(steps) < 10**6
+    assert answer(client, done.fine_tuned_model)
+
+
 # --- several jobs, pausing --------------------------------------------------------------------------------------------
 
 
 def test_a_paused_job_takes_the_steps_of_an_unbroken_one(client: OpenAI, data: str) -> None:
-    options: Any = {"seed": 3, "hyperparameters": {"steps": 800, "publish_interval": 1000}}
+    # At METHOD's learning rate rounding grows by a factor of ten in a few steps: two runs would part by themselves.
+    options: Any = {"seed": 3, "hyperparameters": {"steps": 300, "publish_interval": 1000, "learning_rate": 1e-3}}
     unbroken = wait_for(client, create(client, data, **options).id, "succeeded")
     job = create(client, data, **options)
     wait_for(client, job.id, "running", step=1)
@@ -226,14 +290,46 @@ def test_a_paused_job_takes_the_steps_of_an_unbroken_one(client: OpenAI, data: s
     paused = wait_for(client, job.id, "paused")
     step = paused.model_extra["step"]
     time.sleep(0.5)
-    assert client.fine_tuning.jobs.retrieve(job.id).model_extra["step"] == step < 800
+    assert client.fine_tuning.jobs.retrieve(job.id).model_extra["step"] == step < 300
     with pytest.raises(openai.ConflictError, match="only a queued or running job can be paused"):
         client.fine_tuning.jobs.pause(job.id)
     assert client.fine_tuning.jobs.resume(job.id).status == "queued"
     resumed = wait_for(client, job.id, "succeeded")
-    assert losses(client, resumed) == losses(client, unbroken)
+    # Bit for bit they are only some time after the last request: those of the tests before still cut forwards short,
+    # and sums over other numbers of rows round otherwise. A step that is lost or taken twice changes far more.
+    ours, theirs = ([float(row["train_loss"]) for row in losses(client, job)] for job in (resumed, unbroken))
+    assert ours == pytest.approx(theirs, abs=5e-3)
     with pytest.raises(openai.ConflictError, match="only a paused job can be resumed"):
         client.fine_tuning.jobs.resume(job.id)
+
+
+def test_clicks_at_once_are_one_transition_and_every_step_is_told_once(client: OpenAI, data: str) -> None:
+    job = create(client, data, hyperparameters={"steps": 60})
+    wait_for(client, job.id, "running", step=1)
+
+    def click(verb: str) -> str:
+        try:
+            return str(getattr(client.fine_tuning.jobs, verb)(job.id).status)
+        except openai.ConflictError as error:
+            return str(error.code)
+
+    with ThreadPoolExecutor(8) as clients:
+        list(clients.map(click, ["pause"] * 4))
+        wait_for(client, job.id, "paused")
+        resumed = list(clients.map(click, ["resume"] * 8))
+    assert sorted(resumed) == ["None"] * 7 + ["queued"]
+    wait_for(client, job.id, "succeeded")
+    events = client.fine_tuning.jobs.list_events(job.id, limit=1000).data
+    assert [e.data["step"] for e in events if e.type == "metrics"] == list(range(60, 0, -1))  # type: ignore[index]
+    assert [e.message for e in events].count("The job has successfully completed") == 1
+
+    both = create(client, data, hyperparameters={"steps": LONG, "divergence_factor": None})
+    wait_for(client, both.id, "running", step=1)
+    client.fine_tuning.jobs.pause(both.id)
+    wait_for(client, both.id, "paused")
+    with ThreadPoolExecutor(2) as clients:
+        clients.map(lambda verb: getattr(client.fine_tuning.jobs, verb)(both.id), ["resume", "cancel"])
+    assert client.fine_tuning.jobs.retrieve(both.id).status == "cancelled"
 
 
 def test_two_jobs_run_together_and_the_third_waits(client: OpenAI, server: Server, data: str) -> None:
@@ -244,6 +340,9 @@ def test_two_jobs_run_together_and_the_third_waits(client: OpenAI, server: Serve
     assert client.fine_tuning.jobs.retrieve(jobs[2].id).status == "queued"
     wanted = [f'vllm_zo:job_step{{job="{job.id}"}}' for job in jobs[:2]]
     wanted += ['vllm_zo:slots{state="in_use"} 4.0', 'vllm_zo:tokens_total{use="training"}']
+    # The pace is known once there were steps that serve.
+    assert client.completions.create(model="tiny", prompt="a warm story", max_tokens=60).choices[0].text
+    wanted += ["vllm_zo:budget_tokens ", "vllm_zo:slowdown ", "vllm_zo:idle_used "]
     deadline = time.monotonic() + 10  # they are asked for once a second
     while not all(name in (metrics := server.http().get("/metrics").text) for name in wanted):
         assert time.monotonic() < deadline, [line for line in metrics.splitlines() if "vllm_zo" in line]
@@ -303,9 +402,10 @@ def test_a_model_can_be_downloaded_unloaded_and_deleted(client: OpenAI, server: 
     with tarfile.open(fileobj=io.BytesIO(archive.content)) as tar:
         assert {Path(name).name for name in tar.getnames()} >= {"adapter_config.json", "adapter_model.safetensors"}
     assert client.fine_tuning.checkpoints.permissions.list(job.fine_tuned_model).data == []
-    with pytest.raises(openai.InternalServerError, match="not shared") as refused:
+    with pytest.raises(openai.PermissionDeniedError, match="not shared"):
         client.fine_tuning.checkpoints.permissions.create(job.fine_tuned_model, project_ids=["p"])
-    assert refused.value.status_code == 501
+    with pytest.raises(openai.NotFoundError, match="no permission 'p'"):
+        client.fine_tuning.checkpoints.permissions.delete("p", fine_tuned_model_checkpoint=job.fine_tuned_model)
 
     assert client.models.retrieve(job.fine_tuned_model).owned_by == "vllm-zo"
     assert client.models.delete(job.fine_tuned_model).deleted
@@ -324,31 +424,38 @@ def test_a_model_can_be_downloaded_unloaded_and_deleted(client: OpenAI, server: 
         client.models.delete("tiny")
 
 
-def test_a_fold_job_has_the_engine_to_itself(client: OpenAI, server: Server, data: str) -> None:
-    fold: Any = {"update_space": "fold", "bases": None, "interval": 5}
-    other = create(client, data, hyperparameters={"steps": LONG, "divergence_factor": None})
+FOLD: Any = {"update_space": "fold", "bases": None, "interval": 5}
+
+
+def test_a_fold_job_has_the_engine_to_itself(client: OpenAI, servers: Servers, server: Server, data: str) -> None:
+    endless: Any = {"steps": LONG, "divergence_factor": None}  # until it is cancelled, however slow this client is
+    other = create(client, data, hyperparameters=endless)
     wait_for(client, other.id, "running", step=1)
-    with pytest.raises(openai.ConflictError, match="needs the engine to itself"):
-        create(client, data, hyperparameters={**fold, "steps": 10})
+    job = create(client, data, hyperparameters={**FOLD, **endless})
+    behind = create(client, data, hyperparameters={"steps": 3})
+    for waiting in (job, behind):
+        wait_for(client, waiting.id, "queued")
+    before = answer(client, "tiny")  # until its turn comes the engine serves
     client.fine_tuning.jobs.cancel(other.id)
-    before = answer(client, "tiny")
-    job = create(client, data, hyperparameters={**fold, "steps": 150})
-    wait_for(client, job.id, "running", step=5)
+    wait_for(client, job.id, "running", step=6)
+    assert client.fine_tuning.jobs.retrieve(behind.id).status == "queued"
     for model in ("tiny", "job:any"):
         with pytest.raises(openai.ConflictError, match="is changing the base weights"):
             answer(client, model)
+    with pytest.raises(openai.ConflictError, match="A job .* is changing the base weights") as refused:
+        answer(server.client(servers.key_of("c")), "tiny")
+    assert job.id not in refused.value.message, "another project's job"
     with pytest.raises(openai.ConflictError, match="let it end, or cancel it"):
         client.fine_tuning.jobs.pause(job.id)
-    job = wait_for(client, job.id, "succeeded")
-    deadline = time.monotonic() + 20
-    while True:
-        try:
-            after = answer(client, "tiny")
-            break
-        except openai.ConflictError:
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
-    assert not differs(after, before), "the base is as it was"
+    assert client.fine_tuning.jobs.cancel(job.id).status == "cancelled"
+    assert not differs(answer(client, "tiny"), before), "when a client reads that it has ended, the base is as it was"
+    assert wait_for(client, behind.id, "succeeded"), "from the base as it was loaded"
+
+
+def test_a_fold_job_gives_a_whole_model_and_the_base_back(client: OpenAI, server: Server, data: str) -> None:
+    before = answer(client, "tiny")
+    job = wait_for(client, create(client, data, hyperparameters={**FOLD, "steps": 12}).id, "succeeded")
+    assert not differs(answer(client, "tiny"), before), "at once: no 409 after its end"
     archive = server.http().get(f"/v1/fine_tuning/checkpoints/{job.fine_tuned_model}/content").content
     with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
         assert "model.safetensors" in {Path(name).name for name in tar.getnames()}, "a whole model"
@@ -356,7 +463,7 @@ def test_a_fold_job_has_the_engine_to_itself(client: OpenAI, server: Server, dat
 
 def test_a_fold_job_may_leave_its_weights_in_the_base(client: OpenAI, data: str) -> None:
     before = answer(client, "tiny")
-    hyperparameters: Any = {**METHOD, "update_space": "fold", "bases": None, "interval": 5, "steps": 30}
+    hyperparameters: Any = {**METHOD, **FOLD, "steps": 30}
     method: Any = {
         "type": "zeroth_order",
         "zeroth_order": {"hyperparameters": hyperparameters, "objective": SENTIMENT, "keep_base": True},
@@ -366,6 +473,8 @@ def test_a_fold_job_may_leave_its_weights_in_the_base(client: OpenAI, data: str)
     assert job.fine_tuned_model in {model.id for model in client.models.list()}
     kept = answer(client, job.fine_tuned_model)
     assert differs(kept, before) and not differs(kept, answer(client, "tiny")), "it is the base now"
+    with pytest.raises(openai.ConflictError, match="is in the base now, and a job starts from the model as it was"):
+        create(client, data)
     client.models.delete(job.fine_tuned_model)
     assert not differs(answer(client, "tiny"), before), "until it is unloaded"
     with pytest.raises(openai.NotFoundError):
@@ -462,8 +571,8 @@ def test_a_server_that_is_asked_to_stop_leaves_its_jobs_to_go_on(
     wait_for(client, job.id, "running", step=50)
     servers.running().stop()
     store = Store(state_dir / "server.db")
-    record = store.find("jobs", job.id)
-    assert record is not None and record["status"] == "running" and record["error"] is None, "not failed"
+    record = store.job(job.id)
+    assert record.status == "running" and record.error is None, "not failed"
     store.close()
 
 
@@ -477,8 +586,8 @@ def test_a_crash_of_the_engine_fails_its_jobs_with_the_reason(servers: Servers, 
     while server.process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.1)
     store = Store(state_dir / "server.db")
-    record = store.find("jobs", job.id)
+    record = store.job(job.id)
     store.close()
-    assert record is not None and record["status"] == "failed", server.tail()
-    assert record["error"]["code"] == "engine_died"
-    assert record["error"]["message"].startswith("The engine process died. Its last checkpoint is ft:tiny:vllm-zo:")
+    assert record.status == "failed" and record.error is not None, server.tail()
+    assert record.error["code"] == "engine_died"
+    assert record.error["message"].startswith("The engine process died. Its last checkpoint is ft:tiny:vllm-zo:")

@@ -1,4 +1,5 @@
-"""Half an hour of a server's life: jobs created, paused, cancelled and finished under load, adapters that come and go.
+"""Half an hour of a server's life: jobs created, paused, cancelled and finished under load, adapters that come and go,
+and a job without end that gets rows and feedback, and whose versions are promoted and rolled back.
 
 Between rounds the server is idle and is measured: what it holds then must not grow. ZO_SOAK_MINUTES shortens it.
 """
@@ -18,8 +19,8 @@ import psutil
 import pytest
 from openai import OpenAI
 
-from tests.engines import Engines
-from tests.openai_server import FLAGS, Server, create, upload_reviews, wait_for
+from tests.engines import Engines, reviews
+from tests.openai_server import FLAGS, METHOD, SENTIMENT, Server, create, jsonl, upload_reviews, wait_for
 
 MINUTES = float(os.environ.get("ZO_SOAK_MINUTES", "30"))
 WARM_UP = 0.3
@@ -29,6 +30,8 @@ GROWTH_MIB = 24.0
 """What the whole measured time may add beyond noise: jobs leave their records (steps are on disk), some KB each."""
 JOBS_A_ROUND = 5
 SETTLE_S = 2.0
+MAX_OF_LEARNER = 4 + 3 + 2
+"""Models of the job without end: the newest versions, those that are live or were, and two names that mean one."""
 ROUND_S = 600.0
 """Until the jobs of a round have ended, under load on a busy machine."""
 
@@ -55,7 +58,39 @@ class Load(threading.Thread):
                 return
 
 
-def one_round(client: OpenAI, server: Server, data: str, rng: random.Random) -> list[str]:
+def feed(client: OpenAI, server: Server, job_id: str, rng: random.Random) -> None:
+    """Rows, feedback, a promotion and a rollback for a job without end."""
+    path, live = f"/v1/fine_tuning/jobs/{job_id}", f"live:{job_id}"
+    with server.http() as http:
+        http.post(f"{path}/examples", content=jsonl(reviews(8, seed=rng.getrandbits(31)))).raise_for_status()
+        for _ in range(3):
+            answer = client.completions.create(model=live, prompt="a warm story It was", max_tokens=1)
+            said = rng.choice([{"label": rng.randint(0, 1)}, {"score": rng.random()}])
+            given = http.post("/v1/fine_tuning/feedback", json={"completion_id": answer.id, **said})
+            given.raise_for_status()
+        http.delete(f"/v1/fine_tuning/feedback/{given.json()['id']}").raise_for_status()
+        for _ in range(2):
+            versions = http.get(f"{path}/versions").json()
+            step = rng.choice(versions["data"])["step"]
+            # A conflict: it was pruned since, or nothing was live before.
+            assert http.post(f"{path}/versions/{step}/promote").status_code in (200, 404, 409)
+        assert http.post(f"{path}/versions/{step}/rollback").status_code in (200, 404, 409)
+
+
+def endless(client: OpenAI, data: str) -> str:
+    """A job without end, once a version of it is live."""
+    hyperparameters = {**METHOD, "publish_interval": 20, "keep_versions": 4, "buffer_rows": 64, "batch_size": 8}
+    of_method = {"continual": True, "feedback": {"retention_days": 1}, "live": {"canary": 0.1}}
+    zeroth: Any = {"hyperparameters": hyperparameters, "objective": SENTIMENT, **of_method}
+    job = client.fine_tuning.jobs.create(
+        model="tiny", training_file=data, method={"type": "zeroth_order", "zeroth_order": zeroth}
+    )
+    while f"live:{job.id}" not in [model.id for model in client.models.list()]:
+        time.sleep(0.2)
+    return job.id
+
+
+def one_round(client: OpenAI, server: Server, data: str, rng: random.Random, learner: str) -> list[str]:
     """Some jobs with some fate each; returns the statuses they ended with."""
     jobs = [
         create(client, data, hyperparameters={"steps": rng.randint(30, 120), "eps": 1e-2}) for _ in range(JOBS_A_ROUND)
@@ -71,9 +106,10 @@ def one_round(client: OpenAI, server: Server, data: str, rng: random.Random) -> 
                 client.fine_tuning.jobs.resume(job.id)
         except openai.ConflictError:
             pass  # it was not as far yet, or further already
+    feed(client, server, learner, rng)
     ended = [wait_for(client, job.id, "succeeded", "cancelled", timeout_s=ROUND_S).status for job in jobs]
     for model in client.models.list():
-        if model.id.startswith("ft:"):
+        if model.id.startswith("ft:") and learner.removeprefix("ftjob-") not in model.id:
             server.http().delete(f"/v1/models/{model.id}?delete_files=true").raise_for_status()
     return ended
 
@@ -103,7 +139,9 @@ def test_a_server_stays_as_it_was(engines: Engines, tmp_path: Path) -> None:
         server.kill()
     print(f"{len(found)} rounds, {len(ended)} jobs, {answered} answers; first {found[0]}, last {found[-1]}")
     assert {"succeeded", "cancelled"} <= set(ended)
-    assert all(m["slots"] == 0 and m["models"] == 1 for m in found), "slots and adapters are given back"
+    assert all(m["slots"] == 0 and m["models"] <= 1 + MAX_OF_LEARNER for m in found), (
+        "slots and adapters are given back"
+    )
     assert all(m["kv"] == 0 for m in found), "and KV blocks"
     later = found[int(len(found) * WARM_UP) :]
     assert len(later) >= 3, "too few rounds to judge: give it more minutes"
@@ -119,6 +157,7 @@ def test_a_server_stays_as_it_was(engines: Engines, tmp_path: Path) -> None:
 def soak(server: Server) -> tuple[list[dict[str, float]], list[str], int]:
     client, rng = server.client(), random.Random(0)
     data = upload_reviews(client, 24)
+    learner = endless(client, data)
     end = time.monotonic() + 60 * MINUTES
     found: list[dict[str, float]] = []
     ended: list[str] = []
@@ -127,12 +166,15 @@ def soak(server: Server) -> tuple[list[dict[str, float]], list[str], int]:
         loads: list[Any] = [Load(server.client()) for _ in range(3)]
         for load in loads:
             load.start()
-        ended += one_round(client, server, data, rng)
+        ended += one_round(client, server, data, rng, learner)
         for load in loads:
             load.stop.set()
             load.join(60)
             assert load.error is None, load.error
             answered += load.answered
+        client.fine_tuning.jobs.pause(learner)
+        wait_for(client, learner, "paused")
         time.sleep(SETTLE_S)
         found.append(measure(server))
+        client.fine_tuning.jobs.resume(learner)
     return found, ended, answered

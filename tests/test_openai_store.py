@@ -7,6 +7,7 @@ import os
 import signal
 import sqlite3
 import time
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +15,27 @@ import pytest
 
 from tests.openai_app import app_client
 from vllm_zo import ConfigError
-from vllm_zo.entrypoints.openai.errors import APIError
-from vllm_zo.entrypoints.openai.state_dir import StateDir
-from vllm_zo.entrypoints.openai.store import Store
+from vllm_zo.checkpoint.files import write_atomically
+from vllm_zo.entrypoints.server.http.errors import APIError
+from vllm_zo.entrypoints.server.http.schemas import event
+from vllm_zo.entrypoints.server.keys.limits import Quotas
+from vllm_zo.entrypoints.server.state.directory import StateDir
+from vllm_zo.entrypoints.server.state.files import Files
+from vllm_zo.entrypoints.server.state.job_record import JobRecord
+from vllm_zo.entrypoints.server.state.store import Store
+from vllm_zo.jobs.status import FINAL, UNFINISHED, JobStatus
 
 MANY = 10_000
 
 
-def job_record(number: int, **more: Any) -> dict[str, Any]:
-    return {
-        "id": f"ftjob-{number:05d}", "object": "fine_tuning.job", "created_at": number, "model": "base",
-        "organization_id": "vllm-zo", "status": "succeeded", "hyperparameters": {}, "method": {"type": "supervised"},
-        "training_file": "file-1", "seed": number, "metadata": {"parity": "odd" if number % 2 else "even"}, **more,
+def job_record(number: int, **more: Any) -> JobRecord:
+    fields: dict[str, Any] = {
+        "id": f"ftjob-{number:05d}", "created_at": number, "model": "base", "organization_id": "vllm-zo",
+        "status": JobStatus.SUCCEEDED, "hyperparameters": {}, "method": {"type": "supervised"}, "request": {},
+        "training_file": "file-1", "seed": number, "metadata": {"parity": "odd" if number % 2 else "even"},
+        "model_path": "base", "base": "f",
     }  # fmt: skip
+    return JobRecord(**{**fields, **more})
 
 
 def test_ten_thousand_jobs_are_listed_page_by_page(tmp_path: Path) -> None:
@@ -34,7 +43,7 @@ def test_ten_thousand_jobs_are_listed_page_by_page(tmp_path: Path) -> None:
         store: Store = client.app.state.zo.store  # type: ignore[attr-defined]
         with store.transaction():
             for number in range(MANY):
-                store.add("jobs", job_record(number))
+                store.add_job(job_record(number))
         seen: list[str] = []
         page: dict[str, Any] = {"has_more": True}
         slowest = 0.0
@@ -55,9 +64,9 @@ def test_ten_thousand_jobs_are_listed_page_by_page(tmp_path: Path) -> None:
 def test_paging_is_not_disturbed_by_what_is_added_meanwhile(tmp_path: Path) -> None:
     store = Store(tmp_path / "db")
     for number in range(5):
-        store.add("jobs", job_record(number))
+        store.add_job(job_record(number))
     first = store.page("jobs", limit=2)
-    store.add("jobs", job_record(5))
+    store.add_job(job_record(5))
     rest = store.page("jobs", after=first.data[-1]["id"], limit=10)
     assert [job["seed"] for job in first.data + rest.data] == [4, 3, 2, 1, 0]
 
@@ -70,16 +79,67 @@ def test_an_unknown_cursor_is_refused(tmp_path: Path) -> None:
 def test_a_transaction_that_fails_leaves_nothing(tmp_path: Path) -> None:
     store = Store(tmp_path / "db")
     with pytest.raises(sqlite3.IntegrityError), store.transaction():
-        store.add("jobs", job_record(1))
-        store.add("jobs", job_record(1))
+        store.add_job(job_record(1))
+        store.add_job(job_record(1))
     assert store.all("jobs") == []
+
+
+@pytest.mark.parametrize("sqlite_has_rolled_back", [False, True])
+def test_a_commit_that_finds_no_room_leaves_nothing_open(tmp_path: Path, sqlite_has_rolled_back: bool) -> None:
+    store = Store(tmp_path / "store.db")
+
+    class Full:
+        """A connection whose next COMMIT fails."""
+
+        def __init__(self, inner: sqlite3.Connection) -> None:
+            self.inner, self.fails = inner, True
+
+        def execute(self, statement: str, *args: Any) -> Any:
+            if statement == "COMMIT" and self.fails:
+                self.fails = False
+                if sqlite_has_rolled_back:
+                    self.inner.execute("ROLLBACK")
+                raise sqlite3.OperationalError("database or disk is full")
+            return self.inner.execute(statement, *args)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.inner, name)
+
+    store._connection = Full(store._connection)  # type: ignore[assignment]
+    with pytest.raises(sqlite3.OperationalError, match="disk is full"):
+        store.add_job(job_record(1))
+    store.add_job(job_record(2))
+    assert [job.id for job in store.jobs(JobStatus)] == ["ftjob-00002"]
+    store.close()
+
+
+def test_a_job_comes_back_as_it_was_and_whole(tmp_path: Path) -> None:
+    store = Store(tmp_path / "db")
+    job = job_record(1, evaluations=[{"step": 0, "eval_loss": None}], suffix="tone", cancelling=True, keep_base=True)
+    store.add_job(job, event("Created"))
+    store.close()
+    store = Store(tmp_path / "db")
+    assert store.job(job.id) == job and [e["message"] for e in store.all("events", parent=job.id)] == ["Created"]
+    with pytest.raises(APIError, match="No such job"):
+        store.job("ftjob-x")
+
+
+def test_a_status_moves_only_from_those_it_may_and_tells_nothing_else(tmp_path: Path) -> None:
+    store = Store(tmp_path / "db")
+    store.add_job(job_record(1, status=JobStatus.PAUSED))
+    job_id = job_record(1).id
+    moved = store.move_job(job_id, {JobStatus.PAUSED}, JobStatus.QUEUED, event("The job is queued again"), step=3)
+    assert moved is not None and (moved.status, moved.step) == (JobStatus.QUEUED, 3) and moved == store.job(job_id)
+    assert store.move_job(job_id, {JobStatus.PAUSED}, JobStatus.QUEUED, event("again"), step=9) is None
+    assert store.job(job_id) == moved and len(store.all("events", parent=job_id)) == 1
+    assert store.jobs(UNFINISHED) == [moved] and store.jobs(FINAL) == []
 
 
 def write_for_ever(path: str) -> None:
     store = Store(Path(path))
     for number in range(1_000_000):
         with store.transaction():
-            store.add("jobs", job_record(number))
+            store.add_job(job_record(number))
             store.add("events", {"id": f"ftevent-{number}"}, parent=f"ftjob-{number:05d}")
 
 
@@ -122,3 +182,41 @@ def test_a_state_directory_that_cannot_be_made_is_refused(tmp_path: Path) -> Non
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(ConfigError, match="cannot be used"):
         StateDir(tmp_path / "file").acquire()
+
+
+def test_a_state_directory_is_for_its_owner_alone_also_one_that_was_open(tmp_path: Path) -> None:
+    root = tmp_path / "state"
+    kept = root / "adapters" / "ftjob-1" / "step-3" / "adapter_model.safetensors"
+    kept.parent.mkdir(parents=True)
+    kept.write_bytes(b"weights")
+    (root / "server.db-wal").touch(mode=0o644)
+    assert kept.stat().st_mode & 0o044, "the test's own umask makes open files, as an earlier version did"
+    directory = StateDir(root).acquire()
+    try:
+        store = Store(directory.database)
+        store.add_job(job_record(1))
+        Files(directory, store, Quotas(None, store)).keep(BytesIO(b'{"prompt": "a"}\n'), "a.jsonl", "fine-tune")
+        write_atomically(directory.job("ftjob-1") / "train.jsonl", b"{}\n")  # as the engine and the exports write
+        modes = {path.relative_to(root): path.stat().st_mode & 0o777 for path in (root, *root.rglob("*"))}
+        store.close()
+    finally:
+        directory.release()
+    assert len(modes) >= 12 and {path: oct(mode) for path, mode in modes.items() if mode & 0o077} == {}
+
+
+def test_half_files_of_a_killed_server_are_swept_away(tmp_path: Path) -> None:
+    StateDir(tmp_path).acquire().release()
+    job = tmp_path / "jobs" / "ftjob-1"
+    job.mkdir()
+    for path in (job / ".seeds.log.7.tmp", tmp_path / ".download-x.tar", job / "seeds.log"):
+        path.write_bytes(b"half")
+    StateDir(tmp_path).acquire().release()
+    assert [path.name for path in job.iterdir()] == ["seeds.log"] and not list(tmp_path.glob(".download*"))
+
+
+def test_a_file_outside_a_private_directory_is_as_open_as_ever(tmp_path: Path) -> None:
+    (tmp_path / "plain").touch()
+    tmp_path.chmod(0o755)
+    write_atomically(tmp_path / "new" / "file", b"")
+    for made, usual in ((tmp_path / "new" / "file", tmp_path / "plain"), (tmp_path / "new", tmp_path)):
+        assert made.stat().st_mode & 0o777 == usual.stat().st_mode & 0o777

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from tests.test_methods import EXAMPLES, JOB_SEED, MODULES, Loss, Toy, Weights, curved, random_weights
 from vllm_zo import noise
-from vllm_zo.methods import build_method
-from vllm_zo.methods.estimators.kernel import _radius
+from vllm_zo.methods import METHODS
+from vllm_zo.methods.estimators.kerzoo import _radius
 
 EPS = 0.05
 STEPS = 12
@@ -297,14 +297,6 @@ def muon(step: int, w: Weights, loss: Loss, memory: dict[str, list[Tensor]]) -> 
     return moved(w, products([msign(m) for m in memory["m"]], right(step, 2)), -0.02)
 
 
-def conserve(step: int, w: Weights, loss: Loss, memory: dict[str, list[Tensor]]) -> Weights:
-    change = products(estimate(step, w, loss), right(step, 2))
-    choices = [moved(w, change, -0.05), w, moved(w, change, 0.05)]
-    best = min(range(3), key=lambda i: float(loss(choices[i]).mean()))
-    memory.setdefault("choices", []).append(torch.tensor(best))
-    return choices[best]
-
-
 LOZO = {"rank": 2, "interval": INTERVAL}
 RULES: dict[str, tuple[Step, str, dict[str, object], float]] = {
     "one-sided": (one_sided, "lozo", {**LOZO, "queries": 3, "estimator": "one-sided"}, 0.02),
@@ -328,7 +320,6 @@ RULES: dict[str, tuple[Step, str, dict[str, object], float]] = {
     "meazo": (meazo, "lozo", {**LOZO, "queries": 2, "optimizer": {"name": "meazo", "beta": 0.9}}, 0.03),
     "sign": (sign, "lozo", {**LOZO, "queries": 2, "optimizer": "sign"}, 0.01),
     "muon": (muon, "lozo", {**LOZO, "optimizer": {"name": "muon", "beta": 0.5}}, 0.02),
-    "conserve": (conserve, "lozo", {**LOZO, "optimizer": "conserve"}, 0.05),
 }
 
 
@@ -336,7 +327,7 @@ RULES: dict[str, tuple[Step, str, dict[str, object], float]] = {
 @pytest.mark.parametrize("name", RULES)
 def test_a_method_equals_its_papers_rule(name: str, loss_name: str) -> None:
     rule, method_name, hyperparameters, lr = RULES[name]
-    method, loss = build_method(method_name, eps=EPS, **hyperparameters), LOSSES[loss_name]
+    method, loss = METHODS.build(method_name, eps=EPS, **hyperparameters), LOSSES[loss_name]
     spaces = [(s, 1 if s == "fold" or method.epoch(10**6) == 0 else 3) for s in method.update_spaces]
     memory: dict[str, list[Tensor]] = {}
     weights: Weights = [torch.zeros(m.out_features, m.in_features, dtype=torch.float64) for m in MODULES]
@@ -348,8 +339,6 @@ def test_a_method_equals_its_papers_rule(name: str, loss_name: str) -> None:
             for ours, theirs in zip(toy.weights(), weights, strict=True):
                 torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=2e-5, msg=f"step {step}")
     assert toys and max(float(w.abs().max()) for w in weights) > 5e-3, "hardly moved; this would prove nothing"
-    if name == "conserve" and loss_name == "curved":
-        assert len({int(choice) for choice in memory["choices"]}) > 1, "the choice was always the same"
 
 
 def test_kernel_weights_cancel_the_third_order() -> None:
@@ -363,6 +352,6 @@ def test_kernel_weights_cancel_the_third_order() -> None:
 
 def test_equal_losses_give_no_step_where_the_rule_divides_by_their_spread() -> None:
     for name in ("fzoo", "z-score"):
-        method = build_method("lozo", queries=3, estimator=name)
+        method = METHODS.build("lozo", queries=3, estimator=name)
         plan = method.plan(0, 0, 0)
         assert method.coefficients(plan, torch.ones(len(plan.probes), 2)).tolist() == [0.0, 0.0, 0.0]

@@ -15,7 +15,7 @@ from tests.reference import ReferenceTrainer, trainable
 from vllm_zo import noise
 from vllm_zo.methods import FactorizedMeZO, LoZO
 from vllm_zo.methods.fold import fold_into
-from vllm_zo.objectives.base import EncodedExample, ScoringRow
+from vllm_zo.objectives.base import EncodedExample, ScoringSequence
 
 JOB_SEED = 9
 LABELS = (17, 23)
@@ -39,7 +39,7 @@ class Likelihood(TwoLabels):
     """Mean negative log-likelihood of the only row of each example; rows may differ in length."""
 
     def loss(self, cells_PC: Tensor, examples: Sequence[EncodedExample]) -> tuple[Tensor, Tensor]:
-        parts = cells_PC.split([e.rows[0].num_cells for e in examples], dim=1)
+        parts = cells_PC.split([e.sequences[0].num_cells for e in examples], dim=1)
         losses_PE = -torch.stack([part.chunk(2, dim=1)[0].mean(dim=1) for part in parts], dim=1)
         return losses_PE, torch.zeros_like(losses_PE, dtype=torch.int64)
 
@@ -61,7 +61,7 @@ def examples() -> list[EncodedExample]:
     rows = []
     for length in (5, 9, 7):
         tokens = torch.randint(4, 40, (length,), generator=generator).tolist()
-        rows.append(ScoringRow(tuple(tokens), (length - 1,), LABELS, "labels"))
+        rows.append(ScoringSequence(tuple(tokens), (length - 1,), LABELS, "labels"))
     return [EncodedExample((row,), gold=i % 2) for i, row in enumerate(rows)]
 
 
@@ -88,7 +88,7 @@ def dense_lozo(
         return noise.normal(key, noise.ElementRanges.of([(name, 0, rows * rank)]), "cpu").double().view(rows, rank)
 
     def mean_loss(batch: list[EncodedExample]) -> Tensor:
-        logits = [model(torch.tensor([e.rows[0].token_ids])).logits[0, -1, list(LABELS)] for e in batch]
+        logits = [model(torch.tensor([e.sequences[0].token_ids])).logits[0, -1, list(LABELS)] for e in batch]
         return torch.stack([-x.log_softmax(0)[e.gold] for x, e in zip(logits, batch, strict=True)]).mean()
 
     log = []
@@ -145,8 +145,8 @@ def test_scope_is_the_linear_modules_of_the_layers(model: OPTForCausalLM) -> Non
 
 def test_log_probabilities_agree_with_the_loss_of_transformers(model: OPTForCausalLM) -> None:
     tokens = [[5, 9, 31, 12, 7, 8], [30, 6, 22]]
-    rows = [ScoringRow(tuple(t[:-1]), tuple(range(len(t) - 1)), tuple(t[1:]), "logprobs") for t in tokens]
-    rows[0] = ScoringRow(rows[0].token_ids, (3, 4), rows[0].label_ids[3:], "logprobs")  # the last two tokens only
+    rows = [ScoringSequence(tuple(t[:-1]), tuple(range(len(t) - 1)), tuple(t[1:]), "logprobs") for t in tokens]
+    rows[0] = ScoringSequence(rows[0].token_ids, (3, 4), rows[0].label_ids[3:], "logprobs")  # the last two tokens only
     expected = []
     for ids, ignored in zip(tokens, (4, 0), strict=True):
         labels = torch.tensor([ids])
@@ -190,7 +190,7 @@ def test_a_bf16_model_is_folded_in_bf16_with_the_key_of_the_step(
     reference.step(0, examples, 0.1)
     reference.step(1, examples, 0.1)
     us = reference.layout.split_u(reference.state.acc_BN[0].clone())
-    vs = reference.layout.split_v(reference.state.v_flat(0))
+    vs = reference.layout.split_v(reference.state.frozen(0))
     reference.step(2, examples, 0.0)
     key = noise.derive_key(JOB_SEED, "fold", 2)
     for name, u, v in zip(reference.names, us, vs, strict=True):

@@ -9,15 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from tests.tiny import make_tokenizer
 from vllm_zo import Reward, RewardError
 from vllm_zo.data import encode_examples
 from vllm_zo.errors import ConfigError
-from vllm_zo.objectives import EncodedExample, ScoringRow
+from vllm_zo.objectives import EncodedExample, ScoringSequence, Trust
 from vllm_zo.objectives.base import Generation
-from vllm_zo.objectives.reward_function import build_reward, is_foreign_code, load_function, name_of
+from vllm_zo.objectives.reward_function import build_reward, load_function, name_of
+from vllm_zo.objectives.rewards import REWARDS, contains, exact_match, token_f1
 from vllm_zo.objectives.shaping import SHAPINGS, shape
-from vllm_zo.rewards import contains, exact_match, token_f1
 
 EXACT = {
     "type": "string_check", "name": "exact", "operation": "eq",
@@ -31,11 +30,6 @@ def length(completions: list[str], **columns: Any) -> list[float]:
     return [float(len(text)) for text in completions]
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-
-
 # --- encoding ---------------------------------------------------------------------------------------------------------
 
 
@@ -44,8 +38,10 @@ def test_an_example_is_its_prompt_and_what_the_reward_may_read(tokenizer: Any) -
     encoded = objective.encode(RECORD, tokenizer, "row 1")
     prompt = "a film of great charm It was"
     newline = tokenizer("\n", add_special_tokens=False).input_ids
-    stops = (tokenizer.eos_token_id, *(newline if len(newline) == 1 else []))
-    row = ScoringRow(tuple(tokenizer(prompt).input_ids), (), (), "generate", Generation(5, 1.0, 0.9, stops))
+    stops = tuple(newline) if len(newline) == 1 else ()
+    row = ScoringSequence(
+        tuple(tokenizer(prompt).input_ids), (), (), "generate", Generation(5, None, 0.9, stops, objective.stop)
+    )
     assert encoded == EncodedExample((row, row), columns={**RECORD, "prompts": prompt})
     assert row.num_cells == 1 and row.max_new_tokens == 5
 
@@ -76,7 +72,10 @@ def test_a_record_that_cannot_be_scored_is_named(
     [
         ({}, "reward, grader: give exactly one of the two"),
         ({"reward": length, "grader": EXACT}, "reward, grader: give exactly one of the two"),
-        ({"reward": "length"}, "reward='length': expected a function, or its name as 'module:function'"),
+        (
+            {"reward": "length"},
+            "unknown reward 'length': Known: contains, exact_match, token_f1. Or 'module:function",
+        ),
         ({"reward": 3}, "reward=3: expected a function"),
         ({"grader": {**EXACT, "operation": "is"}}, "unknown grader.operation 'is'"),
         ({"reward": length, "max_tokens": 0}, "max_tokens=0"),
@@ -105,7 +104,7 @@ def test_the_loss_is_minus_the_shaped_mean_of_the_samples(shaping: str) -> None:
     probes, examples, samples = 6, 3, 2
     cells = torch.rand(probes, examples * samples, generator=generator)
     cells[2] = cells[4]  # a tie
-    row = ScoringRow((1,), (), (), "generate", Generation(1, 1.0, 1.0, ()))
+    row = ScoringSequence((1,), (), (), "generate", Generation(1, 1.0, 1.0, ()))
     objective = Reward("{q}", reward=length, samples=samples, shaping=shaping, pass_reward=0.5)
     losses, predictions = objective.loss(cells, [EncodedExample((row,) * samples)] * examples)
     for e in range(examples):
@@ -201,19 +200,15 @@ def test_what_a_function_raises_is_told() -> None:
     ("name", "message"),
     [
         ("no_such_module:f", "cannot be imported: No module named 'no_such_module'"),
-        ("vllm_zo.rewards:no_such", "cannot be imported"),
-        ("vllm_zo.rewards:__name__", "is str: expected a function"),
+        ("vllm_zo.objectives.rewards:no_such", "cannot be imported"),
+        ("math:pi", "is float: expected a function"),
+        ("vllm_zo.objectives.reward:build_reward", "defined in vllm_zo.objectives.reward_function: name it by that"),
         ("local:gone-7", "is a function of another process"),
     ],
 )
 def test_a_function_that_is_not_there_is_refused(name: str, message: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):
         Reward("{q}", reward=name).scorer()
-
-
-def test_a_completion_ends_at_its_first_stop_text() -> None:
-    objective = Reward("{q}", reward=length, stop=["\n", "END"])
-    assert objective.scorer()(["abcENDx\n", "ab\ncEND", "abc"], [{}] * 3) == [3.0, 2.0, 3.0]
 
 
 # --- graders ----------------------------------------------------------------------------------------------------------
@@ -231,13 +226,43 @@ def test_an_output_that_is_not_the_json_it_should_be_is_worth_0_and_other_failur
         build_reward(None, EXACT)(["x"], {"other": ["x"]})
 
 
-def test_which_rewards_are_foreign_code() -> None:
+def test_a_registered_reward_goes_by_its_name() -> None:
+    assert name_of(token_f1) == "token_f1" and load_function("token_f1") is token_f1
+    assert Reward("{q}", reward=contains) == Reward("{q}", reward="contains")
+    assert list(REWARDS)[:3] == ["exact_match", "contains", "token_f1"]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("token_f2", "unknown reward 'token_f2': did you mean 'token_f1'?"),
+        (
+            "vllm_zo.objectives.rewards:re.enum.sys.exit",
+            "expected 'module:function', with a function that the module",
+        ),
+        ("m:", "expected 'module:function'"),
+        (3, "expected a function, its name as"),
+        ("", "expected a function, its name as"),
+    ],
+)
+def test_a_name_that_is_no_reward_is_refused_at_once(name: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        Reward("{q}", reward=name)
+
+
+def test_what_a_reward_must_be_trusted_with() -> None:
     multi = {"type": "multi", "name": "m", "graders": {"p": PYTHON}, "calculate_output": "p"}
-    for foreign in ({"reward": length}, {"reward": "os:system"}, {"grader": PYTHON}, {"grader": multi}):
-        assert Reward("{q}", **foreign).needs_trust
-    for known in ({"reward": token_f1}, {"grader": EXACT}):
-        assert not Reward("{q}", **known).needs_trust
-    assert not is_foreign_code("vllm_zo.rewards:exact_match", None)
+    settings: list[tuple[dict[str, Any], Trust]] = [
+        ({"reward": length}, Trust.IMPORTS),
+        ({"reward": "os:system"}, Trust.IMPORTS),
+        ({"reward": lambda completions, **columns: [0.0]}, Trust.IMPORTS),
+        ({"grader": PYTHON}, Trust.SOURCE),
+        ({"grader": multi}, Trust.SOURCE),
+        ({"reward": token_f1}, Trust.NAMES),
+        ({"grader": EXACT}, Trust.NAMES),
+    ]
+    for given, expected in settings:
+        assert Reward("{q}", **given).trust == expected, given
 
 
 # --- metrics ----------------------------------------------------------------------------------------------------------

@@ -5,19 +5,21 @@ from __future__ import annotations
 import threading
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 
 from vllm_zo import JobConfig, LoZO, Reward, RewardError
 from vllm_zo.commands import CloseGroup, GroupResult, Materialise, OpenGroup, StartJob, ZOCommands, ZOResults
-from vllm_zo.engine.admission import Capacity
+from vllm_zo.engine.admission import UNLIMITED, Capacity
 from vllm_zo.engine.controller import Controller
 from vllm_zo.engine.group import Member
-from vllm_zo.engine.job import FAILED, Job
+from vllm_zo.engine.job import Job
 from vllm_zo.engine.rewarder import Rewarder, Scoring
-from vllm_zo.objectives.base import EncodedExample, Generation, ScoringRow
+from vllm_zo.jobs.directory import JobDir
+from vllm_zo.jobs.status import JobStatus
+from vllm_zo.objectives.base import EncodedExample, Generation, ScoringSequence
 
 PLENTY = Capacity(sequences=1000, tokens=10_000, kv_blocks=1000)
 ROWS = 3
@@ -39,6 +41,8 @@ class Recorder:
     def step(self, *step: Any) -> None:
         self.steps.append(step)
 
+    def retry(self) -> None: ...
+    def sync(self) -> None: ...
     def close(self) -> None: ...
     def forget(self) -> None: ...
     def summarise(self, summary: dict[str, Any]) -> None: ...
@@ -46,14 +50,21 @@ class Recorder:
 
 def make(tmp_path: Path, reward: Any, samples: int = 1, **options: Any) -> tuple[Controller, Job, Recorder]:
     objective = Reward("{q}", reward=reward, samples=samples, **options)
-    row = ScoringRow((1, 2, 3), (), (), "generate", Generation(4, 1.0, 1.0, (2,)))
+    row = ScoringSequence((1, 2, 3), (), (), "generate", Generation(4, 1.0, 1.0, (2,)))
     train = [EncodedExample((row,) * samples, columns={"i": i, "prompts": f"p{i}"}) for i in range(ROWS)]
     config = JobConfig(learning_rate=1e-7, objective=objective, method=LoZO(interval=1), steps=5, batch_size=ROWS)
-    job = Job("job", tmp_path, config, num_bases=5, train=train, validation=[], eval_batch=8)
-    job.rewarder = Rewarder(objective, lambda completions: ["".join(map(chr, ids)) for ids in completions])
     controller, recorder = Controller(slots_per_job=2, block_size=16), Recorder()
-    start = StartJob("job", 0, config.method, objective, "bank", 5, "all-linear")
-    controller.start_job(job, recorder, start)  # type: ignore[arg-type]
+    directory = JobDir(tmp_path / "job")
+    directory.path.mkdir()
+    directory.train.write_bytes(b"".join(msgspec.json.encode(example) + b"\n" for example in train))
+    directory.validation.touch()
+    job = Job(
+        directory, config, num_bases=5, eval_batch=8,
+        start=StartJob("job", 0, config.method, objective, "bank", 5, "all-linear"),
+        recorder=recorder,  # type: ignore[arg-type]
+        rewarder=Rewarder(objective, lambda continued, completion: "".join(map(chr, completion))),
+    )  # fmt: skip
+    controller.add_job(job)
     return controller, job, recorder
 
 
@@ -63,17 +74,17 @@ def generate(controller: Controller, members: list[Member]) -> None:
         controller.score(member, 0, 3, last_chunk=True)
         controller.generated(member, [ord("a") + member.probe], finished=False)
     for member in members:
-        controller.generated(member, [ord("A") + member.row], finished=True)
+        controller.generated(member, [ord("A") + member.sequence], finished=True)
 
 
 def until_closed(controller: Controller) -> ZOCommands:
     """Commands of the step that closes the group."""
     for _ in range(1000):
-        controller.offer(PLENTY, engine_is_empty=True)
+        controller.offer(PLENTY, in_chunks_beyond=UNLIMITED, serving=False)
         commands = controller.take_commands()
         if any(isinstance(c, CloseGroup) for c in commands.before):
             return commands
-        controller.wait_for_rewards(0.01)
+        controller.wait_idle(0.01)
     raise AssertionError("the group never closed")
 
 
@@ -85,10 +96,11 @@ def test_rewards_close_the_group_before_anything_of_the_next_is_written(tmp_path
         return [ord(text[0]) - ord("a") + index / 10 for text, index in zip(completions, i, strict=True)]
 
     controller, job, recorder = make(tmp_path, reward)
-    members = controller.offer(PLENTY, engine_is_empty=True)
-    assert [(m.probe, m.row) for m in members] == [(p, r) for p in (0, 1) for r in range(ROWS)]
-    assert [m.seed for m in members[:ROWS]] == [m.seed for m in members[ROWS:]], "common random numbers"
-    assert len({m.seed for m in members}) == ROWS and all(0 <= m.seed < 2**63 for m in members)
+    members = controller.offer(PLENTY, in_chunks_beyond=UNLIMITED, serving=False)
+    assert [(m.probe, m.sequence) for m in members] == [(p, r) for p in (0, 1) for r in range(ROWS)]
+    seeds = [m.sampling_seed for m in members]
+    assert seeds[:ROWS] == seeds[ROWS:], "common random numbers"
+    assert len(set(seeds)) == ROWS and all(0 <= seed < 2**63 for seed in seeds)
     opened = controller.take_commands()
     assert all(e.columns is None for c in opened.before if isinstance(c, OpenGroup) for e in c.examples)
     generate(controller, members)
@@ -105,8 +117,8 @@ def test_rewards_close_the_group_before_anything_of_the_next_is_written(tmp_path
     controller.on_results(ZOResults(groups=[GroupResult(closing.group_id, losses, [[1] * 3] * 2, [0.5], True)]))
     (record,) = recorder.records
     assert record["loss_plus"] == pytest.approx(-0.1) and record["loss_minus"] == pytest.approx(-1.1)
-    assert record["reward"] == pytest.approx(0.6) and recorder.steps == [(0, 1e-7, [0.5], True)]
-    assert job.tokens == 2 * ROWS * 2 + 2 * ROWS * 3, "prompts and completions of every probe"
+    assert record["reward"] == pytest.approx(0.6) and recorder.steps == [(0, 1e-7, [0.5], True, None)]
+    assert job.stats()["tokens"] == 2 * ROWS * 2 + 2 * ROWS * 3, "prompts and completions of every probe"
 
 
 def test_samples_of_a_prompt_have_their_own_seeds_and_share_its_columns(tmp_path: Path) -> None:
@@ -117,8 +129,8 @@ def test_samples_of_a_prompt_have_their_own_seeds_and_share_its_columns(tmp_path
         return [0.0] * len(completions)
 
     controller, _, _ = make(tmp_path, reward, samples=2)
-    members = controller.offer(PLENTY, engine_is_empty=True)
-    assert len({m.seed for m in members}) == 2 * ROWS and len(members) == 4 * ROWS
+    members = controller.offer(PLENTY, in_chunks_beyond=UNLIMITED, serving=False)
+    assert len({m.sampling_seed for m in members}) == 2 * ROWS and len(members) == 4 * ROWS
     controller.take_commands()
     generate(controller, members)
     until_closed(controller)
@@ -127,17 +139,17 @@ def test_samples_of_a_prompt_have_their_own_seeds_and_share_its_columns(tmp_path
 
 def test_a_reward_that_fails_ends_its_job_and_frees_its_slots(tmp_path: Path) -> None:
     controller, job, _ = make(tmp_path, lambda completions: [0.0])
-    members = controller.offer(PLENTY, engine_is_empty=True)
+    members = controller.offer(PLENTY, in_chunks_beyond=UNLIMITED, serving=False)
     controller.take_commands()
     generate(controller, members)
     for _ in range(1000):
-        controller.wait_for_rewards(0.01)
-        controller.offer(PLENTY, engine_is_empty=True)
-        if job.status == FAILED:
+        controller.wait_idle(0.01)
+        controller.offer(PLENTY, in_chunks_beyond=UNLIMITED, serving=False)
+        if job.status == JobStatus.FAILED:
             break
-    assert job.status == FAILED and "returned 1 numbers for 6 completions" in str(job.error)
-    assert job.recorded == 0 and job.outstanding == 0
-    (lane,) = controller.table.lanes
+    assert job.status == JobStatus.FAILED and "returned 1 numbers for 6 completions" in str(job.summary()["error"])
+    assert job.recorded == 0
+    (lane,) = controller.queue.lanes
     assert lane.job is None and lane.slots.free == [0, 1]
 
 
@@ -149,13 +161,14 @@ def test_an_open_group_that_is_dropped_forgets_its_rewards_and_runs_again(tmp_pa
         return [0.0] * len(completions)
 
     controller, _, _ = make(tmp_path, reward)
-    first = controller.offer(PLENTY, engine_is_empty=True)
+    first = controller.offer(PLENTY, in_chunks_beyond=UNLIMITED, serving=False)
     controller.take_commands()
     generate(controller, first)
     controller.drop_groups()
     release.set()
-    again = controller.offer(PLENTY, engine_is_empty=True)
-    assert [m.seed for m in again] == [m.seed for m in first] and again[0].group_id != first[0].group_id
+    again = controller.offer(PLENTY, in_chunks_beyond=UNLIMITED, serving=False)
+    assert [m.sampling_seed for m in again] == [m.sampling_seed for m in first]
+    assert again[0].group is not first[0].group and again[0].req_id != first[0].req_id
     assert not any(isinstance(c, CloseGroup) for c in controller.take_commands().before)
     generate(controller, again)
     until_closed(controller)
@@ -173,15 +186,12 @@ def test_a_reward_that_never_returns_is_given_up() -> None:
 
 
 def test_what_is_not_a_reward_error_is_told_as_one() -> None:
-    def tokenizer_is_gone(completions: Any) -> list[str]:
+    def tokenizer_is_gone(continued: Any, completion: Any) -> str:
         raise OSError("no tokenizer")
 
-    rewarder = Rewarder(Reward("{q}", reward="vllm_zo.rewards:contains"), tokenizer_is_gone)
-    row = ScoringRow((1,), (), (), "generate", Generation(1, 1.0, 1.0, ()))
-    group = SimpleNamespace(
-        examples=(EncodedExample((row,)),), plan=SimpleNamespace(probes=(None,)), completions={(0, 0): [1]}
-    )
-    scoring = rewarder.start(group)  # type: ignore[arg-type]
+    rewarder = Rewarder(Reward("{q}", reward="contains"), tokenizer_is_gone)
+    row = ScoringSequence((1,), (), (), "generate", Generation(1, 1.0, 1.0, ()))
+    scoring = rewarder.start([EncodedExample((row,))], [[1]])
     scoring.wait(5)
     with pytest.raises(RewardError, match="OSError: no tokenizer"):
         scoring.outcome()

@@ -12,8 +12,9 @@ from vllm import SamplingParams
 
 from tests.engines import SENTIMENT, Engines, reviews, worker_of
 from vllm_zo import LanguageModeling, LoZO
-from vllm_zo.worker.kernels import shared_rows
-from vllm_zo.worker.rows import Chunk, RowPlan, plan_rows
+from vllm_zo.worker.cpu import pruned_forward
+from vllm_zo.worker.cpu.row_plan import RowPlan, plan_rows
+from vllm_zo.worker.platform import Chunk
 
 LOSS_TOLERANCE = 2e-5
 """Nats: float32 rounding of a 2-layer model, whose products are of other sizes with and without the left-out rows."""
@@ -89,10 +90,10 @@ def test_losses_with_rows_left_out_are_those_of_the_whole_batch(
 ) -> None:
     case = CASES[name]
     llm = engines.get(case.get("family", "opt"), **case.get("engine", {}))
-    shared = worker_of(llm).model_runner.zo_shared_rows
+    shared = worker_of(llm).zo.platform.rows
     assert shared.not_alone is None
     plans: list[RowPlan] = []
-    monkeypatch.setattr(shared_rows, "plan_rows", lambda chunks: plans.append(plan_rows(chunks)) or plans[-1])
+    monkeypatch.setattr(pruned_forward, "plan_rows", lambda *a: plans.append(plan_rows(*a)) or plans[-1])
     rows = [{**row, "sentence": case.get("prefix", "") + row["sentence"]} for row in reviews(16, seed=2)]
 
     def ask(run: Any, record: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ from tests.engines import SENTIMENT, Engines, client_of, members_as_requests, re
 from vllm_zo import ConfigError, LoZO, SlotError
 from vllm_zo.commands import COMMANDS_ATTR, SLOT_LORA_ID_BASE
 from vllm_zo.engine.scheduler import MEMBER_CLIENT, slot_lora_request
-from vllm_zo.worker.base_weights import BaseWeights
+from vllm_zo.worker.cpu.packed_weights import PackedWeights
 
 GREEDY = SamplingParams(max_tokens=6, temperature=0.0, logprobs=5)
 PROMPTS = [
@@ -79,7 +79,7 @@ def test_writing_the_weight_attribute_changes_nothing_when_weights_are_packed(
     llm = engines.get()
     layer = worker_of(llm).model_runner.get_model().model.decoder.layers[0].fc1.base_layer
     monkeypatch.setattr(layer, "zo_kept_plain", False, raising=False)
-    original = BaseWeights().read(layer)
+    original = PackedWeights().read(layer)
     layer.weight = torch.nn.Parameter(original, requires_grad=False)
     utils.dispatch_cpu_unquantized_gemm(layer, remove_weight=True)
     assert layer.weight.numel() == 0, "float32 weights are prepacked by oneDNN: the attribute is empty"
@@ -97,7 +97,7 @@ def test_base_weights_read_what_was_written_and_the_layer_multiplies_with_it(
     engines: Engines, dtype: str, packed_only: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = worker_of(engines.get(dtype=dtype)).model_runner.get_model()
-    base = BaseWeights()
+    base = PackedWeights()
     for layer in (
         model.model.decoder.layers[0].fc1.base_layer,
         model.model.decoder.layers[1].self_attn.qkv_proj.base_layer,
@@ -154,7 +154,7 @@ def test_without_our_guard_long_members_crash_the_block_pool(engines: Engines) -
         coordinator.cache_blocks = guard
         scheduler = scheduler_of(llm)
         scheduler.finish_requests(None, RequestStatus.FINISHED_ABORTED)
-        for job_id in list(scheduler.zo.table.queue):
+        for job_id in list(scheduler.zo.queue.unfinished):
             scheduler.zo.finish_early(job_id, cancel=True)
         worker_of(llm).model_runner.execute_model_state = None
         while scheduler.has_requests():
@@ -331,7 +331,7 @@ def test_pausing_does_not_change_the_trajectory(engines: Engines, members: Any) 
             core.resume_scheduler()
             core.step_fn()
         run.wait()
-    assert [r["projected_grad"] for r in run.history] == [r["projected_grad"] for r in unbroken.history]
+    assert [r["coefficients"] for r in run.history] == [r["coefficients"] for r in unbroken.history]
 
 
 def test_a_job_sleeps_with_the_engine_and_goes_on_when_it_wakes(engines: Engines) -> None:
@@ -345,7 +345,7 @@ def test_a_job_sleeps_with_the_engine_and_goes_on_when_it_wakes(engines: Engines
         assert not scheduler_of(llm).has_requests(), "a sleeping engine must be idle"
         llm.wake_up()
         run.wait()
-    assert [r["projected_grad"] for r in run.history] == [r["projected_grad"] for r in unbroken.history]
+    assert [r["coefficients"] for r in run.history] == [r["coefficients"] for r in unbroken.history]
 
 
 def test_draining_does_not_wait_for_a_training_job(engines: Engines) -> None:

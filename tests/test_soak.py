@@ -102,10 +102,14 @@ def assert_nothing_is_left(llm: Any, free_blocks: int) -> None:
     scheduler, trainer = scheduler_of(llm), worker_of(llm).zo
     llm.llm_engine.step()  # tells the worker what has just finished
     assert not scheduler.has_requests() and not scheduler.requests
-    assert not scheduler._zo_members and not scheduler._zo_preempted
-    assert not scheduler.zo.open_groups and not scheduler.zo.table.queue and not scheduler.zo._work
-    assert not any(job.train or job.validation for job in scheduler.zo.table.jobs.values())
-    assert scheduler.zo.table.lanes[0].slots.free == list(range(scheduler.zo_config.slots))
+    assert not scheduler._zo_members
+    assert (
+        not any(lane.group for lane in scheduler.zo.queue.lanes)
+        and not scheduler.zo.queue.unfinished
+        and not scheduler.zo._in_flight
+    )
+    assert not any(len(job.rows) or job._validation for job in scheduler.zo.queue.jobs.values())
+    assert scheduler.zo.queue.lanes[0].slots.free == list(range(scheduler.zo_config.slots))
     assert scheduler.kv_cache_manager.block_pool.get_num_free_blocks() == free_blocks
     assert not trainer.jobs and not trainer.groups and not trainer._pending and not any(trainer.pool._owner)
 

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.tiny import make_tokenizer
 from vllm_zo.errors import ConfigError
 from vllm_zo.objectives.text import render
 from vllm_zo.tasks import PRESETS, Task, load_task
@@ -84,11 +83,6 @@ def write(directory: Path, name: str, train: int, validation: int) -> Path:
     return directory
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-
-
 def test_every_preset_is_tried_here() -> None:
     assert set(RECORDS) == set(PROMPTS) == set(PRESETS)
 
@@ -100,7 +94,7 @@ def test_the_prompt_and_the_right_answer_are_those_of_the_paper(name: str, token
     prompt, full = PROMPTS[name]
     assert render(preset.objective.template, record, "row 1") == prompt
     encoded = preset.objective.encode(record, tokenizer, "row 1")
-    row = encoded.rows[0] if len(encoded.rows) == 1 else encoded.rows[encoded.gold]
+    row = encoded.sequences[0] if len(encoded.sequences) == 1 else encoded.sequences[encoded.gold]
     label = row.label_ids[encoded.gold] if row.kind == "labels" else row.label_ids[-1]
     assert [*row.token_ids, label] == tokenizer(full).input_ids
 

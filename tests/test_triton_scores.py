@@ -15,8 +15,10 @@ from torch import Tensor
 
 from tests.children import in_interpreter
 from vllm_zo.commands import ScoreMember
-from vllm_zo.objectives.base import EncodedExample, ScoringRow
-from vllm_zo.worker.scoring import Head, LossTable, Present, score_members
+from vllm_zo.objectives.base import EncodedExample, ScoringSequence
+from vllm_zo.worker.head import Head
+from vllm_zo.worker.loss_table import LossTable
+from vllm_zo.worker.scoring import Present, score_members
 
 VOCAB, PADDED, WIDTH, SPAN = 301, 320, 72, 128
 """Several spans of vocabulary, the last one shorter and no multiple of a tile; a padded head; inputs that fill no whole
@@ -45,7 +47,9 @@ def make_head(dtype: torch.dtype, device: str, *, bias: bool, soft_cap: float | 
     weight = torch.randn(PADDED, WIDTH, device=device).to(dtype)
     lm_head = SimpleNamespace(weight=weight, bias=torch.randn(PADDED, device=device).to(dtype) if bias else None)
     lm_head.shard_indices = SimpleNamespace(org_vocab_start_index=7, org_vocab_end_index=7 + VOCAB)
-    return Head(lm_head, SimpleNamespace(soft_cap=soft_cap, scale=0.7, org_vocab_size=VOCAB), tp)
+    from vllm_zo.worker.cuda.head import TritonHead  # here: triton may be missing, and its interpreter chosen first
+
+    return TritonHead(lm_head, SimpleNamespace(soft_cap=soft_cap, scale=0.7, org_vocab_size=VOCAB), tp)
 
 
 def make_table(probes: int, device: str, draw: random.Random, lowest: int = 0) -> LossTable:
@@ -55,8 +59,8 @@ def make_table(probes: int, device: str, draw: random.Random, lowest: int = 0) -
         return draw.randrange(lowest, VOCAB)
 
     tokens = tuple(range(9))
-    labels = [ScoringRow(tokens, (draw.randrange(9),), (label(), label(), VOCAB - 1), "labels") for _ in range(3)]
-    texts = [ScoringRow(tokens, (2, 5, 6, 8), (label(), lowest, VOCAB - 1, label()), "logprobs") for _ in range(2)]
+    labels = [ScoringSequence(tokens, (draw.randrange(9),), (label(), label(), VOCAB - 1), "labels") for _ in range(3)]
+    texts = [ScoringSequence(tokens, (2, 5, 6, 8), (label(), lowest, VOCAB - 1, label()), "logprobs") for _ in range(2)]
     return LossTable.empty(tuple(EncodedExample((row,)) for row in [*labels, *texts]), probes, torch.device(device))
 
 
@@ -64,10 +68,10 @@ def members_of(tables: list[LossTable], draw: random.Random) -> list[Present]:
     """All members of the tables; one row of each in two chunks, as a prefill of its own length each."""
     present, first = [], 3
     for table in tables:
-        for probe, row in product(range(len(table.cells_PC)), range(len(table.rows))):
+        for probe, row in product(range(len(table.cells_PC)), range(len(table.sequences))):
             pieces = [(0, 9)] if row else [(0, 4), (4, 5)]
             for done, count in pieces:
-                member = ScoreMember(f"{id(table)}/{probe}/{row}", "group", probe, row, done)
+                member = ScoreMember("job", "group", f"{id(table)}/{probe}/{row}", probe, row, done)
                 present.append(Present(member, table, first, count))
                 first += count
     draw.shuffle(present)
@@ -83,11 +87,11 @@ def exact_cells(head: Head, hidden: Tensor, present: list[Present], table: LossT
         logits = torch.tanh(logits / head.soft_cap) * head.soft_cap
     logits = logits * head.scale
     for member, of_table, first, count, _ in present:
-        row = table.rows[member.row]
+        row = table.sequences[member.sequence]
         for i, position in enumerate(row.positions):
             if of_table is not table or not 0 <= position - member.num_computed_tokens < count:
                 continue
-            at, cell = logits[first + position - member.num_computed_tokens], table.offsets[member.row]
+            at, cell = logits[first + position - member.num_computed_tokens], table.offsets[member.sequence]
             if row.kind == "labels":
                 ids = torch.tensor(row.label_ids) - head.start
                 cells[member.probe, cell : cell + len(ids)] = at[ids]
@@ -135,7 +139,7 @@ def check_not_finite(device: str) -> None:
         hidden[0, 3] = value
         table = make_table(2, device, random.Random(0))
         label, text = 0, 3
-        rows = [Present(ScoreMember("", "", probe, row, table.rows[row].positions[0]), table, probe, 1)
+        rows = [Present(ScoreMember("", "", "", probe, row, table.sequences[row].positions[0]), table, probe, 1)
                 for probe, row in product((0, 1), (label, text))]  # fmt: skip
         score_members(head, hidden, rows)
         offset = table.offsets[text]
@@ -147,10 +151,8 @@ CHECKS = (check_cells, check_one_rank, check_not_finite)
 IN_A_CHILD = """
 from tests.children import widen_products
 from tests.test_triton_scores import CHECKS, SPAN
-from vllm_zo.worker import scoring
-from vllm_zo.worker.kernels import triton_scores
+from vllm_zo.worker.cuda import triton_scores
 widen_products()
-scoring.has_kernels = lambda weight: True
 triton_scores.SPAN = SPAN
 for check in CHECKS:
     check("cpu")
@@ -164,7 +166,7 @@ def test_in_the_interpreter() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("check", CHECKS)
 def test_on_a_gpu(check: Callable[[str], None], monkeypatch: pytest.MonkeyPatch) -> None:
-    from vllm_zo.worker.kernels import triton_scores
+    from vllm_zo.worker.cuda import triton_scores
 
     monkeypatch.setattr(triton_scores, "SPAN", SPAN)
     check("cuda")

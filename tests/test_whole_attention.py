@@ -19,9 +19,9 @@ from vllm import SamplingParams
 
 from tests.engines import SENTIMENT, Engines, members_as_requests, reviews, worker_of
 from vllm_zo import Classification, LoZO, Reward
-from vllm_zo.worker.buckets import MOST_PADDING, fill_buckets
-from vllm_zo.worker.kernels import whole_attention
-from vllm_zo.worker.rows import Chunk, plan_rows
+from vllm_zo.worker.cpu import attention as whole_attention
+from vllm_zo.worker.cpu.row_plan import MOST_PADDING, fill_buckets, plan_rows
+from vllm_zo.worker.platform import Chunk
 
 
 def test_the_example_of_the_docstring() -> None:

@@ -94,7 +94,7 @@ def make_opt(
         eos_token_id=2,
         pad_token_id=1,
     )
-    return _save(directory, config, "</s>", seed, dtype)
+    return save(directory, config, "</s>", seed, dtype)
 
 
 def make_llama(
@@ -111,7 +111,7 @@ def make_llama(
 ) -> Path:
     """A Llama with grouped-query attention (4 heads, 2 of keys and values), without biases; BOS <s> (id 0)."""
     config = LlamaConfig(**_decoder_fields(hidden, layers, heads, kv_heads, ffn, vocab, max_positions), bos_token_id=0)
-    return _save(directory, config, "<s>", seed, dtype)
+    return save(directory, config, "<s>", seed, dtype)
 
 
 def make_qwen2(
@@ -129,7 +129,7 @@ def make_qwen2(
     """A Qwen2 (biases on q, k and v, tied head) whose tokenizer prepends nothing."""
     fields = _decoder_fields(hidden, layers, heads, kv_heads, ffn, vocab, max_positions)
     config = Qwen2Config(**fields, tie_word_embeddings=True)
-    return _save(directory, config, None, seed, dtype)
+    return save(directory, config, None, seed, dtype)
 
 
 def _decoder_fields(
@@ -149,15 +149,17 @@ def _decoder_fields(
     }
 
 
-def _save(directory: Path | str, config: PreTrainedConfig, bos: str | None, seed: int, dtype: torch.dtype) -> Path:
+def save(directory: Path | str, config: PreTrainedConfig, bos: str | None, seed: int, dtype: torch.dtype) -> Path:
     """Draw the weights from `seed` (biases and norms too: zero biases would hide a dropped one) and save everything."""
+    # Gemma's norms multiply with 1 + weight.
+    of_norms = 0.0 if config.model_type in ("gemma", "gemma2", "gemma3_text") else 1.0
     model = AutoModelForCausalLM.from_config(config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator) * INIT_STD
             is_norm = parameter.dim() == 1 and name.endswith("weight")
-            parameter.copy_(noise + 1.0 if is_norm else noise)
+            parameter.copy_(noise + of_norms if is_norm else noise)
     model.to(dtype).save_pretrained(directory)
     make_tokenizer(directory, bos)
     return Path(directory)

@@ -14,8 +14,8 @@ from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
 
 from tests.engines import SENTIMENT, reviews, worker_of
 from vllm_zo import LoZO
-from vllm_zo.checkpoint.seed_log import StepRecord, read_seed_log
-from vllm_zo.checkpoint.snapshot import TENSOR
+from vllm_zo.checkpoint.seed_log.format import StepRecord
+from vllm_zo.checkpoint.seed_log.reader import read_seed_log
 
 STEPS, INTERVAL = 10, 3
 LOZO = LoZO(rank=2, interval=INTERVAL, eps=1e-2)
@@ -68,7 +68,7 @@ class Trajectory:
     @classmethod
     def of(cls, llm: Any, run: Any) -> Trajectory:
         if run.config.space == "bank":
-            return cls(steps_of(run.directory), {TENSOR: load_file(run.version_file)[TENSOR]})
+            return cls(steps_of(run.directory), {"acc_BN": load_file(run.version_file)["acc_BN"]})
         state = base_weights(llm)
         llm.restore_base(run)
         return cls(steps_of(run.directory), state)

@@ -1,4 +1,4 @@
-"""Zeroth-order fine-tuning inside vLLM: the public names.
+"""Zeroth-order fine-tuning inside vLLM. This module holds the public names.
 
     from vllm_zo import LLM, Classification, LoZO
 
@@ -6,16 +6,18 @@
     run = llm.finetune(train="train.jsonl", validation="dev.jsonl",
                        objective=Classification("{sentence} It was", [" terrible", " great"]), method=LoZO())
 
-Importing this package does not import vLLM; once vLLM's `LLM` is imported, it accepts `zo_training`, and so does
-`AsyncEngineArgs`, of which an `AsyncLLM` is made.
+Importing this package does not import vLLM. When a program imports vLLM afterwards (or has done so before), its `LLM`
+accepts `zo_training`. So does `AsyncEngineArgs`, from which a program makes an `AsyncLLM`.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from vllm_zo.compat.import_hook import when_imported
+import wrapt
+
 from vllm_zo.config import JobConfig, ZOTrainingConfig
+from vllm_zo.entrypoints.llm.patches import WHEN_IMPORTED
 from vllm_zo.errors import ConfigError, CorruptLogError, JobError, RewardError, SlotError, ZOError
 from vllm_zo.methods import (
     EGGROLL,
@@ -23,7 +25,6 @@ from vllm_zo.methods import (
     MEAZO,
     SGD,
     Adam,
-    Conserve,
     FactorizedMeZO,
     KerZOO,
     LoRAFA,
@@ -37,14 +38,18 @@ from vllm_zo.methods import (
     TeZO,
     ZOMuon,
 )
-from vllm_zo.objectives import Classification, LanguageModeling, MultipleChoice, Reward
+from vllm_zo.objectives import Classification, LanguageModeling, MultipleChoice, Preference, Reward, Rollout
 
 if TYPE_CHECKING:
     from vllm import LLM
 
+    from vllm_zo.entrypoints.cluster.cluster import Cluster
+    from vllm_zo.entrypoints.llm.cpu_defaults import apply_cpu_defaults
+
 __version__ = "0.1.0"
 __all__ = [
     "LLM",
+    "Cluster",
     "LoZO",
     "FactorizedMeZO",
     "FZOO",
@@ -62,11 +67,13 @@ __all__ = [
     "MEAZO",
     "Sign",
     "Muon",
-    "Conserve",
     "Classification",
     "LanguageModeling",
     "MultipleChoice",
+    "Preference",
     "Reward",
+    "Rollout",
+    "apply_cpu_defaults",
     "JobConfig",
     "ZOTrainingConfig",
     "ZOError",
@@ -78,32 +85,24 @@ __all__ = [
 ]
 
 
-def _patch_llm() -> None:
-    from vllm_zo.compat import llm
-
-    llm.install()
-
-
-def _patch_async_engine_args() -> None:
-    from vllm_zo.compat import async_llm
-
-    async_llm.install_args()
+# A hook instead of an import: importing vLLM takes seconds and reads environment variables (its logging level) that the
+# program may still want to set. wrapt runs a hook at once if the module is imported already.
+for _module, _install in WHEN_IMPORTED.items():
+    wrapt.register_post_import_hook(_install, _module)
 
 
-def _patch_async_llm() -> None:
-    from vllm_zo.compat import async_llm
-
-    async_llm.install()
-
-
-when_imported("vllm.entrypoints.llm", _patch_llm)
-when_imported("vllm.engine.arg_utils", _patch_async_engine_args)
-when_imported("vllm.v1.engine.async_llm", _patch_async_llm)
-
-
+# These names need more than this module should load: vLLM itself, torch's threads, or what starts processes.
 def __getattr__(name: str) -> Any:
     if name == "LLM":
         from vllm import LLM
 
         return LLM
+    if name == "Cluster":
+        from vllm_zo.entrypoints.cluster.cluster import Cluster
+
+        return Cluster
+    if name == "apply_cpu_defaults":
+        from vllm_zo.entrypoints.llm.cpu_defaults import apply_cpu_defaults
+
+        return apply_cpu_defaults
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,6 +1,6 @@
 """Exceptions that users of `vllm_zo` may want to catch.
 
-All are picklable (plain `str` arguments): they cross from the engine process to the front end.
+All take a plain `str`, so that they can be pickled: they cross from the engine process to the front end.
 """
 
 
@@ -9,20 +9,20 @@ class ZOError(Exception):
 
 
 class ConfigError(ZOError, ValueError):
-    """A setting, a data row or a combination of both that cannot work. Raised before any work starts."""
+    """A setting, a data row or a combination of both cannot work. It is raised before any work starts."""
 
 
 class JobError(ZOError, RuntimeError):
-    """A fine-tuning job that started and could not go on. The last good state was saved; the message says where."""
+    """A fine-tuning job has started and cannot go on. Its last good state was saved; the message says where."""
 
 
 class RewardError(ZOError, RuntimeError):
-    """A reward that raised, or answered something else than a finite number per completion. It fails its job."""
+    """A reward raised, or did not return one finite number for each completion. Its job fails."""
 
 
 class SlotError(ZOError, RuntimeError):
-    """An adapter slot was used in a way that would have scored wrong weights (never silently zeros)."""
+    """A slot or a published version does not hold the weights that are asked for: scores from it would be wrong."""
 
 
 class CorruptLogError(ZOError, ValueError):
-    """A seed log that cannot be read. The message names the last step that is intact."""
+    """A seed log cannot be read. The message names the last intact step."""

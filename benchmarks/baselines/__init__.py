@@ -1,6 +1,6 @@
-"""Other ways to take a LoZO step, written to be as fast as their kind allows. `make` builds one by name.
+"""Other ways to take a LoZO step, each as fast as its kind allows. `make` builds one by name.
 
-All have the interface of `common.Step`. What each does and leaves out is in benchmarks/README.md.
+All have the interface of `common.Step`. benchmarks/README.md says what each does and leaves out.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ CONTENDERS = {
 }
 
 CPU_ONLY = ("packed-prepacked", "packed-pruned")
-"""Their weights are packed for a CPU's products."""
+"""Contenders that pack their weights for a CPU's products."""
 GPU_ONLY = ("compiled",)
-"""Right on a CPU too (the tests check it there), but without graphs it is a slower `packed`."""
+"""It gives the right numbers on a CPU too (the tests check it there), but without graphs it is a slower `packed`."""
 
 
 STOCK = ("stock-files", "stock-in-place")
-"""They run in vLLM as it is, without this package's plugin."""
+"""Contenders that run in vLLM as it is, without this package's plugin."""
 
 
 def make(name: str, *args: Any, **kwargs: Any) -> Step:
@@ -57,7 +57,7 @@ def make(name: str, *args: Any, **kwargs: Any) -> Step:
         from benchmarks.baselines.stock_vllm import FileAdapters, InPlace
 
         return (FileAdapters if name == "stock-files" else InPlace)(*args, **kwargs)
-    on_cpu = kwargs.get("device", "cpu") == "cpu"  # torch's own product is the fastest there is on a GPU
+    on_cpu = kwargs.get("device", "cpu") == "cpu"  # on a GPU nothing is faster than torch's own product
     if name == "gemms":
         from benchmarks.baselines.gemm_floor import GemmFloor
 

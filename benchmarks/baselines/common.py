@@ -1,13 +1,13 @@
-"""What the baselines share: the weights in scope, where directions come from, the loss, and the lazy low-rank step.
+"""What the baselines share: the weights that they train, the source of directions, the loss, and the lazy step.
 
-Shape suffixes: O out features, I in features, R rank, B examples, T tokens, H hidden. The rule all of them follow, per
-step and linear weight W, with V drawn every `interval` steps and U every step (LoZO, arXiv:2410.07698, Algorithm 1):
+Shape suffixes: O out features, I in features, R rank, B examples, T tokens, H hidden. All follow one rule for each step
+and linear weight W. They draw V every `interval` steps and U every step (LoZO, arXiv:2410.07698, Algorithm 1):
 
     c = (L(W + eps U V^T) - L(W - eps U V^T)) / (2 eps),    W <- W - lr c U V^T
 
-The official code draws U anew for the update and, on the steps that refresh V, gets another U than it probed (its seed
-then also drew V). No baseline repeats this bug: it costs no time, and without it all of them can be checked against one
-reference.
+The official code draws U again for the update. On the steps that refresh V it gets another U than it probed, because
+its seed then also drew V. No baseline repeats this bug: it costs no time, and without it one reference can check all of
+them.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from transformers import OPTConfig, OPTForCausalLM
 from benchmarks.shapes import OPTION_IDS
 
 PROJECTIONS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "fc1", "fc2")
-"""The six linear weights of an OPT layer: the scope that the literature calls LoRA-only. Biases are left alone."""
+"""The six linear weights of an OPT layer, a scope that the literature calls LoRA-only. Biases do not train."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Sizes of the weights in scope, layer by layer in the order of `PROJECTIONS`."""
+    """Sizes of the trained weights, layer by layer, in the order of `PROJECTIONS`."""
 
     out_features: tuple[int, ...]
     in_features: tuple[int, ...]
@@ -46,26 +46,28 @@ class Layout:
 
 
 class Directions(Protocol):
-    """Where U and V come from. Flat over all weights, so that drawing them is one call."""
+    """The source of U and V. Both are flat over all weights, so that one call draws them."""
 
     def u(self, step: int) -> Tensor:
-        """(sum O, R) float32, fresh each step; the same again when asked again."""
+        """(sum O, R) float32. Every step has its own; the same step gives the same numbers again."""
         ...
 
     def v(self, epoch: int) -> Tensor:
-        """(sum I, R) float32, one for each `interval` steps."""
+        """(sum I, R) float32. Every epoch of `interval` steps has its own."""
         ...
 
 
 @dataclass(frozen=True)
 class GaussianDirections:
-    """torch's own generator, seeded as the official code seeds it: one seed a step."""
+    """Directions from torch's own generator. As in the official code, every step has one seed."""
 
     layout: Layout
     rank: int
     seed: int
     device: str = "cpu"
 
+    # U has seeds from 0 up and V has negative ones, so no U equals a V. 1,000,003 is more steps than a benchmark takes,
+    # so different seeds of a run share no step.
     def u(self, step: int) -> Tensor:
         return self._normal(sum(self.layout.out_features), 1_000_003 * self.seed + step)
 
@@ -83,12 +85,12 @@ def layout_of(config: OPTConfig) -> Layout:
 
 
 def linears_of(model: OPTForCausalLM) -> list[nn.Linear]:
-    """The modules in scope, in the order of `Layout`."""
+    """The trained modules, in the order of `Layout`."""
     return [layer.get_submodule(name) for layer in model.model.decoder.layers for name in PROJECTIONS]
 
 
 def load_model(model_dir: str | Path, dtype: torch.dtype, device: str) -> OPTForCausalLM:
-    """The checkpoint; where its directory holds a config only, a model of random weights that is made on the device."""
+    """The model of a checkpoint. If its directory holds a config only, the device makes a model of random weights."""
     if any(Path(model_dir).glob("*.safetensors")):
         return OPTForCausalLM.from_pretrained(model_dir, dtype=dtype, attn_implementation="sdpa").to(device)
     with torch.device(device):
@@ -97,16 +99,19 @@ def load_model(model_dir: str | Path, dtype: torch.dtype, device: str) -> OPTFor
 
 
 class Step(ABC):
-    """One way to take LoZO steps on an OPT checkpoint. Owns the model; called by a benchmark child or a test.
+    """One way to take LoZO steps on an OPT checkpoint. It owns the model; a benchmark child or a test calls it.
 
     Args:
         model_dir: OPT checkpoint (pre-LN, embeddings as wide as the layers).
-        dtype: of weights and activations. Losses are float32 and so is the state of the lazy variants.
+        dtype: dtype of weights and activations. Losses are float32, and so is the state of the lazy variants.
         rank, interval, eps, lr: R, nu, probe radius and step size of LoZO.
-        seed: of the directions.
+        seed: seed of the directions.
         options: token ids of the two answers; each must be a single token.
         directions: takes the place of torch's generator (tests inject one).
-        device: "cpu" or "cuda"; everything lives there.
+        device: "cpu" or "cuda". All tensors live there.
+
+    Raises:
+        ValueError: the checkpoint has post-LN layers.
     """
 
     name: str
@@ -135,32 +140,36 @@ class Step(ABC):
         self.directions = directions or GaussianDirections(self.layout, rank, seed, device)
         self.dtype = dtype
         self.step_index = 0
-        """Number of the next step. May be set, to skip ahead; a multiple of `interval` starts with a refresh."""
+        """Number of the next step. A caller may set it to skip ahead. A multiple of `interval` refreshes V."""
         self.losses = (0.0, 0.0)
         """(L+, L-) of the last step: mean nats per example."""
         self.load(model_dir)
 
     def load(self, model_dir: str | Path) -> None:
-        """Make the model ready."""
+        """Load the model."""
         self.model = load_model(model_dir, self.dtype, self.device).eval()
         self.model.requires_grad_(False)
         self.linears = linears_of(self.model)
 
     @property
     def details(self) -> dict[str, Any]:
-        """Choices made on this machine that a reader of the numbers should know."""
+        """What the contender chose for this machine, for readers of the numbers."""
         return {}
 
     def prepare(self, batches: list[list[list[int]]]) -> int:
-        """Whatever a user would do once before a run over such batches, untimed; how many graphs that took."""
+        """Do what a user would do once before a run over such batches. It is not timed.
+
+        Returns:
+            How many CUDA graphs it captured.
+        """
         return 0
 
     def step(self, batch: list[list[int]], labels: list[int]) -> float:
         """Take one step.
 
         Args:
-            batch: token ids of the prompts, BOS included.
-            labels: index into `options` of each prompt's right answer.
+            batch: token ids of the prompts, with BOS.
+            labels: for each prompt, the index of its right answer in `options`.
 
         Returns:
             (L+ + L-) / 2, mean nats per example.
@@ -172,23 +181,23 @@ class Step(ABC):
         return (plus + minus) / 2
 
     def coefficient(self, plus: float, minus: float) -> float:
-        """Projected gradient c, nats per unit of weight."""
+        """The projected gradient c, in nats per unit of weight."""
         return (plus - minus) / (2 * self.eps)
 
     @abstractmethod
     def _step(self, batch: list[list[int]], labels: Tensor) -> tuple[float, float]:
-        """Refresh if due, probe both signs, update; returns (L+, L-)."""
+        """Refresh V if it is due, probe both signs, and update. Returns (L+, L-)."""
 
     @abstractmethod
     def effective_weights(self) -> list[Tensor]:
-        """Float32 copies of the weights as trained so far, in the order of `linears`. For tests."""
+        """Float32 copies of the weights as trained so far, in the order of `linears`. The tests compare them."""
 
 
 class LazyStep(Step):
-    """A step that leaves W alone: `W + U_acc V^T +/- eps U V^T` is scored in factored form, and folded when V changes.
+    """A step that leaves W alone. It scores `W + U_acc V^T +/- eps U V^T` in factored form, and folds when V changes.
 
-    With s = x V shared by both signs, a probe adds `[s, sign s] [U_acc, eps U]^T` to the output of a linear. The two
-    blocks stay apart so that bfloat16 does not absorb one in the other.
+    Both signs share s = x V. A probe adds `[s, sign s] [U_acc, eps U]^T` to the output of a linear. The two blocks stay
+    apart, because bfloat16 would round the smaller one away in their sum.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -196,9 +205,9 @@ class LazyStep(Step):
         self.acc = torch.zeros(sum(self.layout.out_features), self.rank, device=self.device)
         self.v_float: tuple[Tensor, ...] = ()
         self.v: tuple[Tensor, ...] = ()
-        """Per weight, (I, R) in the model's dtype; `v_float` is the same before rounding."""
+        """For each weight (I, R) in the model's dtype; `v_float` is the same before rounding."""
         self.b: tuple[Tensor, ...] = ()
-        """Per weight, (O, 2R) in the model's dtype: [U_acc, eps U]."""
+        """For each weight (O, 2R) in the model's dtype: [U_acc, eps U]."""
 
     def _step(self, batch: list[list[int]], labels: Tensor) -> tuple[float, float]:
         if self.step_index % self.interval == 0 or not self.v:
@@ -210,9 +219,10 @@ class LazyStep(Step):
         return plus, minus
 
     def refresh(self, epoch: int) -> None:
-        """Fold what has been learnt with the old V, then draw the new one."""
+        """Fold what the old V has learnt, then draw the new V."""
         if self.v:
             for linear, u, v in zip(self.linears, self.layout.split_u(self.acc), self.v_float, strict=True):
+                # The V before rounding to the model's dtype: only the scoring needs the rounded one.
                 fold(linear.weight, u, v)
             self.acc.zero_()
             self.repack()
@@ -224,24 +234,25 @@ class LazyStep(Step):
         return [linear.weight.float().addmm(u, v.T) for linear, u, v in factors]
 
     def repack(self) -> None:
-        """Refresh whatever was derived from the weights."""
+        """Make again what a subclass derived from the weights (packed copies)."""
 
     @abstractmethod
     def score(self, batch: list[list[int]], labels: Tensor) -> Tensor:
         """(2,) float32: L+ and L-."""
 
     def two_option_losses(self, last_hidden_2BH: Tensor, labels_B: Tensor) -> Tensor:
-        """(2,) float32 mean cross-entropies over the two options, of the + half and the - half of the rows.
+        """(2,) float32 mean cross-entropies over the two options, for the first half of the batch (+) and the second.
 
-        Exact for single-token options: the normaliser over the vocabulary cancels between the two.
+        They are exact for single-token options, because the normaliser over the vocabulary cancels between the two.
         """
+        # float32 for the head too: the step needs the difference of two nearly equal losses.
         rows_2H = self.model.lm_head.weight[self.option_index].float()
         logits = last_hidden_2BH.float() @ rows_2H.T
         return F.cross_entropy(logits, labels_B.repeat(2), reduction="none").view(2, -1).mean(dim=1)
 
 
 def fold(weight_OI: Tensor, u_OR: Tensor, v_IR: Tensor) -> None:
-    """weight += u v^T, in place; added in float32 and rounded to nearest, which is the cheapest choice there is."""
+    """weight += u v^T in place. The addition is in float32 and rounds to nearest, which is the cheapest choice."""
     if weight_OI.dtype == torch.float32:
         weight_OI.addmm_(u_OR, v_IR.T)
     else:
@@ -249,7 +260,7 @@ def fold(weight_OI: Tensor, u_OR: Tensor, v_IR: Tensor) -> None:
 
 
 def spans(batch: list[list[int]]) -> list[tuple[int, int]]:
-    """(start, end) of each prompt when all lie one after another."""
+    """(start, end) of each prompt, if all lie one after another."""
     ends = [0]
     for ids in batch:
         ends.append(ends[-1] + len(ids))

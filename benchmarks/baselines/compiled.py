@@ -1,11 +1,11 @@
-"""The plain-PyTorch loop at its best on a GPU: packed tokens, compiled layers, one CUDA graph a step.
+"""The plain-PyTorch loop at its best on a GPU: packed tokens, compiled layers, one CUDA graph for each step.
 
-The step of `hand_packed.py` with everything at a fixed address, so that it can be captured: tokens padded to the next
-multiple of `MULTIPLE` (a graph for each such size), both factor blocks of a GEMM in one matrix, all prompts of both
-signs in one call of FlashAttention. Losses, coefficient and update stay on the device; the host waits once a step, for
-the losses it reports.
+It takes the step of `hand_packed.py` with all tensors at fixed addresses, so that CUDA can capture it. It pads the
+tokens to `padded_size` (one graph for each such size), keeps both factor blocks of a GEMM in one matrix, and gives all
+prompts of both signs to one call of FlashAttention. Losses, coefficient and update stay on the device. The host waits
+once for each step, for the losses that it reports.
 
-On a CPU there is neither graph nor compilation and attention is masked: that is for the tests.
+On a CPU it has neither graphs nor compilation, and masks its attention. That is for the tests.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from torch import Tensor
 from benchmarks.baselines.common import spans
 from benchmarks.baselines.hand_packed import POSITION_OFFSET, HandPacked
 from benchmarks.shapes import PAD
-from vllm_zo.entrypoints.cuda_graphs import padded_size
+from vllm_zo.entrypoints.llm.cuda_graphs import padded_size
 
 WARMUP = 3
-"""Runs of a size before its capture: compilation, cuBLAS's workspaces and choices."""
+"""Runs of a size before its capture. They compile, and let cuBLAS allocate its workspaces and choose its kernels."""
 
 SiteTensors = tuple[Tensor, Tensor, Tensor, Tensor]
 """W (O, I), its bias, A (I, kR) and B (O, 2kR) of a GEMM that stacks k weights."""
 
 
 class Compiled(HandPacked):
-    """See the module. A batch whose padded size `prepare` has not seen gets its graph when it comes."""
+    """See the module. If `prepare` has not seen the padded size of a batch, `_step` captures its graph."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, prepack=False, **kwargs)
@@ -45,10 +45,10 @@ class Compiled(HandPacked):
         self._make_factors()
 
     def _make_factors(self) -> None:
-        """Fixed places for A and B, and where in the B matrices the entries of U_acc and of eps U go.
+        """Make fixed tensors for A and B, and the places in B for the entries of U_acc and of eps U.
 
-        B of a GEMM that stacks weights 0 to k - 1 is (O, 2kR), [block diagonal of U_acc, block diagonal of eps U]: one
-        product adds the probes of all of them, and what lies off the diagonal stays zero.
+        B of a GEMM that stacks weights 0 to k - 1 is (O, 2kR), [block diagonal of U_acc, block diagonal of eps U]. One
+        product then adds the probes of all of them. The entries off the diagonal stay zero.
         """
         acc_places: list[Tensor] = []
         eps_places: list[Tensor] = []
@@ -80,7 +80,7 @@ class Compiled(HandPacked):
                 fixed[name][2].copy_(shrink)
 
     def prepare(self, batches: list[list[list[int]]]) -> int:
-        """Capture a graph for every padded size, the largest first: the smaller ones then fit in its memory."""
+        """Capture a graph for every padded size, the largest first. The smaller ones then fit into its memory."""
         if not self.on_gpu:
             return 0
         self.longest = max(len(ids) for batch in batches for ids in batch)
@@ -97,7 +97,7 @@ class Compiled(HandPacked):
             self.refresh(self.step_index // self.interval)
         if (longest := max(map(len, batch))) > self.longest:
             self.longest = longest
-            self.graphs.clear()  # they hold the length of their longest prompt
+            self.graphs.clear()  # a graph holds the length of the longest prompt as a constant of FlashAttention
         self._load(batch, labels)
         size = self._size(batch)
         if self.on_gpu and size not in self.graphs:
@@ -111,7 +111,7 @@ class Compiled(HandPacked):
         return padded_size(2 * sum(map(len, batch)))
 
     def _load(self, batch: list[list[int]], labels: Tensor) -> None:
-        """Write a batch to the fixed places: + rows, - rows, padding."""
+        """Write a batch to the fixed tensors: the token rows of +, those of -, padding."""
         where, tokens = spans(batch), sum(map(len, batch))
         padding = self._size(batch) - 2 * tokens
         ids = 2 * [token for prompt in batch for token in prompt] + [PAD] * padding
@@ -129,6 +129,7 @@ class Compiled(HandPacked):
         self.labels.copy_(labels)
 
     def _make_inputs(self, sequences: int, labels: Tensor) -> None:
+        # As large as any batch could need: a captured graph holds the addresses, so the tensors cannot grow.
         most = padded_size(sequences * self.model.config.max_position_embeddings)
         self.ids = torch.zeros(most, dtype=torch.int64, device=self.device)
         self.positions_of = torch.zeros_like(self.ids)
@@ -143,8 +144,9 @@ class Compiled(HandPacked):
         return losses
 
     def _capture(self, size: int) -> None:
-        """The runs before the capture change nothing: their U, and with it the update, is zero."""
+        """Run a size WARMUP times, then capture it. The runs change nothing, because their U and so the update is 0."""
         self.u.zero_()
+        # PyTorch's documentation asks for warm-up runs on a side stream before a capture.
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -158,7 +160,7 @@ class Compiled(HandPacked):
         self.graphs[size] = graph, losses
 
     def _body(self, size: int) -> Tensor:
-        """A whole step from the fixed places: factors, forward, losses, update. (2,) L+ and L-."""
+        """A whole step on the fixed tensors: factors, forward, losses, update. Returns (2,) L+ and L-."""
         assert self.labels is not None
         self.b_all.index_copy_(0, self.acc_places, self.acc.view(-1).to(self.dtype))
         self.b_all.index_copy_(0, self.eps_places, (self.eps * self.u).view(-1).to(self.dtype))
@@ -174,6 +176,7 @@ class Compiled(HandPacked):
         losses = self.two_option_losses(
             F.layer_norm(rows, rows.shape[-1:], final.weight, final.bias, final.eps), self.labels
         )
+        # Not `self.coefficient`, which takes Python numbers: the graph must not wait for the host.
         coefficient = (losses[0] - losses[1]) / (2 * self.eps)
         self.acc.sub_(self.lr * coefficient * self.u)
         return losses
@@ -189,7 +192,7 @@ def layer_step(
     norms: tuple[Tensor, Tensor, Tensor, Tensor],
     sites: tuple[SiteTensors, SiteTensors, SiteTensors, SiteTensors],
 ) -> Tensor:
-    """One decoder layer under the probes. Free of `self`, so that it is compiled once for all layers."""
+    """One decoder layer under the probes. It has no `self`, so that torch compiles it once for all layers."""
     qkv, out, fc1, fc2 = sites
     width = x_TH.shape[-1:]
     normed = F.layer_norm(x_TH, width, norms[0], norms[1], eps)
@@ -200,14 +203,17 @@ def layer_step(
 
 
 def probed(x_TI: Tensor, sign_T1: Tensor, site: SiteTensors) -> Tensor:
-    """x W^T + bias + [s, sign s] B^T with s = x A: one shrink for both signs and all stacked weights."""
+    """x W^T + bias + [s, sign s] B^T with s = x A. Both signs and all stacked weights share one shrink."""
     weight, bias, a, b = site
     s = x_TI @ a
     return torch.addmm(F.linear(x_TI, weight, bias), torch.cat([s, s * sign_T1], dim=1), b.T)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, longest: int) -> Tensor:
-    """Causal attention within each sequence; (T, heads, head size) all. Rows behind the last sequence are undefined."""
+    """Causal attention within each sequence. All tensors are (T, heads, head size).
+
+    The token rows behind the last sequence are undefined.
+    """
     if q.is_cuda:
         return torch.ops.aten._flash_attention_forward(q, k, v, starts, starts, longest, longest, 0.0, True, False)[0]
     rows = torch.arange(len(q))

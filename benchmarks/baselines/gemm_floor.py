@@ -1,4 +1,4 @@
-"""The six GEMMs of every layer on the packed tokens of both signs, and nothing else: what any exact step must pay."""
+"""The six GEMMs of every layer on the packed tokens of both signs, and nothing else. Every exact step pays for them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from benchmarks.baselines.hand_packed import HandPacked
 
 
 class GemmFloor(HandPacked):
-    """Not a step: no attention, no probes, no loss. Uses the linears of `HandPacked` with its choice of prepacking."""
+    """It is no step: it has no attention, no probes and no loss. It uses the linears of `HandPacked` as that packs
+    them."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -1,8 +1,8 @@
-"""LoZO rewritten for OPT alone: the loop a strong engineer ends up with for this one model and nothing else.
+"""LoZO rewritten for OPT alone: the loop that a strong engineer ends up with for this one model and nothing else.
 
-No framework in the way: tokens of all prompts and both signs lie one after another without padding, q, k and v are one
-GEMM, both signs share every shrink, attention runs per prompt on views (both signs in one call, nothing is copied to a
-padded buffer), the LM head is two rows at the last tokens, and weights are folded and prepacked again when V changes.
+The tokens of all prompts and both signs lie one after another without padding. q, k and v are one GEMM, and both signs
+share every shrink. Attention runs for each prompt on views, with both signs in one call, and copies nothing to a padded
+buffer. The LM head computes two logits at the last tokens. When V changes, it folds and packs the weights again.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from benchmarks.baselines import linears
 from benchmarks.baselines.common import LazyStep, spans
 
 SITES = {"qkv": (0, 1, 2), "out": (3,), "fc1": (4,), "fc2": (5,)}
-"""GEMMs of a layer, and which of the six weights (in the order of PROJECTIONS) each holds."""
+"""The GEMMs of a layer -> which of the six weights (in the order of PROJECTIONS) each holds."""
 POSITION_OFFSET = 2  # OPT's position table starts with two unused rows
 
 
 @dataclass
 class Site:
-    """One GEMM: a weight (O, I) with its bias, the six-weight indices that it stacks, and how it is multiplied."""
+    """One GEMM: a weight (O, I) with its bias, the indices of the weights that it stacks, and how to multiply by it."""
 
     weight: Tensor
     bias: Tensor
@@ -34,11 +34,11 @@ class Site:
 
 
 class HandPacked(LazyStep):
-    """See the module. Needs the weight twice where it is prepacked (once to fold into, once to multiply with).
+    """See the module. With `prepack` it holds each weight twice: one to fold into, one to multiply with.
 
     Args:
         prepack: multiply with the fastest prepacked form of each weight instead of torch's own.
-        prune_last_layer: past the last attention, compute the last tokens only. The loss sees nothing else; no general
+        prune_last_layer: compute only the last tokens behind the last attention. The loss sees nothing else. No general
             engine does this, so it is a variant of its own.
     """
 
@@ -60,9 +60,10 @@ class HandPacked(LazyStep):
             indices = tuple(6 * layer + i for i in of_layer)
             parts = [self.linears[i] for i in indices]
             weight, bias = torch.cat([p.weight for p in parts]), torch.cat([p.bias for p in parts])
+            # Views, so that `fold` into `linears` changes the stacked weight too.
             for part, rows in zip(parts, weight.split(parts[0].out_features), strict=True):
                 part.weight.data = rows
-            if site_name not in self.kinds:  # equal shapes in every layer: choose once
+            if site_name not in self.kinds:  # every layer has the same shapes, so one choice serves all
                 self.kinds[site_name] = linears.fastest(weight, bias) if prepack else ("plain", {})
             kind = self.kinds[site_name][0]
             sites[site_name] = Site(weight, bias, indices, kind, linears.build(kind, weight, bias))
@@ -88,7 +89,7 @@ class HandPacked(LazyStep):
         where = spans(batch)
         ids = torch.tensor([token for prompt in batch for token in prompt], device=self.device)
         positions = torch.cat([torch.arange(end - start) for start, end in where]).to(self.device) + POSITION_OFFSET
-        hidden = (self.tokens[ids] + self.positions[positions]).repeat(2, 1)  # [+ rows, - rows]
+        hidden = (self.tokens[ids] + self.positions[positions]).repeat(2, 1)  # token rows of +, then those of -
         sign = torch.ones(2 * len(ids), 1, dtype=self.dtype, device=self.device)
         sign[len(ids) :] = -1
         last = torch.tensor([end - 1 for _, end in where], device=self.device)
@@ -104,7 +105,7 @@ class HandPacked(LazyStep):
         return self.two_option_losses(_norm(hidden[last], self.final_norm), labels)
 
     def _apply(self, layer: int, name: str, x_TI: Tensor, sign_T1: Tensor) -> Tensor:
-        """A linear and its probe: one shrink for all stacked weights and both signs, one expand per weight."""
+        """A linear and its probe: one shrink for all stacked weights and both signs, one expand for each weight."""
         site = self.layers[layer][name]
         y_TO = site.linear(x_TI)
         s = x_TI @ self.shrinks[layer][name]
@@ -113,7 +114,7 @@ class HandPacked(LazyStep):
         return y_TO
 
     def _attend(self, qkv: Tensor, where: list[tuple[int, int]]) -> Tensor:
-        """Causal attention within each prompt, both signs at once: (2T, 3H) -> (2T, H)."""
+        """Causal attention within each prompt, for both signs at once: (2T, 3H) -> (2T, H)."""
         q, k, v = qkv.view(2, len(qkv) // 2, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         out = torch.empty(2, q.shape[2], self.heads, q.shape[3], dtype=qkv.dtype, device=qkv.device)
         for start, end in where:

@@ -1,6 +1,7 @@
 """Ways to multiply by a constant weight on this machine, and how to find the fastest.
 
-Each takes the (O, I) weight and (O,) bias, is called with (T, I), and is built anew after the weight has changed.
+Each builder takes the (O, I) weight and (O,) bias and returns a function of (T, I). After a change of the weight the
+caller builds it again.
 """
 
 from __future__ import annotations
@@ -14,15 +15,16 @@ from torch import Tensor
 
 Linear = Callable[[Tensor], Tensor]
 TYPICAL_TOKENS = 441
+"""The mean tokens of a step of 16 prompts and 2 signs (shapes.py)."""
 
 
 def plain(weight: Tensor, bias: Tensor) -> Linear:
-    """The weight as torch keeps it."""
+    """torch's product, with the weight as torch keeps it."""
     return lambda x: F.linear(x, weight, bias)
 
 
 def onednn(weight: Tensor, bias: Tensor) -> Linear:
-    """vLLM's own CPU path: oneDNN with the weight in the layout its kernel wants."""
+    """vLLM's own CPU path: oneDNN, with the weight in the layout that its kernel wants."""
     import vllm._custom_ops as ops
 
     handler = ops.create_onednn_mm(weight.t(), 32)
@@ -30,13 +32,14 @@ def onednn(weight: Tensor, bias: Tensor) -> Linear:
 
 
 def mkldnn(weight: Tensor, bias: Tensor) -> Linear:
-    """torch's oneDNN path with a reordered weight, as TorchInductor uses it."""
+    """torch's oneDNN path with a reordered weight, which TorchInductor uses."""
     packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), TYPICAL_TOKENS)
     return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
 
 
 def float32(weight: Tensor, bias: Tensor) -> Linear:
-    """A float32 copy of a 16-bit weight: on machines without 16-bit matrix instructions that is far faster."""
+    """A product with a float32 copy of a 16-bit weight. It is far faster on machines without 16-bit matrix
+    instructions."""
     wide, wide_bias = weight.float(), bias.float()
     return lambda x: F.linear(x.float(), wide, wide_bias).to(x.dtype)
 
@@ -45,7 +48,7 @@ PREPACKED: dict[str, Callable[[Tensor, Tensor], Linear]] = {"onednn": onednn, "m
 
 
 def seconds(linear: Linear, x: Tensor, repeats: int = 7) -> float:
-    """Fastest of a few calls, after one that does not count. The fastest is the least disturbed."""
+    """The seconds of the fastest of a few calls, which other programs disturb least. One more call warms up."""
     linear(x)
     taken = []
     for _ in range(repeats):
@@ -56,7 +59,7 @@ def seconds(linear: Linear, x: Tensor, repeats: int = 7) -> float:
 
 
 def fastest(weight: Tensor, bias: Tensor) -> tuple[str, dict[str, float]]:
-    """Name of the fastest prepacked kind for this weight, and milliseconds of all that work here (and of plain)."""
+    """The name of the fastest kind for this weight, and the milliseconds of all kinds that work here."""
     x = torch.randn(TYPICAL_TOKENS, weight.shape[1]).to(weight.dtype)
     times = {"plain": seconds(plain(weight, bias), x)}
     for name, build in PREPACKED.items():

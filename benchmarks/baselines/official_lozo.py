@@ -1,10 +1,10 @@
-"""The official code's step: weights perturbed densely and in place, every option scored as a whole padded sequence.
+"""The official code's step. It perturbs the weights densely and in place, and scores every option as a padded sequence.
 
-Transcribed in kind (not copied) from optsuite/LOZO `large_models/LOZOtrainer.py` (`lowrank_zo_perturb_parameters`,
-`lowrank_zo_step`, `lowrank_zo_update`) and princeton-nlp/MeZO `large_models/utils.py` (`forward_wrap_with_option_len`,
-the left-padding collator). Left out, all in its favour: the HF Trainer around it, the data loader, the key-value cache
-that `use_cache=True` would fill, the weight-decay term (0 in the published runs, but computed), one of the temporaries
-in the scaling of U V^T and, but for `everything`, all parameters other than the six linear weights of a layer.
+It follows optsuite/LOZO `large_models/LOZOtrainer.py` (`lowrank_zo_perturb_parameters`, `lowrank_zo_step`,
+`lowrank_zo_update`) and princeton-nlp/MeZO `large_models/utils.py` (`forward_wrap_with_option_len`, the left-padding
+collator) without copying them. It leaves out, all in its favour: the HF Trainer around it, the data loader, the
+key-value cache that `use_cache=True` would fill, the weight-decay term (0 in the published runs, but computed), one of
+the temporaries in the scaling of U V^T and, without `everything`, all parameters but the six linear weights of a layer.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from benchmarks.shapes import PAD
 
 
 class OfficialLOZO(Step):
-    """Four dense sweeps over the weights a step: +eps, -2 eps, +eps, update; U is drawn again in each, from its seed.
+    """A step makes four dense sweeps over the weights: +eps, -2 eps, +eps, update. Each draws U again from its seed.
 
     Args:
         fused: run a sweep as one in-place `addmm_` instead of the official expression
             `param.data = param.data + factor * (u @ v.t())`, which makes temporaries as large as the weight.
-        everything: perturb the rest of the model as well, as the released code does: embeddings along low-rank
+        everything: perturb the rest of the model as well, as the released code does. Embeddings move along low-rank
             directions, biases and norms along dense ones.
     """
 
@@ -47,12 +47,13 @@ class OfficialLOZO(Step):
         plus = self._loss(*inputs, labels)
         self._sweep(-2 * self.eps)
         minus = self._loss(*inputs, labels)
+        # Two sweeps where one would do: the official code restores the weights first, and then updates them.
         self._sweep(self.eps)
         self._sweep(-self.lr * self.coefficient(plus, minus))
         return plus, minus
 
     def _sweep(self, factor: float) -> None:
-        """W += factor U V^T for every weight in scope."""
+        """W += factor U V^T for every trained weight."""
         if not self.fused:
             for parameter, direction in self.perturbed():
                 parameter.data = parameter.data + factor * direction
@@ -64,8 +65,8 @@ class OfficialLOZO(Step):
         return self.layout.split_u(self.directions.u(self.step_index).to(self.dtype))
 
     def perturbed(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Every parameter in scope with its direction of this step, one after another: all together would take as much
-        memory as the model."""
+        """Every trained parameter with its direction of this step, one after another. All directions together would
+        take as much memory as the model."""
         for linear, u, v in zip(self.linears, self._us(), self.v, strict=True):
             yield linear.weight, u @ v.T
         if not self.rest:
@@ -81,7 +82,7 @@ class OfficialLOZO(Step):
                 yield parameter, u @ torch.randn(self.rank, parameter.shape[1], generator=epoch, **like)
 
     def _option_sequences(self, batch: list[list[int]]) -> tuple[Tensor, Tensor]:
-        """(2B, T) token ids and attention mask, left-padded: the two options of an example are adjacent rows."""
+        """(2B, T) token ids and attention mask, left-padded. The two options of an example are next to each other."""
         width = max(map(len, batch)) + 1
         ids = torch.full((2 * len(batch), width), PAD)
         for i, prompt in enumerate(batch):
@@ -90,7 +91,8 @@ class OfficialLOZO(Step):
         return ids.to(self.device), (ids != PAD).long().to(self.device)
 
     def _loss(self, ids: Tensor, mask: Tensor, labels: Tensor) -> float:
-        """Mean cross-entropy over the options' log-probabilities, from log-probabilities of the whole vocabulary."""
+        """The mean cross-entropy over the options. As in the official code, it computes log-probabilities of the whole
+        vocabulary at every position."""
         logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
         log_probs = F.log_softmax(logits[:, :-1].contiguous(), dim=-1)
         targets = ids[:, 1:]

@@ -1,10 +1,10 @@
-"""What one can do with vLLM as it is: a trainer outside of the engine that asks it for losses.
+"""What a user can do with vLLM as it is: a trainer outside the engine asks it for losses.
 
-    FileAdapters    both probes as LoRA adapters in files, loaded by vLLM at every step
+    FileAdapters    writes both probes as LoRA adapters into files, which vLLM loads at every step
     InPlace         a worker extension adds eps U V^T to the weights, takes it away twice, and updates, by RPC
 
-Both score prompts only, as generation of one token restricted to the two options: vLLM's processed log-probabilities
-are then those of the options among themselves. The engine core is in this process, which saves them a socket.
+Both score prompts only, as generation of one token out of the two options. vLLM's processed log-probabilities are then
+normalised over the two options. The engine core runs in this process, which saves a socket.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from benchmarks import gpu
 from benchmarks.baselines.common import PROJECTIONS, Directions, Layout, Step, linears_of, load_model
 
 SLOT_RANK = 16
-"""Rank of an adapter slot, as in ours: one block for the perturbation, the others for what was learnt with each V."""
+"""Rank of an adapter slot, as in ours: one block for the perturbation, the others for the update of each V."""
 
 
 class StockVLLM(Step):
@@ -56,7 +56,7 @@ class StockVLLM(Step):
         )
 
     def mean_losses(self, batch: list[list[int]], labels: Tensor, adapters: list[Any]) -> list[float]:
-        """Mean nats of the batch under each of the adapters (None: under none), in one call."""
+        """The mean nats of the batch under each of the adapters (None stands for no adapter), from one call."""
         prompts = [{"prompt_token_ids": ids} for _ in adapters for ids in batch]
         requests = [adapter for adapter in adapters for _ in batch]
         outputs = self.llm.generate(prompts, self.params, lora_request=requests, use_tqdm=False)
@@ -66,8 +66,8 @@ class StockVLLM(Step):
 
 
 class FileAdapters(StockVLLM):
-    """With s = x V, an adapter holds [V, V_0, V_1, ...] and [+/- eps U, U_acc of each V]; V comes round when its rank
-    is used up, as it does in ours."""
+    """An adapter holds [V, V_0, V_1, ...] and [+/- eps U, U_acc of each V]. When the slot's rank has no room for
+    another V, the first returns, as in ours."""
 
     engine: ClassVar[dict[str, Any]] = {
         "enable_lora": True,
@@ -77,7 +77,7 @@ class FileAdapters(StockVLLM):
     }
 
     def load(self, model_dir: str | Path) -> None:
-        memory = Path("/dev/shm")
+        memory = Path("/dev/shm")  # a file system in memory: the fastest place for the files
         self.files = tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None)
         self.bases = SLOT_RANK // self.rank - 1
         self.learnt: dict[int, tuple[Tensor, Tensor]] = {}
@@ -95,6 +95,7 @@ class FileAdapters(StockVLLM):
         u = self.directions.u(self.step_index)
         requests = []
         for probe, sign in enumerate((1, -1)):
+            # A number that vLLM has not seen: with a known one it would use the adapter in its cache.
             number = 1 + 2 * self.step_index + probe
             self.write(Path(self.files.name) / str(probe), v, sign * self.eps * u)
             requests.append(LoRARequest(f"probe-{number}", number, f"{self.files.name}/{probe}"))
@@ -103,7 +104,7 @@ class FileAdapters(StockVLLM):
         return plus, minus
 
     def write(self, directory: Path, v: Tensor, u: Tensor) -> None:
-        """An adapter in the format of PEFT."""
+        """Write an adapter in the format of PEFT."""
         pairs = [(v, u), *self.learnt.values()]
         a = self.layout.split_v(torch.cat([v for v, _ in pairs], 1).to(self.dtype))
         b = self.layout.split_u(torch.cat([u for _, u in pairs], 1).to(self.dtype))
@@ -115,6 +116,7 @@ class FileAdapters(StockVLLM):
             tensors[f"{name}.lora_B.weight"] = b_OR.contiguous()
         rank = self.rank * len(pairs)
         targets = [name.rpartition(".")[2] for name in PROJECTIONS]
+        # vLLM scales an adapter by alpha / r: equal numbers make that 1.
         config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": targets, "bias": "none"}
         directory.mkdir(exist_ok=True)
         (directory / "adapter_config.json").write_text(json.dumps(config))
@@ -129,7 +131,7 @@ class FileAdapters(StockVLLM):
 
 
 class InPlace(StockVLLM):
-    """Three sweeps over the weights a step: +eps, -2 eps, and the way back with the update on it."""
+    """A step makes three sweeps over the weights: +eps, -2 eps, and +eps together with the update."""
 
     engine: ClassVar[dict[str, Any]] = {"worker_extension_cls": "benchmarks.baselines.stock_vllm.AddsDirections"}
 
@@ -154,7 +156,7 @@ class InPlace(StockVLLM):
 
 
 class AddsDirections:
-    """What vLLM mixes into its worker."""
+    """The extension that vLLM mixes into its worker (`worker_extension_cls`)."""
 
     model_runner: Any
 
@@ -162,7 +164,7 @@ class AddsDirections:
         self.directions, self.layout = directions, layout
 
     def weights_in_scope(self) -> list[Tensor]:
-        """Views, in the order of `Layout`; q, k and v are one weight in vLLM."""
+        """Views of the trained weights, in the order of `Layout`. In vLLM q, k and v are one weight."""
         views: list[Tensor] = []
         for layer in self.model_runner.get_model().model.decoder.layers:
             attention = layer.self_attn
@@ -179,8 +181,8 @@ class AddsDirections:
 
 @contextmanager
 def plain_weights() -> Iterator[None]:
-    """Models loaded in the block multiply with plain weights. On a CPU vLLM packs them into a form that nobody can
-    write to."""
+    """Make models that load in the block multiply with plain weights. By default vLLM packs them on a CPU, and
+    `AddsDirections` could not write into the packed form."""
     from vllm.model_executor.layers import utils
 
     def plain(layer: Any, remove_weight: bool) -> None:

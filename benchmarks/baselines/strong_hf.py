@@ -1,9 +1,9 @@
 """What a good user of Hugging Face writes: the stock model, low-rank probes in hooks, no work that the loss cannot see.
 
-Both signs go in one batch of prompts (no option sequences), the LM head is two rows at the last position, and weights
-change only when V does. Prompts are padded on the right and no attention mask is given: with causal attention a real
+Both signs go into one batch of prompts (no option sequences), the LM head computes two logits at the last position, and
+weights change only when V does. Padding is on the right and there is no attention mask: with causal attention a real
 token never sees the padding behind it, positions count from 0 as they should, and the attention kernel may use its
-causal path. The losses are the same as with a mask (tested against unpadded sequences), in less time.
+causal path. The losses are the same as with a mask (a test compares unpadded sequences), in less time.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""What a job leaves behind: the seed log, snapshots, and adapters or merged models made from them."""
+"""The results of a job on disk: the seed log, snapshots, and the adapters or merged models made from them."""

@@ -1,9 +1,8 @@
-"""What a run gives away: a PEFT adapter (`bank` space), or the whole model with the update merged (both spaces)."""
+"""Exports a run as a PEFT adapter (`bank` space), or as the whole model with the update merged (both spaces)."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,10 +12,10 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from vllm_zo import noise
+from vllm_zo.checkpoint.adapter_files import CONFIG, WEIGHTS
 from vllm_zo.checkpoint.compress import truncate
 from vllm_zo.checkpoint.files import write_atomically
 from vllm_zo.checkpoint.hf_checkpoint import (
-    base_fingerprint,
     check_weight,
     locate,
     resolve_model_dir,
@@ -25,29 +24,27 @@ from vllm_zo.checkpoint.hf_checkpoint import (
     weight_files,
 )
 from vllm_zo.checkpoint.replay import rebuild_state, replay_weights
-from vllm_zo.checkpoint.seed_log import SeedLog
+from vllm_zo.checkpoint.seed_log.reader import SeedLog
 from vllm_zo.errors import ConfigError
-from vllm_zo.methods.base import ModuleShape
+from vllm_zo.methods.adapter import whole_adapter
 from vllm_zo.methods.fold import fold_into
-from vllm_zo.methods.spaces import SLOT_RANKS
+from vllm_zo.methods.plan import ModuleShape
 from vllm_zo.methods.state import AdapterState
 from vllm_zo.methods.targets import EMBEDDINGS, LINEAR, kind_of
+from vllm_zo.slot_fit import SLOT_RANKS
 from vllm_zo.validation import check_int
 
 MERGE_STREAM = "merge"
-_PEFT_KEYS = {False: ("lora_A.weight", "lora_B.weight"), True: ("lora_embedding_A", "lora_embedding_B")}
-"""What `peft` calls the factors of an embedding, and of anything else."""
 
 
 @dataclass(frozen=True)
 class AdapterReport:
-    """What was written by `export_peft`.
+    """What `export_peft` wrote.
 
     Attributes:
-        rank: of the adapter.
-        bases: bases with an update in them.
-        discarded_energy: squared Frobenius norm of the update that compression dropped, as a share of the whole; 0.0
-            when exact.
+        rank: rank of the adapter.
+        bases: bases that hold an update.
+        discarded_energy: share of the update's squared Frobenius norm that compression dropped; 0.0 when exact.
         warnings: sentences for the user.
     """
 
@@ -67,47 +64,47 @@ def export_peft(
 ) -> AdapterReport:
     """Write the update as an adapter that `peft` and vLLM load: `A = [V_b^T; ...]`, `B = [U_b, ...]`, scaling 1.
 
-    Bases without an update are left out, so an early export is narrow. Without `rank` the adapter is exact in float32.
+    The adapter has no columns for bases without an update, so that an early export is narrow. Without `rank` it is
+    exact in float32.
 
     Args:
-        state: of a `bank` job (in `fold` space most of the update is in the base: use `export_merged`); whole modules.
-        base_model: what users load the adapter onto; goes into the adapter's configuration.
-        rank: compress to this rank by a truncated SVD of each module's update; loses what the report says.
+        state: the state of a `bank` job (in `fold` space most of the update is in the base: use `export_merged`).
+        base_model: the model that users load the adapter onto; named in the adapter's configuration.
+        rank: compress to this rank by a truncated SVD of each module's update; the report says how much that loses.
 
     Raises:
         ConfigError: `rank` is not from 1 to the exact rank.
         JobError: the directory cannot be written.
     """
     directory = Path(directory)
-    bases = tuple(state.acc_BN.any(dim=1).nonzero().flatten().tolist()) or (0,)
+    bases = tuple(state.touched_bases()) or (0,)  # before the first step: one basis of zeros, as `whole_adapter` has it
     exact_rank = len(bases) * state.layout.rank
     if rank is not None:
         check_int("rank", rank, 1, exact_rank, fix=f"the adapter is exact at rank {exact_rank}")
     tensors: dict[str, Tensor] = {}
     dropped = total = 0.0
-    for module, u_OR, v_IR in _factors(state, bases):
+    for module, u_OR, v_IR in whole_adapter(state):
+        u_OR, v_IR = u_OR.cpu(), v_IR.cpu()
         if rank is not None:
             u_OR, v_IR, module_dropped, module_total = truncate(u_OR, v_IR, rank)
             dropped, total = dropped + module_dropped, total + module_total
-        a, b = (f"base_model.model.{module.name}.{key}" for key in _PEFT_KEYS[kind_of(module.name) == EMBEDDINGS])
+        a, b = (f"base_model.model.{module.name}.{key}" for key in _peft_keys(module))
         tensors[a], tensors[b] = v_IR.T.to(dtype).contiguous(), u_OR.to(dtype).contiguous()
     width = exact_rank if rank is None else rank
     warnings = _rank_warnings(width)
     report = AdapterReport(directory, width, bases, dropped / total if total else 0.0, warnings)
-    write_atomically(directory / "adapter_model.safetensors", save(tensors, metadata={"format": "pt"}))
+    write_atomically(directory / WEIGHTS, save(tensors, metadata={"format": "pt"}))
     write_atomically(directory / "README.md", _model_card(state, base_model, report).encode())
-    write_atomically(directory / "adapter_config.json", _adapter_config(state, base_model, width).encode())
+    # Last: without it neither peft nor vLLM takes the directory for an adapter, so an interrupted export does not load.
+    write_atomically(directory / CONFIG, _adapter_config(state, base_model, width).encode())
     return report
 
 
-def _factors(state: AdapterState, bases: tuple[int, ...]) -> Iterator[tuple[ModuleShape, Tensor, Tensor]]:
-    """Per module (module, U (out, b*r), V (in, b*r)) on the CPU, with U V^T the whole update."""
-    assert state.layout.out_slices is None and state.layout.in_slices is None, "gather the shards before exporting"
-    parts = [state.factors(basis, state.acc_BN[state.row(basis)]) for basis in bases]
-    for index, module in enumerate(state.layout.modules):
-        u_OK = torch.cat([u[index] for u, _ in parts], dim=1)
-        v_IK = torch.cat([v[index] for _, v in parts], dim=1)
-        yield module, u_OK.cpu(), v_IK.cpu()
+def _peft_keys(module: ModuleShape) -> tuple[str, str]:
+    """The names that `peft` gives to the factors of a module: A, then B."""
+    if kind_of(module.name) == EMBEDDINGS:
+        return "lora_embedding_A", "lora_embedding_B"
+    return "lora_A.weight", "lora_B.weight"
 
 
 def _rank_warnings(rank: int) -> tuple[str, ...]:
@@ -161,24 +158,25 @@ def export_merged(
 ) -> None:
     """Write a Hugging Face checkpoint of the base with the update merged into its weights, tokenizer included.
 
-    From a state (of a `bank` job) or the log of one: the update is added in float32 and rounded to the weights' dtype
-    stochastically, with noise from the job's seed: the same export twice gives the same bytes. From the log of a `fold`
-    job: the folds are replayed in the dtype the engine ran with, which the whole checkpoint then has; the weights are
-    those the engine had (on the same kind of device).
+    From the state or the log of a `bank` job, it adds the update in float32 and rounds it to the weights' dtype
+    stochastically. The noise comes from the job's seed, so that two exports have the same bytes. From the log of a
+    `fold` job, it replays the folds in the engine's dtype, which the whole checkpoint then has. On the engine's kind of
+    device the replay gives the weights that the engine had.
 
-    Works on the CPU, file by file; a `fold` replay holds the target weights in memory beside that.
+    It works on the CPU, file by file; a `fold` replay also holds the target weights in memory.
 
     Args:
         base_model: directory, or Hub name in the local cache.
         upto: with a log, use its first `upto` steps.
 
     Raises:
-        ConfigError: the base is not the one in the log, lacks a module, is quantised, or is `directory` itself.
+        ConfigError: the base is not the one in the log, lacks a module, is quantised, has embeddings and head in one
+            matrix of which the job trained one, or is `directory` itself; or `upto` is beyond the log.
         JobError: the directory cannot be written.
     """
     base, target = resolve_model_dir(base_model), Path(directory)
     if isinstance(source, SeedLog):
-        _check_base(base_model, source)
+        source.header.check_base(base_model, fix="give the directory of that model")
         if source.header.update_space == "fold":
             return _merge_folds(base, source, target, upto)
         source = rebuild_state(source, upto)
@@ -187,19 +185,10 @@ def export_merged(
     return _merge_state(base, source, target)
 
 
-def _check_base(base_model: str, log: SeedLog) -> None:
-    fingerprint = base_fingerprint(base_model)
-    if fingerprint != log.header.base_fingerprint:
-        raise ConfigError(
-            f"base_model={base_model!r} (fingerprint {fingerprint}) is not the model the job trained: expected "
-            f"{log.header.base_model!r} (fingerprint {log.header.base_fingerprint})."
-        )
-
-
 def _merge_state(base: Path, state: AdapterState, target: Path) -> None:
     _check_untied(base, state)
     located = locate(state.layout.modules, base)
-    factors = {module.name: (u, v) for module, u, v in _factors(state, tuple(range(state.num_bases)))}
+    factors = {module.name: (u.cpu(), v.cpu()) for module, u, v in whole_adapter(state)}
     key = noise.derive_key(state.job_seed, MERGE_STREAM)
 
     def add(name: str, weight: Tensor) -> Tensor:
@@ -207,7 +196,7 @@ def _merge_state(base: Path, state: AdapterState, target: Path) -> None:
             return weight
         check_weight(module, weight, base)
         u, v = factors[module.name]
-        if kind_of(module.name) == EMBEDDINGS:  # a row a token: the transpose of what a linear layer would have
+        if kind_of(module.name) == EMBEDDINGS:  # its weight is (tokens, dim): (in, out), not (out, in)
             u, v = v, u
         return fold_into(weight, u, v, key, module.name)
 
@@ -215,7 +204,8 @@ def _merge_state(base: Path, state: AdapterState, target: Path) -> None:
 
 
 def _check_untied(base: Path, state: AdapterState) -> None:
-    """One matrix for embeddings and head cannot hold two updates."""
+    """Refuse a base whose embeddings and head are one matrix, if the job trained one of them: the merged matrix would
+    change the other as well."""
     changed = [module.name for module in state.layout.modules if kind_of(module.name) != LINEAR]
     if changed and AutoConfig.from_pretrained(base).tie_word_embeddings:
         raise ConfigError(
@@ -232,6 +222,7 @@ def _merge_folds(base: Path, log: SeedLog, target: Path, upto: int | None) -> No
         for name, weight in tensors_of(path):
             if (module := located.get(name)) is not None:
                 check_weight(module, weight, base)
+                # In the engine's dtype before the first fold: each fold rounds the value that it finds.
                 weights[module.name] = weight.to(header.torch_dtype)
     folded = replay_weights(weights, log, upto)
     rewrite_checkpoint(

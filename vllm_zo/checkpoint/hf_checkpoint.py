@@ -1,4 +1,4 @@
-"""A Hugging Face checkpoint on disk: where it is, a cheap fingerprint of it, and rewriting its weights file by file."""
+"""A Hugging Face checkpoint on disk: finds it, takes a cheap fingerprint, and rewrites its weights file by file."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -15,23 +16,24 @@ from torch import Tensor
 
 from vllm_zo.checkpoint.files import replacing, write_atomically
 from vllm_zo.errors import ConfigError
-from vllm_zo.methods.base import ModuleShape
+from vllm_zo.methods.plan import ModuleShape
 from vllm_zo.methods.targets import EMBEDDINGS, kind_of
 
 SAFETENSORS_INDEX, BIN_INDEX = "model.safetensors.index.json", "pytorch_model.bin.index.json"
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 NOT_COPIED = {".safetensors", ".bin", ".pt", ".pth", ".msgpack", ".h5", ".gguf", ".onnx"}
-"""Weights in any format: only the rewritten ones belong to a merged model."""
+"""Suffixes of weights in any format: a merged model must hold only the weights that were rewritten."""
 SAMPLES, SAMPLE_BYTES = 16, 4096
-"""Per weight file, for the fingerprint: any fine-tuning that moves most weights shows in 64 KB."""
+"""Samples of a weight file for the fingerprint: fine-tuning that moves most weights shows in any 64 KB of them."""
 CONFIG_NOISE = ("_name_or_path", "transformers_version")
+"""Fields of `config.json` that differ between copies of one model."""
 
 
 def resolve_model_dir(name: str) -> Path:
-    """Directory of a model given as a directory or as a Hub name that is in the local cache. Downloads nothing.
+    """Directory of a model, from a directory or the name of a Hub model in the local cache. It downloads nothing.
 
     Raises:
-        ConfigError: neither.
+        ConfigError: `name` is neither.
     """
     if Path(name).is_dir():
         return Path(name)
@@ -47,7 +49,7 @@ def resolve_model_dir(name: str) -> Path:
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The files `transformers` would load the weights from, safetensors first; empty when there are none."""
+    """The files from which `transformers` would load the weights (it prefers safetensors); empty if there are none."""
     for index, single in zip((SAFETENSORS_INDEX, BIN_INDEX), SINGLE_FILES, strict=True):
         if (directory / single).exists():
             return [directory / single]
@@ -58,10 +60,10 @@ def weight_files(directory: Path) -> list[Path]:
 
 
 def base_fingerprint(name: str) -> str:
-    """16 hexadecimal digits of a base model: its config, and size and samples of its weight files.
+    """16 hexadecimal digits from the config of a base model, and from the sizes and samples of its weight files.
 
-    Reads 64 KB a file, so it costs milliseconds; equal for copies in other places. A model that is not on this disk
-    (loaded from object storage) is known by its name only.
+    It reads 64 KB a file, which takes milliseconds. Copies in other places have the same fingerprint. A model that is
+    not on this disk (loaded from object storage) has the fingerprint of its name.
     """
     digest = hashlib.sha256()
     try:
@@ -78,6 +80,7 @@ def base_fingerprint(name: str) -> str:
         digest.update(f"{path.name}:{size}".encode())
         with path.open("rb") as file:
             for sample in range(SAMPLES):
+                # Evenly spread, from the first byte to the last.
                 file.seek(max(size - SAMPLE_BYTES, 0) * sample // (SAMPLES - 1))
                 digest.update(file.read(SAMPLE_BYTES))
     return digest.hexdigest()[:16]
@@ -90,10 +93,12 @@ def tensors_of(path: Path) -> Iterator[tuple[str, Tensor]]:
             for key in file.keys():  # noqa: SIM118  (not a dict: it has no iterator)
                 yield key, file.get_tensor(key)
     else:
+        # `weights_only`: a .bin file is a pickle, which could run code. `mmap`: the whole file need not fit in memory.
         yield from torch.load(path, map_location="cpu", weights_only=True, mmap=True).items()
 
 
 def keys_of(path: Path) -> list[str]:
+    """The keys of a weight file, in its order."""
     if path.suffix == ".safetensors":
         with safe_open(path, framework="pt") as file:
             return list(file.keys())
@@ -103,8 +108,8 @@ def keys_of(path: Path) -> list[str]:
 def locate(modules: Iterable[ModuleShape], directory: Path) -> dict[str, ModuleShape]:
     """Checkpoint key -> module, for every module.
 
-    Some checkpoints were saved from the model without its head: their keys lack the first part of the name
-    ("decoder..." for "model.decoder...").
+    The keys of some checkpoints lack the first part of the name ("decoder..." for "model.decoder..."), because they
+    were saved from the model without its head.
 
     Raises:
         ConfigError: the directory holds no weights, or none for a module.
@@ -128,9 +133,39 @@ def locate(modules: Iterable[ModuleShape], directory: Path) -> dict[str, ModuleS
     return located
 
 
+def check_modules(names: Iterable[str], model: str) -> None:
+    """Check that the checkpoint has a module of each name: `peft` could not load the adapter of another.
+
+    It does nothing if the checkpoint is not on this disk in files of `transformers`.
+
+    Args:
+        model: directory, or Hub name in the local cache.
+
+    Raises:
+        ConfigError: it lacks one; the message names it.
+    """
+    held = _modules_of(model)
+    for name in names if held else ():
+        if not held & {name, name.partition(".")[2]}:  # see `locate`
+            raise ConfigError(
+                f"{name} is no module of the checkpoint {model}, which has it in another form (perhaps merged with "
+                "others), and peft could not load an adapter for it: choose target_modules without it."
+            )
+
+
+@lru_cache(maxsize=4)
+def _modules_of(model: str) -> frozenset[str]:
+    """The names of the modules that the checkpoint has weights of; empty if it is not on this disk."""
+    try:
+        files = weight_files(resolve_model_dir(model))
+    except ConfigError:
+        return frozenset()
+    return frozenset(key.rpartition(".")[0] for path in files for key in keys_of(path))
+
+
 def check_weight(module: ModuleShape, weight: Tensor, directory: Path) -> None:
-    """Raise ConfigError when a weight is not the (out, in) floating-point matrix that was trained; (in, out) if it is
-    an embedding, which has a row a token."""
+    """Raise ConfigError unless a weight is the floating-point matrix that was trained: (out, in), or for an embedding
+    (in, out), tokens by dimensions."""
     expected = (module.out_features, module.in_features)
     if kind_of(module.name) == EMBEDDINGS:
         expected = expected[::-1]
@@ -146,11 +181,11 @@ def rewrite_checkpoint(
 ) -> None:
     """Copy a checkpoint, passing every tensor through `edit(key, tensor)`; one file in memory at a time.
 
-    Tokenizer, configuration and code come along; weights are written as safetensors; the index comes last, so an
-    interrupted copy does not load.
+    It copies tokenizer, configuration and code too, and writes the weights as safetensors. The index comes last, so
+    that an interrupted copy of several files does not load.
 
     Args:
-        dtype: also cast every floating-point tensor, and say so in `config.json`; None keeps what is there.
+        dtype: cast every floating-point tensor to it, and name it in `config.json`; None keeps the dtypes.
 
     Raises:
         ConfigError: `target` is `source`.
@@ -180,7 +215,7 @@ def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 
 def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous tensors of which no two share memory (tied weights in .bin files do): safetensors refuses others."""
+    """Contiguous tensors that share no memory, as safetensors requires. It copies the tied weights of a .bin file."""
     seen: set[int] = set()
     result = {}
     for key, tensor in tensors.items():

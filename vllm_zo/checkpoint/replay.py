@@ -1,6 +1,7 @@
-"""From a seed log back to the state: every record is applied again, bit for bit as the worker did.
+"""Rebuilds the state from a seed log: applies every record again, bit for bit as the worker applied it.
 
-Bit for bit holds on the same kind of device: integers of the noise agree everywhere, normals up to float rounding.
+"Bit for bit" holds on the same kind of device. The integers of the noise agree on every device, its normals agree up to
+float rounding.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ import torch
 from torch import Tensor
 
 from vllm_zo import noise
-from vllm_zo.checkpoint.seed_log import SeedLog
-from vllm_zo.checkpoint.snapshot import SnapshotInfo, load_snapshot, snapshot_info
+from vllm_zo.checkpoint.seed_log.format import StepRecord
+from vllm_zo.checkpoint.seed_log.reader import SeedLog
+from vllm_zo.checkpoint.snapshot import load_snapshot, snapshot_step
 from vllm_zo.errors import ConfigError
 from vllm_zo.methods.fold import fold_into
 from vllm_zo.methods.spaces import basis_of
@@ -24,8 +26,8 @@ logger = logging.getLogger("vllm.zo")
 
 FOLD_STREAM = "fold"
 
-FoldHook = Callable[[int, int], None]
-"""Called as hook(key, basis) with the accumulator still in the state, before it is cleared."""
+FoldHook = Callable[[int, int, Tensor], None]
+"""Called as hook(key, basis, accumulator (N,)) at every fold."""
 
 
 def fold_key(job_seed: int, step: int) -> int:
@@ -41,14 +43,14 @@ def rebuild_state(
 ) -> AdapterState:
     """The state after the first `upto` steps of a log.
 
-    In `fold` space that is the accumulator not yet folded: the one of the last step's basis.
+    In `fold` space the state holds the accumulator that is not folded yet, which belongs to the last step's basis.
 
     Args:
-        upto: number of steps; None: all of the intact prefix.
-        snapshot: start from this file when it can be read and is not ahead of `upto`; else from zero.
+        upto: number of steps; None: all steps of the intact prefix.
+        snapshot: start from this file if it can be read and is not ahead of `upto`; else from zero.
 
     Raises:
-        ConfigError: `upto` is beyond the log, or the snapshot is another job's.
+        ConfigError: `upto` is beyond the log, or the snapshot belongs to another job.
     """
     state = log.header.new_state(device)
     replay_into(state, log, upto, snapshot)
@@ -62,11 +64,11 @@ def replay_into(
     snapshot: Path | str | None = None,
     on_fold: FoldHook | None = None,
 ) -> None:
-    """`rebuild_state` into a fresh state, which may be one rank's shard of the job.
+    """`rebuild_state` into a fresh state of the job.
 
     Args:
-        on_fold: in `fold` space, told of every change of basis (not of the accumulator pending at the end). Folds
-            before a snapshot are not seen: replay from zero to see them all.
+        on_fold: called at every fold of a `fold` job, but not for the accumulator that is left at the end. The replay
+            skips folds before a snapshot: start from zero to get them all.
 
     Raises:
         ConfigError: as `rebuild_state`.
@@ -74,30 +76,35 @@ def replay_into(
     header, method = log.header, state.method
     end = _end(log, upto)
     start = _start(state, snapshot, end)
-    basis = start.basis
-    for record in log.records[start.step : end]:
-        new_basis = basis_of(method, record.step, header.update_space, header.num_bases)
-        if header.update_space == "fold" and record.step > 0 and new_basis != basis:
-            if on_fold is not None:
-                on_fold(fold_key(header.job_seed, record.step), basis)
-            state.acc_BN.zero_()
-        basis = new_basis
-        plan = method.plan(header.job_seed, record.step, basis)
-        coefficients = torch.tensor(record.coefficients, dtype=torch.float32)
-        state.apply(plan, coefficients, record.learning_rate, record.finite)
+    for record in log.records[start:end]:
+        basis = basis_of(method, record.step, header.update_space, header.num_bases)
+        if header.update_space == "fold" and state.last_basis not in (None, basis):
+            taken = state.take()
+            if taken is not None and on_fold is not None:
+                on_fold(fold_key(header.job_seed, record.step), *taken)
+        apply_record(state, record, header.update_space)
+
+
+def apply_record(state: AdapterState, record: StepRecord, update_space: str) -> None:
+    """Take a logged step. What the log holds of it is all that the state needs."""
+    basis = basis_of(state.method, record.step, update_space, state.num_bases)
+    # Without the eps schedule: an update needs the keys of the directions, not the radii of the probes.
+    plan = state.method.plan(state.job_seed, record.step, basis)
+    coefficients = torch.tensor(record.coefficients, dtype=torch.float32)
+    state.apply(plan, coefficients, record.learning_rate, record.finite)
 
 
 def replay_weights(weights: Mapping[str, Tensor], log: SeedLog, upto: int | None = None) -> dict[str, Tensor]:
     """The target weights of a `fold` job after its first `upto` steps, all folded in.
 
-    Folds at every change of basis as the engine did, and once more for the accumulator pending at the end. That last
-    fold is part of the result only: a run that goes on keeps its accumulator apart until the basis changes.
+    It folds at every change of basis as the engine did, and once more for the accumulator that is left at the end. A
+    run that goes on would keep that last accumulator apart until the basis changes.
 
     Args:
-        weights: module name -> (out, in), in the dtype the engine ran with; not changed.
+        weights: module name -> (out, in), in the dtype of the engine; they are not changed.
 
     Raises:
-        ConfigError: the log is not a `fold` job's, `upto` is beyond it, or a weight is missing.
+        ConfigError: the log belongs to a job of another space, `upto` is beyond it, or a weight is missing.
     """
     header = log.header
     if header.update_space != "fold":
@@ -110,14 +117,14 @@ def replay_weights(weights: Mapping[str, Tensor], log: SeedLog, upto: int | None
     folded = dict(weights)
     state = header.new_state(next(iter(weights.values())).device)
 
-    def fold(key: int, basis: int) -> None:
-        for module, u_OR, v_IR in zip(header.modules, *state.factors(basis, state.acc_BN[0]), strict=True):
+    def fold(key: int, basis: int, acc_N: Tensor) -> None:
+        for module, u_OR, v_IR in zip(header.modules, *state.factors(basis, acc_N), strict=True):
             folded[module.name] = fold_into(folded[module.name], u_OR, v_IR, key, module.name)
 
     end = _end(log, upto)
     replay_into(state, log, end, on_fold=fold)
-    if end:
-        fold(fold_key(header.job_seed, end), basis_of(state.method, end - 1, "fold", header.num_bases))
+    if (taken := state.take()) is not None:
+        fold(fold_key(header.job_seed, end), *taken)
     return folded
 
 
@@ -129,13 +136,19 @@ def _end(log: SeedLog, upto: int | None) -> int:
     return upto
 
 
-def _start(state: AdapterState, snapshot: Path | str | None, end: int) -> SnapshotInfo:
-    """Load the snapshot if it helps. The log is the truth: a snapshot ahead of it has steps nobody can replay."""
+def _start(state: AdapterState, snapshot: Path | str | None, end: int) -> int:
+    """Load the snapshot if it helps; returns the steps it holds, 0 without one.
+
+    A snapshot ahead of `end` is of no use: steps cannot be taken out of it.
+
+    Raises:
+        ConfigError: the snapshot belongs to another job.
+    """
     if snapshot is None or not Path(snapshot).exists():
-        return SnapshotInfo(0, 0)
-    info = snapshot_info(snapshot)
-    if info is None or info.step > end:
-        why = "cannot be read" if info is None else f"has {info.step} steps, more than the {end} to replay"
+        return 0
+    step = snapshot_step(snapshot)
+    if step is None or step > end:
+        why = "cannot be read" if step is None else f"has {step} steps, more than the {end} to replay"
         logger.warning("snapshot %s %s: replaying the log from its start", snapshot, why)
-        return SnapshotInfo(0, 0)
+        return 0
     return load_snapshot(snapshot, state)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -11,86 +11,86 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from vllm_zo.checkpoint.files import write_atomically
-from vllm_zo.checkpoint.header import differences
+from vllm_zo.checkpoint.seed_log.header import differences
 from vllm_zo.errors import ConfigError
-from vllm_zo.methods import method_fields
 from vllm_zo.methods.state import AdapterState
+from vllm_zo.registry import settings
 
-TENSOR = "acc_BN"
-FORMAT = "vllm_zo snapshot 1"
-
-
-@dataclass(frozen=True)
-class SnapshotInfo:
-    """Where a snapshot stands.
-
-    Attributes:
-        step: steps whose update is in it, which is also the next step to take.
-        basis: basis of the last of them (0 before the first).
-    """
-
-    step: int
-    basis: int
+FORMAT = "vllm_zo snapshot 2"
+METADATA_KEY = "vllm_zo"
+"""The only key of a file's metadata; its value is a JSON object with sorted keys. Equal runs must write equal bytes,
+but safetensors writes several keys in an order that changes from process to process."""
 
 
-def save_snapshot(path: Path | str, state: AdapterState, info: SnapshotInfo) -> None:
-    """Write the accumulators atomically: after a crash the file is the old snapshot or the new one.
+def save_snapshot(path: Path | str, state: AdapterState, step: int) -> None:
+    """Write accumulators and optimizer state atomically: after a crash the file is the old snapshot or the new one.
 
-    Under tensor parallelism every rank saves its shard to a path of its own.
+    Equal states give equal bytes. Metadata beside the fields that identify the job:
+
+        step         number of steps whose update is in the state, which is also the next step to take
+        last_basis   basis of the last of these steps; null before the first
+        bases        bases whose accumulators hold an update
 
     Raises:
-        JobError: the file cannot be written; the snapshot before it is untouched.
+        JobError: the file cannot be written; the snapshot before it stays as it was.
     """
-    metadata = {"format": FORMAT, "job": json.dumps(_identity(state)), **{k: str(v) for k, v in asdict(info).items()}}
+    metadata = {
+        "format": FORMAT,
+        "job": _identity(state),
+        "step": step,
+        "last_basis": state.last_basis,
+        "bases": state.touched_bases(),
+    }
     tensors = {name: tensor.cpu().contiguous() for name, tensor in state.tensors().items()}
-    write_atomically(Path(path), save(tensors, metadata=metadata))
+    write_atomically(Path(path), save(tensors, metadata={METADATA_KEY: json.dumps(metadata, sort_keys=True)}))
 
 
-def load_snapshot(path: Path | str, state: AdapterState) -> SnapshotInfo:
-    """Read accumulators and optimizer state into a state of the same job.
+def load_snapshot(path: Path | str, state: AdapterState) -> int:
+    """Read accumulators and optimizer state into a fresh state of the same job; returns how many steps they hold.
 
     Raises:
-        ConfigError: the file is missing or damaged, or of another job or shard; names what differs.
+        ConfigError: the file is missing, damaged, or belongs to another job; the message names what differs.
     """
     fix = "delete it: the seed log rebuilds the state without it"
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
+            metadata = _metadata_of(file)
             if metadata.get("format") != FORMAT:
                 raise ConfigError(f"snapshot {path}: not a snapshot of this version ({FORMAT!r}); {fix}.")
-            differing = differences(_identity(state), json.loads(metadata["job"]))
+            differing = differences(_identity(state), metadata["job"])
             if differing:
                 raise ConfigError(f"snapshot {path} is of another job: {'; '.join(differing)}. Use its job, or {fix}.")
             for name, tensor in state.tensors().items():
                 tensor.copy_(file.get_tensor(name))
     except (SafetensorError, OSError) as error:
         raise ConfigError(f"snapshot {path}: cannot be read ({error}); {fix}.") from error
-    info = SnapshotInfo(int(metadata["step"]), int(metadata["basis"]))
-    state.optimizer_basis = info.basis if info.step else None
-    return info
+    state.last_basis = metadata["last_basis"]
+    state.mark_touched(metadata["bases"])
+    return int(metadata["step"])
 
 
-def snapshot_info(path: Path | str) -> SnapshotInfo | None:
-    """Where the snapshot in a file stands; None when there is none that can be read."""
+def snapshot_step(path: Path | str) -> int | None:
+    """How many steps the snapshot in a file holds; None if the file holds no snapshot that can be read."""
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-        return SnapshotInfo(int(metadata["step"]), int(metadata["basis"]))
+            return int(_metadata_of(file)["step"])
     except (SafetensorError, OSError, KeyError, ValueError):
         return None
 
 
+def _metadata_of(file: Any) -> dict[str, Any]:
+    """The metadata that `save_snapshot` wrote; empty for a file that is no snapshot."""
+    metadata: dict[str, Any] = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
+    return metadata
+
+
 def _identity(state: AdapterState) -> dict[str, Any]:
-    """What must agree for the accumulators to mean the same; JSON values."""
-    layout = state.layout
+    """The JSON values that must agree for accumulators to have the same meaning in two states."""
     identity = {
         "job_seed": state.job_seed,
         "method": state.method.name,
         "num_bases": state.num_bases,
-        "modules": [list(astuple(module)) for module in layout.modules],
+        "modules": [list(astuple(module)) for module in state.layout.modules],
         "shape": list(state.acc_BN.shape),
     }
-    if layout.out_slices is not None:
-        shards = zip(layout.out_slices, layout.modules, strict=True)
-        identity["out_slices"] = [list(s.indices(m.out_features)[:2]) for s, m in shards]
-    return identity | {f"{state.method.name}.{key}": value for key, value in method_fields(state.method).items()}
+    return identity | {f"{state.method.name}.{key}": value for key, value in settings(state.method).items()}

@@ -1,4 +1,4 @@
-"""Calls from the front end into the scheduler, and the engine loop's shutdown seen by it."""
+"""Patches of EngineCore: calls from the front end to the scheduler, refusals, waiting, notice of a shutdown."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ UTILITIES = Patch(
 )
 EXCLUSIVE = Patch(
     target="vllm.v1.engine.core:EngineCore.add_request",
-    why="while a `fold` job changes the base the scheduler refuses other requests, and always those for a version that "
-    "no job has published; an error of the scheduler ends the engine",
-    how="answers that client instead: finish_reason 'error', with the words in stop_reason. Not while the request is "
-    "prepared: that is another thread's, and may come before a job whose start is in the queue ahead of it",
+    why="the scheduler refuses other requests while a `fold` job changes the base, and at all times requests for a "
+    "version that no job has published; vLLM ends the engine when the scheduler raises",
+    how="finishes that request with finish_reason='error' and the message in stop_reason. Done in `add_request`, not "
+    "during preprocessing: that runs in the input thread and could overtake a queued `zo_start`",
     upstream="none",
     remove_when="the scheduler interface has a way to reject a request with a message",
     series="0004-background-requests.patch",
@@ -37,7 +37,7 @@ EXCLUSIVE = Patch(
 EXCLUSIVE_IN_PROCESS = Patch(
     target="vllm.v1.engine.llm_engine:LLMEngine.add_request",
     why="in process, an error from the engine core leaves the request registered in the output processor, and the next "
-    "generate() waits for it for ever",
+    "generate() never returns",
     how="asks the in-process scheduler before vLLM registers anything",
     upstream="none",
     remove_when="LLMEngine.add_request unregisters a request that the engine core refused",
@@ -46,8 +46,8 @@ EXCLUSIVE_IN_PROCESS = Patch(
 )
 DRAINING = Patch(
     target="vllm.v1.engine.core:EngineCoreProc._handle_shutdown",
-    why="a draining engine exits when it has no work; a training job would keep it alive for ever. And vLLM stops the "
-    "workers (2 s) before the scheduler, with 5 s for everything before it kills",
+    why="a draining engine exits when it has no work, and a training job always has some. And vLLM stops the workers "
+    "(2 s) before the scheduler, and kills the process 5 s after the shutdown began",
     how="tells the scheduler that shutdown has begun, before vLLM looks for remaining work, and closes the jobs' logs "
     "before anything is torn down",
     upstream="none",
@@ -57,16 +57,32 @@ DRAINING = Patch(
 )
 ORPHANED = Patch(
     target="vllm.v1.engine.core:EngineCoreProc.run_busy_loop",
-    why="the engine process outlives a front end that was killed (SIGTERM, kill -9), and would train on for nobody",
-    how="a thread waits for the end of the parent process, then asks for the same shutdown that the parent would have",
+    why="the engine process outlives a front end that was killed (SIGTERM, kill -9), and would go on training",
+    how="a thread waits for the end of the parent process, then starts the shutdown that the parent would have started",
     upstream="none",
     remove_when="an engine process ends with the process that started it",
     series="0008-engine-ends-with-parent.patch",
     built_in="vllm.v1.engine.core:EngineCoreProc.end_with_parent",
 )
 
+WAITING = Patch(
+    target="vllm.v1.engine.core:EngineCoreProc._process_input_queue",
+    why="while training waits for rewards, every turn of the loop would send the workers an empty step, and a worker "
+    "spins for a second after each step: it takes a core from the code that computes the rewards",
+    how="waits here, for a request or for what the scheduler waits for, and takes no engine step meanwhile",
+    upstream="none",
+    remove_when="a scheduler can tell the loop to wait for something other than a request",
+    series="none: of use only to a scheduler that waits for what it has begun itself",
+)
+
 
 def install() -> None:
+    """Apply the patches of this module, in every process, because any may become the engine's.
+
+    Raises:
+        ImportError, AttributeError: the installed vLLM lacks a class or method.
+        PatchConflictError: another package has replaced one.
+    """
     from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
     from vllm.v1.engine.core import EngineCore, EngineCoreProc
     from vllm.v1.engine.llm_engine import LLMEngine
@@ -81,7 +97,7 @@ def install() -> None:
             original_core_add_request(self, request, *args, **kwargs)
         except ConfigError as error:
             if not isinstance(self, EngineCoreProc):
-                raise
+                raise  # in process there is no output queue, and the caller gets the exception
             refusal = EngineCoreOutput(request.request_id, [], finish_reason=FinishReason.ERROR, stop_reason=str(error))
             outputs = EngineCoreOutputs(outputs=[refusal], finished_requests={request.request_id})
             self.output_queue.put_nowait((request.client_index, outputs))
@@ -92,6 +108,7 @@ def install() -> None:
     arguments = inspect.signature(original_add_request)
 
     def add_request(self: Any, *args: Any, **kwargs: Any) -> Any:
+        # Only the in-process client has an `engine_core`. An engine in a process of its own checks there (EXCLUSIVE).
         core = getattr(self.engine_core, "engine_core", None)
         if (check := getattr(getattr(core, "scheduler", None), "check_servable", None)) is not None:
             given = arguments.bind(self, *args, **kwargs).arguments
@@ -104,18 +121,41 @@ def install() -> None:
 
     def _handle_shutdown(self: Any) -> bool:
         trains = hasattr(self.scheduler, "start_shutdown")
+        # vLLM calls this once in every turn of its loop. First no new groups, or there would always be work left.
         if trains and not self.is_running():
             self.scheduler.start_shutdown()
         goes_on: bool = original_handle_shutdown(self)
+        # The last moment before vLLM stops the workers and, seconds later, kills this process.
         if trains and not goes_on:
             self.scheduler.finish_shutdown()
         return goes_on
 
     DRAINING.apply(EngineCoreProc, "_handle_shutdown", _handle_shutdown)
 
+    original_process_input_queue = EngineCoreProc._process_input_queue
+
+    def _process_input_queue(self: Any) -> None:
+        scheduler = self.scheduler
+        if not hasattr(scheduler, "zo"):
+            return original_process_input_queue(self)
+        scheduler.zo_loop_waits = True  # from now on `has_requests` may be false while there is training work
+        while scheduler.zo_waits and not self.batch_queue and self.input_queue.empty() and self.is_running():
+            scheduler.zo_wait()
+        if not scheduler.zo_waits:
+            return original_process_input_queue(self)
+        # A call has come, and vLLM would wait for the next one: what the scheduler waits for may come first.
+        self.process_input_queue_block, blocks = False, self.process_input_queue_block
+        try:
+            original_process_input_queue(self)
+        finally:
+            self.process_input_queue_block = blocks
+
+    WAITING.apply(EngineCoreProc, "_process_input_queue", _process_input_queue)
+
     original_run_busy_loop = EngineCoreProc.run_busy_loop
 
     def run_busy_loop(self: Any) -> None:
+        # The loop runs in the main thread until the end. A daemon thread does not keep the process alive after it.
         if hasattr(self.scheduler, "zo"):
             threading.Thread(target=_end_with_parent, name="zo-parent", daemon=True).start()
         original_run_busy_loop(self)
@@ -124,16 +164,20 @@ def install() -> None:
 
 
 def _call_of_scheduler(name: str) -> Callable[..., Any]:
+    """A method of EngineCore that calls the scheduler's method `name` with the same arguments."""
+
     def call(self: Any, *args: Any) -> Any:
         return getattr(self.scheduler, name)(*args)
 
-    # vLLM counts the parameters of a utility method before it calls it, and takes *args for a single one.
+    # vLLM asserts that a utility method has a parameter for each argument, and counts *args as one parameter.
     call.__signature__ = inspect.signature(lambda self, first=None, second=None: None)  # type: ignore[attr-defined]
     return call
 
 
 def _end_with_parent() -> None:
+    """Wait for the end of the parent process, then ask this process to shut down."""
     parent = multiprocessing.parent_process()
     assert parent is not None, "an engine process is started by vLLM's front end"
     parent.join()
-    os.kill(os.getpid(), signal.SIGTERM)  # vLLM's handler: in-flight steps end, logs are closed
+    # vLLM's handler lets steps in flight end, and the logs are closed. `sys.exit` would end this thread only.
+    os.kill(os.getpid(), signal.SIGTERM)

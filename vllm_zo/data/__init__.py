@@ -1,4 +1,4 @@
-"""Records in, tokenised examples and a deterministic batch order out. Every complaint comes before any work starts."""
+"""Makes tokenised examples and a deterministic batch order from records. Every error comes before any work starts."""
 
 from __future__ import annotations
 

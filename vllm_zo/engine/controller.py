@@ -1,361 +1,338 @@
-"""The training side of the scheduler: which groups are open, and what the workers are told. No vLLM here.
+"""The training side of the scheduler: a loop over lanes that collects commands for the workers. No vLLM here.
 
-One engine step, in the order the scheduler calls it:
+One engine step, in the order in which the scheduler calls it:
 
-    offer(capacity)            members that may start now; opens groups and probe waves where there is room
-    take_commands()            what rides on the SchedulerOutput: materialise, score, close
-    on_results(results)        losses and applied coefficients come back: metrics, seed log, next phase
+    offer(capacity, ...)       lanes open groups and probe waves where there is room; returns members that may start
+    score / generated          note what became of the members
+    take_commands()            returns what rides on the SchedulerOutput: materialise, score, close
+    on_results(results)        takes in losses and applied coefficients: metrics, seed log, next phase
+
+A group's way: `Lane.open` -> its members through `offer`, `score` -> `Lane.close` -> `on_results`.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
+import time
 from collections.abc import Sequence
-from dataclasses import replace
-from pathlib import Path
+from typing import Any
 
-from vllm_zo.checkpoint.replay import fold_key
-from vllm_zo.commands import (
-    CloseGroup,
-    Command,
-    DropGroup,
-    Fold,
-    GroupResult,
-    Materialise,
-    OpenGroup,
-    Publish,
-    ScoreMember,
-    Snapshot,
-    StartJob,
-    StopJob,
-    ZOCommands,
-    ZOResults,
-)
-from vllm_zo.engine.admission import Capacity, admit
+import msgspec
+
+from vllm_zo.commands import PROBE_SCHEME, Command, Fold, StopJob, ZOCommands, ZOResults
+from vllm_zo.engine.admission import Capacity
 from vllm_zo.engine.group import Member, PerturbationGroup
-from vllm_zo.engine.job import CANCELLED, FAILED, FINAL_STATES, RUNNING, SUCCEEDED, Job, Work
-from vllm_zo.engine.job_table import JobTable
-from vllm_zo.engine.lane import Lane, by_need
-from vllm_zo.engine.recorder import JobRecorder
+from vllm_zo.engine.job import Job
+from vllm_zo.engine.job_queue import JobQueue
+from vllm_zo.engine.lane import Lane, by_need, start
 from vllm_zo.engine.rewarder import Cells
+from vllm_zo.engine.rollouts import Answer
 from vllm_zo.errors import ConfigError, RewardError, ZOError
-from vllm_zo.methods.base import ModuleShape
+from vllm_zo.jobs.status import JobStatus
+from vllm_zo.methods.plan import ModuleShape
 
 logger = logging.getLogger("vllm.zo")
 
 
 class Controller:
-    """Owns the open groups and what the workers are told about them. Called from the engine's step loop only."""
+    """Moves the lanes' groups on and collects commands. It needs no lock: only the engine's step loop calls it."""
 
     def __init__(self, slots_per_job: int, block_size: int, concurrent_jobs: int = 1) -> None:
-        self.table = JobTable(concurrent_jobs, slots_per_job)
-        self.block_size = block_size
-        self._work: dict[str, tuple[Job, Work]] = {}
-        self._rewards: dict[str, Cells] = {}
-        """Of closed groups whose members generated, until their results are back."""
+        self.queue = JobQueue(concurrent_jobs, slots_per_job, block_size)
+        self._in_flight: dict[str, tuple[Job, PerturbationGroup]] = {}
+        """Group id -> (job, group), for closed groups whose results are not back yet."""
         self._commands = ZOCommands()
-        self._group_count = 0
-        self.workers_run_members = False
-        """Whether the workers can run members alone; they say so with the modules of the first job."""
+        self._numbers = itertools.count(1)
+        self._workers_run_members = False
+        """Whether the workers can run members alone. They tell with the modules of a job."""
         self.folds_since_reset = False
-        """A fold was issued: cached KV of the base is stale. The scheduler resets its prefix cache and this flag."""
+        """Whether a fold has made cached KV of the base stale. The scheduler resets the cache, then this flag."""
 
     # --- jobs -----------------------------------------------------------------------------------------------------
 
-    def start_job(self, job: Job, recorder: JobRecorder, start: StartJob) -> None:
-        """Queue a job; raises ConfigError as `JobTable.add` does."""
-        self.table.add(job, recorder)
-        self._commands.before.append(start)
+    def add_job(self, job: Job, *, paused: bool = False) -> None:
+        """Queue a job, or let it rest from the beginning. Raises ConfigError: its id is in use."""
+        self.queue.add(job)
+        if paused:
+            self.queue.pause(job.job_id)
 
-    def has_work(self) -> bool:
-        """Whether the engine loop must keep stepping for training."""
-        return bool(self._commands) or self.table.has_work()
+    def has_work(self, *, may_begin: bool = True) -> bool:
+        """Whether the engine loop must keep stepping for training.
+
+        Args:
+            may_begin: jobs may begin groups. If not, those that are open are still finished.
+        """
+        if may_begin:
+            return bool(self._commands) or self.queue.has_work()
+        return bool(self._commands) or any(lane.group is not None for lane in self.queue.lanes)
+
+    def waits(self, tokens: int) -> bool:
+        """Whether training can only wait: for rewards or rollouts, for space on a full disk, or until members may
+        start.
+
+        Args:
+            tokens: what an engine step without requests may hold.
+        """
+        return not self._commands and not self._in_flight and self.queue.waits(tokens)
 
     def finish_early(self, job_id: str, *, cancel: bool) -> None:
-        """Stop a job at the next group boundary: evaluate and publish first, or (cancel) drop what has not run yet."""
-        job = self.table.get(job_id)
-        if job.status in FINAL_STATES:
+        """Stop a job at the next group boundary: evaluate and publish first, or (cancel) drop what has not run yet.
+
+        Raises:
+            ConfigError: the job is unknown.
+        """
+        job = self.queue.get(job_id)
+        if job.status.ended:
             return
         if cancel:
-            self._end(job, CANCELLED)
+            self._end(job, JobStatus.CANCELLED)
         else:
-            job.finish_requested = True
+            job.finish_early()
 
     def request_restore(self, job_id: str) -> None:
-        """Ask the workers to bring the original base weights back (after a `fold` job)."""
-        if (job := self.table.exclusive) is not None:
+        """Ask the workers to bring the original base weights back (after a `fold` job).
+
+        Raises:
+            ConfigError: a `fold` job has the engine to itself.
+        """
+        if (job := self.queue.exclusive) is not None:
             raise ConfigError(f"job {job.job_id} is {job.status} and writes the base: wait for it or cancel it first.")
-        self.table.folded_by = None
-        self._commands.before.append(StopJob(job_id, restore_base=True))
+        # At once: workers execute commands in order, so a job that enters now finds the base restored.
+        self.queue.folded_by = None
+        self._tell([StopJob(job_id, restore_base=True)])
         self.folds_since_reset = True
+
+    def _tell(self, commands: Sequence[Command], *, after_forward: bool = False) -> None:
+        """Send commands with this step. The workers execute them before its forward, or after it."""
+        (self._commands.after if after_forward else self._commands.before).extend(commands)
+        if (fold := next((c for c in commands if isinstance(c, Fold)), None)) is not None:
+            self.folds_since_reset = True
+            self.queue.folded_by = fold.job_id
 
     # --- scheduling -----------------------------------------------------------------------------------------------
 
-    def offer(self, capacity: Capacity, *, engine_is_empty: bool) -> list[Member]:
+    def offer(
+        self, capacity: Capacity, *, in_chunks_beyond: int, serving: bool, may_begin: bool = True
+    ) -> list[Member]:
         """Members to hand to vLLM's scheduler for this step, pairs together, one probe after another.
 
-        The lane that was given the fewest tokens chooses first; what it leaves is the next one's.
+        The lane that has had the fewest tokens chooses first; the next one takes from what is left.
+
+        Args:
+            in_chunks_beyond: see `admission.admit`.
+            serving: the engine has unfinished requests.
+            may_begin: see `has_work`.
         """
-        self._collect_rewards()
-        self.table.fill_lanes()
-        offered: list[Member] = []
-        for lane in by_need(self.table.lanes):
-            if (group := self._open_group(lane)) is None:
-                continue
-            units, members = group.units()
-            count = admit(units, capacity, engine_is_empty=engine_is_empty and not offered)
-            capacity = capacity.less(units[:count])
-            started = [m for unit in members[:count] for m in unit]
-            started.sort(key=lambda m: (m.probe, m.row))  # equal adapters side by side: one GEMM a run
-            group.start(started)
-            offered += started
-        return offered
-
-    def _open_group(self, lane: Lane) -> PerturbationGroup | None:
-        """The lane's group, opened if need be; None when it has no member to start now."""
-        if lane.group is None:
-            assert lane.job is not None
-            job = lane.job
-            if job.status != RUNNING or job.ending or self.table.recorders[job.job_id].waiting:
-                return None
-            work = job.next_work()
-            if work is None:
-                if job.all_issued and job.outstanding == 0:
-                    self._end(job, SUCCEEDED)
-                return None
-            lane.group = self._make_group(lane, job, work)
-        if lane.group.wave_done and not lane.group.done:
-            self._open_wave(lane, lane.group)
-        return lane.group if lane.group.pending else None
-
-    def _make_group(self, lane: Lane, job: Job, work: Work) -> PerturbationGroup:
-        self._group_count += 1
-        group_id = f"zo-{job.job_id}-{self._group_count}"
-        if job.space == "fold" and work.learning_rate is not None and job.fold_due(work):
-            self._fold(job, work.plan.step)
-        self._work[group_id] = (job, work)
-        if work.learning_rate is not None:
-            job.meter.open(group_id)
-        # What a reward reads of an example is not the workers' business.
-        shown = tuple(e if e.columns is None else replace(e, columns=None) for e in work.examples)
-        self._commands.before.append(OpenGroup(group_id, job.job_id, work.plan, shown))
-        return PerturbationGroup(
-            group_id,
-            job.job_id,
-            work.plan,
-            work.examples,
-            work.learning_rate,
-            len(lane.slots),
-            self.block_size,
-            work.seeds,
-            job.config.method.coordinates.in_place,
-        )
-
-    def _fold(self, job: Job, step: int) -> None:
-        self._commands.before.append(Fold(job.job_id, fold_key(job.config.seed, step)))
-        self.folds_since_reset = True
-        self.table.folded_by = job.job_id
-
-    def _open_wave(self, lane: Lane, group: PerturbationGroup) -> None:
-        lane.slots.release(group.group_id)
-        placement = group.open_wave(lane.slots.free)
-        for probe, slot in placement.items():
-            lane.slots.acquire(slot, group.group_id, pins=len(group.rows))
-            self._commands.before.append(Materialise(slot, group.group_id, probe))
+        self._close_rewarded()  # first: a lane whose group closes can open the next one in this step
+        if may_begin:
+            for job in self.queue.entering(serving=serving):
+                self._begin(job)
+        lanes = [lane for lane in by_need(self.queue.lanes) if may_begin or lane.group is not None]
+        for lane in lanes:
+            self._tell(lane.open(self._numbers))
+            if lane.job is not None and lane.group is None and lane.job.is_complete():
+                self._end(lane.job, JobStatus.SUCCEEDED)
+        return start(lanes, capacity, in_chunks_beyond)
 
     @property
-    def open_groups(self) -> set[str]:
-        return {lane.group.group_id for lane in self.table.lanes if lane.group is not None}
+    def largest_unit(self) -> int:
+        """Tokens of the largest unit that waited when lanes were last asked."""
+        return max(lane.largest for lane in self.queue.lanes)
 
-    def put_back(self, member: Member) -> None:
-        if (lane := self.table.lane_with(member.group_id)) is not None:
-            assert lane.group is not None
-            lane.group.put_back(member)
+    @property
+    def smallest_unit(self) -> int:
+        """Tokens of the smallest unit that waited when lanes were last asked; 0 if they never were."""
+        return min((lane.smallest for lane in self.queue.lanes if lane.smallest), default=0)
+
+    def _begin(self, job: Job) -> None:
+        """Start a job in its lane. The first time it reads its files; if it cannot, the job ends, not the engine."""
+        try:
+            commands = job.enter()
+        except (OSError, ValueError, msgspec.MsgspecError) as error:
+            self._finish(job, JobStatus.FAILED, f"{type(error).__name__}: {error}")
+            return
+        self._tell(commands)
+        if commands and job.space == "fold" and job.first_step:
+            self.queue.folded_by = job.job_id  # its start folds again what its log says was folded
 
     def score(self, member: Member, num_computed_tokens: int, num_tokens: int, *, last_chunk: bool) -> None:
-        """A member has `num_tokens` tokens in this step. With its last chunk it stops pinning its slot; one that
-        generates goes on."""
-        lane = self.table.lane_with(member.group_id)
-        assert lane is not None and lane.group is not None
-        lane.tokens += num_tokens
-        if member.generation is not None:
+        """Note that a member has `num_tokens` tokens in this step."""
+        command = self._lane_of(member).score(member, num_computed_tokens, num_tokens, last_chunk=last_chunk)
+        if command is None:
             self._commands.generates = True
-            return
-        self._commands.members.append(
-            ScoreMember(member.req_id, member.group_id, member.probe, member.row, num_computed_tokens)
-        )
-        if last_chunk:
-            lane.group.finish(member)
-            lane.slots.unpin(member.slot)
+        else:
+            self._commands.members.append(command)
 
     @property
     def can_run_alone(self) -> bool:
-        """Whether all members that may be offered can be run without vLLM's requests."""
-        generating = any(lane.job is not None and lane.job.rewarder is not None for lane in self.table.lanes)
-        return self.workers_run_members and not generating
+        """Whether the workers can run all members that may be offered. Members that generate need vLLM's requests."""
+        generating = any(lane.job is not None and lane.job.rewarder is not None for lane in self.queue.lanes)
+        return self._workers_run_members and not generating
 
     def run_alone(self, members: Sequence[Member]) -> None:
-        """Members run whole in this step, in a forward of the workers' own."""
+        """Let the workers run whole members in this step, in a forward of their own."""
         for member in members:
             self.score(member, 0, len(member.token_ids), last_chunk=True)
         self._commands.alone = True
 
     def generated(self, member: Member, token_ids: Sequence[int], *, finished: bool) -> None:
-        """A member has written `token_ids`. When all of its group have finished, their rewards are asked for."""
-        member.output += token_ids
-        lane = self.table.lane_with(member.group_id)
-        if not finished or lane is None:
-            return
-        assert lane.group is not None and lane.job is not None and lane.job.rewarder is not None
-        lane.group.finish(member)
-        lane.slots.unpin(member.slot)
-        lane.job.tokens += len(member.output)
-        if lane.group.done:
-            lane.group.scoring = lane.job.rewarder.start(lane.group)
+        """Note that a member of an open group has written `token_ids`."""
+        self._lane_of(member).generated(member, token_ids, finished=finished)
 
-    def _collect_rewards(self) -> None:
+    def _lane_of(self, member: Member) -> Lane:
+        return next(lane for lane in self.queue.lanes if lane.group is member.group)
+
+    def _close_rewarded(self) -> None:
         """Close groups whose rewards are there. A reward that fails, or takes too long, fails its job."""
-        for lane in self.table.lanes:
-            if lane.group is None or lane.group.scoring is None:
-                continue
-            assert lane.job is not None
+        for lane in self.queue.lanes:
             try:
-                cells = lane.group.scoring.outcome()
+                cells = lane.rewards()
             except RewardError as error:
-                self._end(lane.job, FAILED, str(error))
+                assert lane.job is not None
+                self._end(lane.job, JobStatus.FAILED, str(error))
                 continue
+            # Before the forward, which may hold members of the job's next group: they need the updated state.
             if cells is not None:
-                self._rewards[lane.group.group_id] = cells
-                self._close(lane, lane.group, self._commands.before, cells)
+                self._close(lane, cells)
 
-    def wait_for_rewards(self, seconds: float) -> None:
-        """Let the threads work that compute rewards, if there are any: the engine has nothing else to do."""
-        scorings = [lane.group.scoring for lane in self.table.lanes if lane.group is not None and lane.group.scoring]
+    # --- rollouts -------------------------------------------------------------------------------------------------
+
+    def exchange_rollouts(self, job_id: str, answers: Sequence[Answer]) -> dict[str, Any]:
+        """Take in what has become of a job's rollouts, and hand out those that no front end has got yet.
+
+        Answers for any group but the open one are ignored: its step was taken already, or is taken again.
+
+        Returns:
+            {"group": id of the job's open group of rollouts or None, "rollouts": [`PerturbationGroup.hand_out`, ...]}
+
+        Raises:
+            ConfigError: the job is unknown.
+        """
+        lane = self.queue.lane_of(self.queue.get(job_id))
+        group = None if lane is None else lane.group
+        if group is None or group.rollouts is None:
+            return {"group": None, "rollouts": []}
+        for answer in answers:
+            if answer.group_id == group.group_id:
+                group.played(answer)
+        return {"group": group.group_id, "rollouts": group.hand_out()}
+
+    def find_probe(self, path: str) -> tuple[PerturbationGroup, int]:
+        """The open group and the slot of the probe that the `lora_path` of a request names.
+
+        Raises:
+            ConfigError: its group has closed.
+        """
+        group_id, _, probe = path.removeprefix(PROBE_SCHEME).rpartition("/")
+        groups = [lane.group for lane in self.queue.lanes if lane.group is not None]
+        group = next((group for group in groups if group.group_id == group_id), None)
+        slot = None if group is None else group.slot_of(int(probe))
+        if group is None or slot is None:
+            raise ConfigError(f"probe {probe} of group {group_id} answers no more: its group has closed.")
+        return group, slot
+
+    def wait_idle(self, seconds: float) -> None:
+        """Wait while the engine has nothing to do: for the thread of a group's rewards, for rollouts, for space on a
+        full disk, or until members may start."""
+        rollouts = [lane.group.rollouts for lane in self.queue.lanes if lane.group is not None and lane.group.rollouts]
+        started = time.monotonic()
+        self._wait_idle(seconds)
+        for of_group in rollouts:
+            of_group.cost.idle_s += time.monotonic() - started
+
+    def _wait_idle(self, seconds: float) -> None:
+        scorings = [lane.group.scoring for lane in self.queue.lanes if lane.group is not None and lane.group.scoring]
+        # One thread is enough: the engine steps again after `seconds` and looks at all of them.
         if scorings:
             scorings[0].wait(seconds)
+        elif any(lane.held_up for lane in self.queue.lanes):
+            time.sleep(seconds)
 
     def take_commands(self) -> ZOCommands:
         """Close groups whose last member is scheduled, and hand over everything collected for this step."""
-        for lane in self.table.lanes:
-            if lane.group is not None and lane.group.done and not lane.group.generates:
-                self._close(lane, lane.group, self._commands.after)
+        for lane in self.queue.lanes:
+            if lane.scored:
+                self._close(lane, after_forward=True)
         commands, self._commands = self._commands, ZOCommands()
         return commands
 
-    def _close(self, lane: Lane, group: PerturbationGroup, commands: list[Command], cells: Cells | None = None) -> None:
-        """Close a group: behind the forward that scores it; one with rewards before any forward of its successor."""
-        job, work = self._work[group.group_id]
-        commands.append(CloseGroup(group.group_id, group.learning_rate, cells))
-        lane.slots.release(group.group_id)
-        lane.group = None
-        steps = work.plan.step + (work.learning_rate is not None)
-        if job.publish_due(work):
-            self._publish(job, steps, commands)
-        if job.snapshot_due(work):
-            commands.append(Snapshot(job.job_id, str(job.directory / "snapshot.safetensors"), steps))
-
-    def _publish(self, job: Job, version: int, commands: list[Command]) -> None:
-        if version not in job.published:
-            job.published.add(version)
-            commands.append(Publish(job.job_id, version, str(version_path(job.directory, version))))
+    def _close(self, lane: Lane, cells: Cells | None = None, *, after_forward: bool = False) -> None:
+        assert lane.job is not None
+        group, commands = lane.close(cells)
+        self._in_flight[group.group_id] = lane.job, group
+        self._tell(commands, after_forward=after_forward)
 
     def drop_groups(self) -> None:
-        """Forget the open groups after their members were aborted (pause, shutdown). Their work runs again later."""
-        for lane in self.table.lanes:
+        """Cancel the open groups after vLLM aborted their members (pause, shutdown). Their work runs again later."""
+        for lane in self.queue.lanes:
             self._drop_group(lane)
 
     def _drop_group(self, lane: Lane) -> None:
-        if lane.group is None:
-            return
-        group, lane.group = lane.group, None
-        job, work = self._work.pop(group.group_id)
-        lane.slots.release(group.group_id, force=True)
-        job.meter.drop(group.group_id)
-        self._commands.before.append(DropGroup(group.group_id))
-        job.take_back(work)
-        self.table.rest(job)
+        self._tell(lane.drop())
+        if lane.job is not None:
+            self.queue.rest(lane.job)
 
     # --- results --------------------------------------------------------------------------------------------------
 
     def on_results(self, results: ZOResults) -> None:
+        """Take in what the workers answered in one engine step, and end the jobs that must end."""
         for job_id, modules in results.modules.items():
-            self.workers_run_members = results.members_alone
-            self._open_log(self.table.jobs[job_id], modules)
+            self._workers_run_members = results.members_alone
+            self._open_log(self.queue.jobs[job_id], modules)
         for result in results.groups:  # before failures: the update of a group that answered is in the state
-            job, work = self._work.pop(result.group_id, (None, None))
-            if (cells := self._rewards.pop(result.group_id, None)) is not None and work is not None:
-                result = replace(result, losses=_unshaped_losses(cells, len(work.examples)))
-            if job is not None and work is not None and job.status not in FINAL_STATES:
-                self._on_group(job, work, result)
+            if (closed := self._in_flight.pop(result.group_id, None)) is None:
+                continue  # its job has failed meanwhile
+            job, group = closed
+            cost = None if group.rollouts is None else group.rollouts.cost
+            job.on_result(group.work, result, group.opened_at, group.cells, cost)
+            self._tell(job.take_commands())
+            if (verdict := job.verdict()) is not None:
+                self._end(job, *verdict)
+            else:
+                self.queue.rest(job)
+        for refused in results.unpublished:
+            if (publisher := self.queue.jobs.get(refused.job_id)) is not None:
+                publisher.versions.drop(refused.version)
+        for digest in results.digests:
+            if (asked := self.queue.jobs.get(digest.job_id)) is not None:
+                asked.on_digest(digest.steps, digest.digest)
+        for drift in results.drifts:
+            drifting = self.queue.jobs.get(drift.job_id)
+            if drifting is not None and not drifting.status.ended and drifting.on_drift(drift.norm):
+                self.queue.pause(drift.job_id)
         for failure in results.failures:
-            if (job := self.table.jobs.get(failure.job_id)) and job.status not in FINAL_STATES:
-                # What could not be written cannot be served.
-                job.published = {v for v in job.published if version_path(job.directory, v).exists()}
-                self._finish(job, FAILED, failure.message)
+            failed = self.queue.jobs.get(failure.job_id)
+            if failed is not None and not failed.status.ended:
+                failed.versions.drop_unwritten()
+                self._finish(failed, JobStatus.FAILED, failure.message)
 
     def _open_log(self, job: Job, modules: Sequence[ModuleShape]) -> None:
-        if job.status in FINAL_STATES:  # cancelled while the workers were setting it up
+        if job.status.ended:  # cancelled while the workers were setting it up
             return
         try:
-            self.table.recorders[job.job_id].open(modules)
+            job.open_log(modules)
         except ZOError as error:  # another job's log, a full disk: this job ends, the engine does not
-            self._finish(job, FAILED, str(error))
+            self._finish(job, JobStatus.FAILED, str(error))
 
-    def _on_group(self, job: Job, work: Work, result: GroupResult) -> None:
-        recorder = self.table.recorders[job.job_id]
-        if work.learning_rate is None:
-            if (record := job.on_evaluation_result(work, result)) is not None:
-                recorder.metrics(record)
-        else:
-            job.meter.close(result.group_id)
-            if (record := job.on_train_result(work, result)) is not None:
-                recorder.metrics(record)
-                recorder.step(work.plan.step, work.learning_rate, result.coefficients, result.finite)
-        if job.ending is not None:
-            self._end(job, *job.ending)
-        elif recorder.error is not None:
-            self._end(job, FAILED, str(recorder.error))
-        elif (why := job.divergence()) is not None:
-            self._end(job, FAILED, f"{why}; lower the learning rate. The state up to the best evaluation is kept.")
-        else:
-            self.table.rest(job)
-
-    def _end(self, job: Job, status: str, error: str | None = None) -> None:
-        """End a job; with groups in flight, when their results are in: their updates are made, the log needs them."""
-        if (lane := self.table.lane_of(job)) is not None:
+    def _end(self, job: Job, status: JobStatus, error: str | None = None) -> None:
+        """End a job, once the results of its groups in flight are in."""
+        if (lane := self.queue.lane_of(job)) is not None:
             self._drop_group(lane)
-        if job.outstanding:
-            job.ending = (status, error)
-        else:
+        if job.may_end((status, error)):
             self._finish(job, status, error)
 
-    def _finish(self, job: Job, status: str, error: str | None = None) -> None:
-        if (lane := self.table.lane_of(job)) is not None:
+    def _finish(self, job: Job, status: JobStatus, error: str | None = None) -> None:
+        """End a job now. `on_results` ignores what its groups in flight still answer."""
+        if (lane := self.queue.lane_of(job)) is not None:
             self._drop_group(lane)
-        recorder = self.table.recorders[job.job_id]
-        recorder.close()
-        if status == SUCCEEDED and recorder.error is not None:  # its last steps are in no log
-            status, error = FAILED, str(recorder.error)
-        job.status, job.error = status, error
-        if job.space == "bank" and not job.validation and job.recorded > 0:
-            self._publish(job, job.recorded, self._commands.before)
-        elif job.space == "fold" and job.unfolded and not recorder.waiting:
-            self._fold(job, job.recorded)
-        self._commands.before.append(StopJob(job.job_id))
-        self.table.remove(job)
-        recorder.summarise(job.summary())
-        recorder.forget()
+        self._in_flight = {key: closed for key, closed in self._in_flight.items() if closed[0] is not job}
+        job.end(status, error)
+        self._tell(job.at_end())
+        self.queue.remove(job)
+        job.recorder.summarise(job.summary())
+        job.recorder.forget()
         job.forget_examples()
-        log = logger.error if status == FAILED else logger.info
-        log("job %s %s at step %d%s", job.job_id, status, job.recorded, f": {error}" if error else "")
-
-
-def _unshaped_losses(cells: Cells, examples: int) -> list[list[float]]:
-    """(probes, examples) minus the mean reward of each example's samples: what records show, whatever is optimised."""
-    samples = len(cells[0]) // examples
-    return [[-sum(row[e * samples : (e + 1) * samples]) / samples for e in range(examples)] for row in cells]
-
-
-def version_path(directory: Path, version: int) -> Path:
-    """File of a published version of a job."""
-    return directory / f"step-{version}.safetensors"
+        why = job.summary()["error"]
+        log = logger.error if job.status == JobStatus.FAILED else logger.info
+        log("job %s %s at step %d%s", job.job_id, job.status, job.recorded, f": {why}" if why else "")

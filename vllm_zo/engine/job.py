@@ -1,368 +1,600 @@
-"""A fine-tuning job as the engine holds it: everything needed to take the next step, and what it has measured.
+"""A fine-tuning job as the engine holds it: what comes next, and what has been measured.
 
-It needs nothing from the front end while it runs: examples are tokenised, batch order and directions come from the
-seed.
+A job needs nothing from the front end while it runs: its examples are tokenised, and its seed decides batch order and
+directions. Only the job writes its own state; other parts call its methods.
 """
 
 from __future__ import annotations
 
+import logging
+import math
 import time
-from collections import deque
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 from vllm_zo import noise
-from vllm_zo.commands import GroupResult
+from vllm_zo.checkpoint.replay import fold_key
+from vllm_zo.checkpoint.seed_log.format import StepRecord
+from vllm_zo.commands import (
+    ApplyRecord,
+    Command,
+    Fold,
+    GroupCells,
+    GroupResult,
+    Snapshot,
+    StartJob,
+    StopJob,
+)
 from vllm_zo.config import JobConfig
-from vllm_zo.data.batches import BatchOrder
-from vllm_zo.engine.meter import JobMeter
-from vllm_zo.engine.rewarder import Rewarder
-from vllm_zo.methods.base import Probe, ProbePlan
+from vllm_zo.engine.evaluation import Evaluations
+from vllm_zo.engine.group import Work
+from vllm_zo.engine.measurements import Measurements
+from vllm_zo.engine.open_step import OpenStep
+from vllm_zo.engine.recorder import JobRecorder
+from vllm_zo.engine.references import References
+from vllm_zo.engine.rewarder import Cells, Rewarder
+from vllm_zo.engine.rollouts import Cost
+from vllm_zo.engine.training_rows import FixedRows, TrainingRows
+from vllm_zo.engine.versions import Versions
+from vllm_zo.jobs.directory import JobDir
+from vllm_zo.jobs.records import best, evaluations_since_best
+from vllm_zo.jobs.status import FINAL, JobStatus
+from vllm_zo.methods.plan import ModuleShape, Probe, ProbePlan
 from vllm_zo.methods.schedules import eps_factor_at, learning_rate_at
 from vllm_zo.methods.spaces import basis_of
 from vllm_zo.methods.step_size import StepSize
-from vllm_zo.objectives.base import EncodedExample
+from vllm_zo.objectives import Rollout
+from vllm_zo.objectives.base import EncodedExample, GeneratingObjective, ReferencedObjective
 
-QUEUED, RUNNING, PAUSING, PAUSED = "queued", "running", "pausing", "paused"
-SUCCEEDED, FAILED, CANCELLED = "succeeded", "failed", "cancelled"
-FINAL_STATES = (SUCCEEDED, FAILED, CANCELLED)
+logger = logging.getLogger("vllm.zo")
+
 COMPLETION_STREAM, EVALUATION_STREAM = "completion", "evaluation"
-DIVERGENCE_WINDOW = 10
-"""Steps averaged for the divergence guard: enough that one unlucky batch does not stop a run."""
-
-
-@dataclass(frozen=True)
-class Work:
-    """One group to schedule: a training step, or a piece of an evaluation (`learning_rate` None)."""
-
-    plan: ProbePlan
-    example_ids: tuple[int, ...]
-    examples: tuple[EncodedExample, ...]
-    learning_rate: float | None
-    last_of_evaluation: bool = False
-    seeds: tuple[int, ...] = ()
-    """Of sampling, one a row, where the objective generates. All probes share them."""
-    ends_step: bool = False
-    """Whether the update follows: false for an evaluation, and where the method wants another round of probes."""
-
-
-@dataclass
-class Evaluation:
-    """Losses and predictions of the validation examples scored so far, at one step."""
-
-    step: int
-    expected: int
-    losses: list[float] = field(default_factory=list)
-    predictions: list[int] = field(default_factory=list)
-
-    @property
-    def complete(self) -> bool:
-        return len(self.losses) == self.expected
+MOVES = {
+    JobStatus.QUEUED: {JobStatus.RUNNING, JobStatus.PAUSING, *FINAL},
+    JobStatus.RUNNING: {JobStatus.PAUSING, *FINAL},
+    JobStatus.PAUSING: {JobStatus.PAUSED, JobStatus.RUNNING, *FINAL},
+    JobStatus.PAUSED: {JobStatus.QUEUED, *FINAL},
+}
+"""The statuses that may follow each status. A job that has ended keeps its status."""
+Ending = tuple[JobStatus, str | None]
+"""The status with which a job ends, and the error that explains it."""
 
 
 class Job:
-    """The run's state machine. `next_work` moves forward when work is *issued*; `on_result` records what came back.
+    """One run. `next_work` moves forward when work is *issued*; `on_result` records what came back.
+
+    A step takes one of two roads. On the *device path* one group scores all of it, and the worker decides and updates
+    on the device; nothing waits for the host. On the *log path* (`JobConfig.shards`) groups score it in shards, this
+    object decides and logs it, and the workers apply the record. The second road needs a round trip a step, and is the
+    one that several engines can take together.
 
     Args:
-        train, validation: tokenised examples; validation may be empty.
+        start: the command that makes its state in the workers; sent when it first has a lane.
         eval_batch: examples per evaluation group.
+        rewarder: scores the completions of an objective that generates; None where no member writes.
         logged: coefficients of the steps before `first_step`, as the seed log has them.
+        rows: what it trains on; None: the rows of its directory.
     """
 
     def __init__(
         self,
-        job_id: str,
-        directory: Path,
+        directory: JobDir,
         config: JobConfig,
         num_bases: int,
-        train: Sequence[EncodedExample],
-        validation: Sequence[EncodedExample],
+        start: StartJob,
         eval_batch: int,
+        recorder: JobRecorder,
+        rewarder: Rewarder | None = None,
         first_step: int = 0,
         evaluate_only: bool = False,
         logged: Sequence[Sequence[float]] = (),
+        rows: TrainingRows | None = None,
     ) -> None:
-        self.job_id = job_id
-        self.directory = directory
-        self.config = config
+        self.job_id = directory.job_id
+        self.directory, self.config, self.num_bases = directory, config, num_bases
         self.space = config.space
-        self.num_bases = num_bases
-        self.train, self.validation = train, validation
-        self.eval_batch = eval_batch
+        self.recorder, self.rewarder = recorder, rewarder
         self.evaluate_only = evaluate_only
-        self.step_size = StepSize(config.method, config.learning_rate, config.learning_rate_multiplier)
+        self.first_step = first_step
+        self._start: StartJob | None = start
+        """None once the job has begun."""
+        self.rows: TrainingRows = FixedRows(directory, config) if rows is None else rows
+        self._validation: Sequence[EncodedExample] = ()
+        self._step_size = StepSize(config.method, config.learning_rate, config.learning_rate_multiplier)
+        # A learning rate "auto" is a function of the first steps' coefficients: a resumed run must find the same one.
         for coefficients in logged:
-            self.step_size.note(coefficients)
-        self.order = BatchOrder(len(train), config.examples_per_step, config.seed) if train else None
-        self.step = self.first_step = first_step
-        resumed = first_step > 0 and not evaluate_only
-        self.basis: int | None = basis_of(config.method, first_step - 1, self.space, num_bases) if resumed else None
-        """Basis of the last train step issued."""
-        self.unfolded = resumed
-        """In `fold` space: whether the accumulator of `basis` holds steps that are not in the base yet."""
-        self.status = QUEUED
-        self.error: str | None = None
-        self.latest: dict[str, Any] = {}
-        """Record of the last step; all of them are the recorder's."""
-        self.meter = JobMeter()
-        self.evaluations: list[dict[str, Any]] = []
-        self.finish_requested = False
-        self.ending: tuple[str, str | None] | None = None
-        """(status, error) of a job that ends as soon as the groups that have already run are recorded."""
-        self.outstanding = 0
-        self.published: set[int] = set()
-        """Versions that can be served, by step."""
-        self.tokens = 0
-        self._next_round: Work | None = None
-        """The round that comes before anything else."""
-        self._first_round: tuple[ProbePlan, GroupResult] | None = None
-        """Of the step whose results are coming in."""
-        self._evaluation: Evaluation | None = None
-        self._eval_queue: list[tuple[int, ...]] = []
-        self._eval_issued: int | None = None
-        self._started = time.monotonic()
-        self._num_recorded = 0
-        self._first_losses: list[float] = []
-        self.rewarder: Rewarder | None = None
-        """What scores completions, where the objective generates."""
-        self._last_losses: deque[float] = deque(maxlen=DIVERGENCE_WINDOW)
+            self._step_size.note(coefficients)
+        self._eval_batch = eval_batch
+        self._evaluations = Evaluations(0, eval_batch, config.eval_interval)
+        self._references: References | None = None
+        """While the base has yet to score examples."""
+        self._rewarded = isinstance(config.objective, GeneratingObjective | Rollout)
+        """Whether losses are minus rewards."""
+        # Of a continual job the rows may change their meaning, and with it their loss.
+        guard = None if config.continual else config.divergence_factor
+        self._measured = Measurements(recorder, rewarded=self._rewarded, divergence_factor=guard)
 
-    # --- issuing work ---------------------------------------------------------------------------------------------
+        self._status = JobStatus.QUEUED
+        self._error: str | None = None
+        self._waits_for: str | None = None
+        """Why a running job takes no step now; None while it may."""
+        self._paused_because: str | None = None
+        """Why the job has asked to rest itself; None: it has not."""
+        self._finish_early = False
+        self._entered: float | None = None
+        """When the job entered the lane that it has (`time.monotonic`); None while it has none."""
+        self._seconds = 0.0
+        """How long it was in lanes before."""
+        self._ending: Ending | None = None
+        """How the job must end once its groups in flight are back. It waits for them because the workers have made
+        their updates, which the log must hold."""
+        self._step = first_step
+        """Training steps issued. Runs ahead of `recorded` by the groups that are open or in flight."""
+        self._outstanding = 0
+        """Groups that are open or in flight."""
+        self._open: OpenStep | None = None
+        """The training step under way, on the log path."""
+        self._commands: list[Command] = []
+        """What the workers have yet to be told: see `take_commands`."""
+        resumed = first_step > 0 and not evaluate_only
+        self._basis: int | None = basis_of(config.method, first_step - 1, self.space, num_bases) if resumed else None
+        """Basis of the last training step that was opened; followed in `fold` space only."""
+        self._unfolded = resumed
+        """Whether the accumulator of `_basis` holds steps that are not in the base yet."""
+        self.versions = Versions(directory, config, start.versions)
+
+    # --- status -------------------------------------------------------------------------------------------------------
+
+    @property
+    def status(self) -> JobStatus:
+        return self._status
+
+    def _move(self, to: JobStatus) -> None:
+        assert to in MOVES.get(self._status, ()), f"job {self.job_id} cannot go from {self._status} to {to}"
+        self._status = to
+
+    @property
+    def begun(self) -> bool:
+        """Whether the job has ever had a lane: the workers know it, and its examples are in memory."""
+        return self._start is None
+
+    def enter(self) -> list[Command]:
+        """Run in the lane that the job was given; returns what the workers do first.
+
+        The first time it reads its examples: a job that waits does not hold them in memory.
+
+        Raises:
+            OSError, ValueError, MsgspecError: a file cannot be read.
+        """
+        start, commands = self._start, list[Command]()
+        if start is not None:
+            self._read_examples()
+            # After the reading: the workers are never told of a job that could not be read (see `at_end`).
+            self._start = None
+            self._measured.begin()
+            commands.append(start)
+        self._move(JobStatus.RUNNING)
+        self._entered = time.monotonic()
+        return commands
+
+    def open_log(self, modules: Sequence[ModuleShape]) -> None:
+        """Open the job's files, now that the workers know its modules. Raises what `JobRecorder.open` raises."""
+        self.recorder.open(modules, evaluates_again=self._evaluation_left)
+        if self.first_step and not self.evaluate_only:
+            self._measured.remember(self.directory.read_metrics())
+
+    def _read_examples(self) -> None:
+        self.rows.read()
+        self._validation = self.directory.read_validation()
+        if isinstance(objective := self.config.objective, Rollout):
+            self._validation = [objective.evaluated(example) for example in self._validation]
+        self._evaluations = Evaluations(len(self._validation), self._eval_batch, self.config.eval_interval)
+        if isinstance(objective := self.config.objective, ReferencedObjective):
+            rows, used = self.fixed_rows.examples, self.fixed_rows.used(self.config.steps)
+            references = References(objective, self.directory, rows, used, self._validation, self._eval_batch)
+            references.check_base(folded=self.space == "fold" and self.first_step > 0)
+            self._refer(references)
+
+    @property
+    def fixed_rows(self) -> FixedRows:
+        """The rows of a job that has all of them from the beginning."""
+        assert isinstance(self.rows, FixedRows)
+        return self.rows
+
+    def _refer(self, references: References) -> None:
+        """Keep what is missing of the reference, or add the reference to the examples once it is whole."""
+        if references.missing:
+            if self._references is None:
+                logger.info("job %s: the base scores %d rows before the first step", self.job_id, references.missing)
+            self._references = references
+        else:
+            self._references = None
+            self.fixed_rows.examples, self._validation = references.attached()
+
+    def pause(self) -> None:
+        """Rest at the next group boundary; see `may_rest`."""
+        if self._status not in (JobStatus.PAUSING, JobStatus.PAUSED):
+            self._move(JobStatus.PAUSING)
+
+    @property
+    def may_rest(self) -> bool:
+        """Whether the job was asked to rest and none of its groups is open or in flight."""
+        return self._status == JobStatus.PAUSING and not self._outstanding
+
+    def rest(self) -> None:
+        self._move(JobStatus.PAUSED)
+        if self._entered is not None:
+            self._seconds, self._entered = self._seconds + time.monotonic() - self._entered, None
+
+    def resume(self) -> None:
+        """Run on, or queue again if the job had come to rest."""
+        self._paused_because = None
+        self._move(JobStatus.RUNNING if self._status == JobStatus.PAUSING else JobStatus.QUEUED)
+
+    @property
+    def moves(self) -> bool:
+        """Whether an engine step can move the job on, once it is in a lane."""
+        return True
+
+    def finish_early(self) -> None:
+        """Take no further step: evaluate, publish, succeed."""
+        self._finish_early = True
+
+    def may_end(self, ending: Ending) -> bool:
+        """Whether the job can end now; if not, it ends when the results of its groups in flight are in."""
+        if self._outstanding:
+            self._ending = ending
+        return not self._outstanding
+
+    def end(self, status: JobStatus, error: str | None) -> None:
+        """Close the job's files. A job whose last steps are in no log has not succeeded."""
+        self.recorder.close()  # before the status is decided: this last write may meet a full disk
+        if status == JobStatus.SUCCEEDED and self.recorder.error is not None:
+            status, error = JobStatus.FAILED, str(self.recorder.error)
+        self._move(status)
+        self._error = error
+
+    def verdict(self) -> Ending | None:
+        """How the job must end because it was stopped or diverges; None if it may go on."""
+        if self._ending is not None:
+            return self._ending
+        if (why := self._measured.divergence()) is not None:
+            return JobStatus.FAILED, f"{why}; lower the learning rate. The state up to the best evaluation is kept."
+        return None
+
+    def is_complete(self) -> bool:
+        """Whether the job runs, has issued all steps and evaluations, and the disk has all their results."""
+        runs = self._status == JobStatus.RUNNING and not self.recorder.waiting
+        measured = runs and self._no_more_steps and not self._outstanding and not self._evaluation_left
+        # With an error, `waits_for_disk` retries at its own pace; a sync here would be one fsync an engine step.
+        if measured and self.recorder.error is None:
+            self.recorder.sync()
+        return measured and not self.waits_for_disk()
+
+    def waits_for_disk(self) -> bool:
+        """Whether the disk refuses what the job has measured (it is full). The job takes no step meanwhile and goes on
+        by itself when there is space, so that no step is lost."""
+        self.recorder.retry()
+        error = self.recorder.error
+        if error is not None and self._waits_for is None:
+            logger.warning("job %s waits: %s", self.job_id, error)
+        if error is None and self._waits_for is not None:
+            logger.info("job %s goes on: all of it is on the disk now", self.job_id)
+        self._waits_for = None if error is None else str(error)
+        return error is not None
+
+    @property
+    def _no_more_steps(self) -> bool:
+        return self._step >= self.config.steps or self._finish_early
+
+    @property
+    def _evaluation_left(self) -> bool:
+        return self._evaluations.has_pieces or self._evaluations.is_due(self._step, at_end=self._no_more_steps)
+
+    # --- issuing work -------------------------------------------------------------------------------------------------
 
     def next_work(self) -> Work | None:
-        """The next group, or None: everything has been issued, or the step size waits for what is under way."""
-        if self._next_round is not None:
-            return self._issue(self._next_round)
-        if not self._eval_queue and self._evaluation_due():
-            self._eval_issued = self.step
-            count = len(self.validation)
-            ids = range(count)
-            self._evaluation = Evaluation(self.step, count)
-            self._eval_queue = [tuple(ids[i : i + self.eval_batch]) for i in range(0, count, self.eval_batch)]
-        if self._eval_queue:
-            return self._evaluation_work()
-        if self.step >= self.config.steps or self.finish_requested:
+        """The work of the next group. None: everything is issued, the job may not go on now, or the step size depends
+        on groups that are still under way."""
+        if self._status != JobStatus.RUNNING or self._ending is not None or self.recorder.waiting:
             return None
-        if self.step_size.may_be_known_after(self.step) and self.outstanding:
+        if self.waits_for_disk():
             return None
-        return self._train_work()
+        if self._open is not None:  # nothing else: what follows needs the state after this step
+            return self._issue(self._open.next_shard())
+        self._look_at_the_clock()
+        if self._references is not None:  # every loss needs it
+            return self._issue(self._references.next_work(self._step))
+        if self._evaluations.is_due(self._step, at_end=self._no_more_steps):
+            self._evaluations.begin(self._step)
+        # All pieces before the next training step, which would change the state that they measure.
+        if self._evaluations.has_pieces:
+            return self._issue(self._evaluation_work())
+        if self._no_more_steps or (self._step_size.may_be_known_after(self._step) and self._outstanding):
+            return None
+        # The evaluation under way may be the one that ends the job.
+        if self.config.patience is not None and self._evaluations.under_way:
+            return None
+        if self.config.shards is None:
+            return self._issue(self._train_work())
+        # A piece may be scored again, by another engine than the one that had it: the state must not move on before.
+        if self._evaluations.under_way:
+            return None
+        step = self._train_work()
+        self._open = OpenStep(step, self.config.shards)
+        return self._issue(self._open.next_shard())
 
-    def _evaluation_due(self) -> bool:
-        if (
-            not self.validation
-            or self._eval_issued == self.step
-            or (self._evaluation and not self._evaluation.complete)
-        ):
-            return False
-        interval = self.config.eval_interval
-        at_end = self.step == self.config.steps or self.finish_requested
-        return at_end or self.step == 0 or bool(interval and self.step % interval == 0)
+    def _issue(self, work: Work | None) -> Work | None:
+        self._outstanding += work is not None
+        return work
+
+    def _look_at_the_clock(self) -> None:
+        """Finish early once the job has run for its `max_seconds`."""
+        most = self.config.max_seconds
+        if most is None or self._no_more_steps or self._entered is None:
+            return
+        if self._seconds + time.monotonic() - self._entered >= most:
+            logger.info("job %s takes no step after %d: max_seconds=%g", self.job_id, self._step, most)
+            self.finish_early()
 
     def _evaluation_work(self) -> Work:
-        ids = self._eval_queue.pop(0)
-        self.outstanding += 1
-        basis = self.basis if self.basis is not None else 0
-        plan = ProbePlan(step=self.step, probes=(Probe(seed=0, sign=0, eps=0.0),), basis=basis)
-        examples = tuple(self.validation[i] for i in ids)
-        seeds = self._seeds(EVALUATION_STREAM, 0, ids, examples)
-        return Work(plan, ids, examples, None, last_of_evaluation=not self._eval_queue, seeds=seeds)
+        ids = self._evaluations.take()
+        # In `fold` space the accumulator that is not folded yet is expressed in the basis of the last step.
+        basis = self._basis if self._basis is not None else 0
+        plan = ProbePlan(step=self._step, probes=(Probe(key=0, sign=0, eps=0.0),), basis=basis)
+        examples = tuple(self._validation[i] for i in ids)
+        seeds = self._sampling_seeds(EVALUATION_STREAM, 0, ids, examples)
+        is_last = not self._evaluations.has_pieces
+        return Work(plan, ids, examples, None, last_of_evaluation=is_last, sampling_seeds=seeds)
 
     def _train_work(self) -> Work:
-        config, step = self.config, self.step
-        assert self.order is not None
+        config, step = self.config, self._step
         basis = basis_of(config.method, step, self.space, self.num_bases)
         plan = config.method.plan(config.seed, step, basis)
         plan = plan.scaled(eps_factor_at(config.eps_schedule, step, config.steps))
-        ids = self.order.batch(step)
-        base = self.step_size.base or 0.0
+        drawn = self.rows.draw(step)
+        base = self._step_size.base or 0.0  # None while "auto" still measures: such a step changes nothing
         rate = learning_rate_at(config.lr_schedule, base, step, config.steps, config.warmup_steps)
-        self.step += 1
-        examples = tuple(self.train[i] for i in ids)
-        seeds = self._seeds(COMPLETION_STREAM, step, ids, examples)
-        return self._issue(Work(plan, ids, examples, rate, seeds=seeds))
+        self._step += 1
+        seeds = self._sampling_seeds(COMPLETION_STREAM, step, drawn.ids, drawn.examples)
+        return Work(plan, drawn.ids, drawn.examples, rate, sampling_seeds=seeds, appended=drawn.appended)
 
-    def _issue(self, work: Work) -> Work:
-        """Hand out a round of a training step, and remember the round that follows it."""
-        following = self.config.method.next_round(work.plan)
-        self._next_round = None if following is None else replace(work, plan=following)
-        self.outstanding += 1
-        return replace(work, ends_step=following is None)
+    def _sampling_seeds(
+        self, stream: str, step: int, ids: Sequence[int], examples: Sequence[EncodedExample]
+    ) -> tuple[int, ...]:
+        """One seed a sequence, or none where the losses are no rewards.
 
-    def _seeds(self, stream: str, step: int, ids: Sequence[int], examples: Sequence[EncodedExample]) -> tuple[int, ...]:
-        """A function of (job, step, example, sample), so that a resumed job samples what the unbroken one did."""
-        if self.rewarder is None:
+        A seed is a function of (job, step, example, sample), so that a resumed job samples what an unbroken one would.
+        """
+        if not self._rewarded:
             return ()
         return tuple(
             noise.derive_key(self.config.seed, stream, step, i, sample) >> 1  # vLLM's seeds are signed
             for i, example in zip(ids, examples, strict=True)
-            for sample in range(len(example.rows))
+            for sample in range(len(example.sequences))
         )
 
-    def fold_due(self, work: Work) -> bool:
-        """Whether the accumulator must go into the base before `work`; call once, when the work is opened."""
-        due = self.unfolded and self.basis != work.plan.basis
-        self.basis, self.unfolded = work.plan.basis, True
-        return due
+    def before(self, work: Work) -> list[Command]:
+        """What the workers do before the group of `work` opens: in `fold` space, fold a finished basis into the base.
+
+        To be called once a group: the second call would find nothing to fold.
+        """
+        if self.space != "fold" or not work.trains:
+            return []
+        due = self._unfolded and self._basis != work.plan.basis
+        self._basis, self._unfolded = work.plan.basis, True
+        return [self._fold(work.plan.step)] if due else []
+
+    def after(self, work: Work) -> list[Command]:
+        """What the workers do with the state after `work`: publish it, or save it for resuming."""
+        if work.reports_cells:
+            return []
+        # In `fold` space most of the update is in the base: the accumulator alone is no adapter, and resumes nothing.
+        if self.space != "bank" or self.evaluate_only:
+            return []
+        steps = work.plan.step + work.trains  # a training step makes one more, an evaluation leaves the state as it is
+        commands = self.versions.publish(steps) if self.versions.due(work, steps) else []
+        if work.trains and steps % self.config.checkpoint_interval == 0:
+            commands.append(Snapshot(self.job_id, str(self.directory.snapshot), steps))
+        return commands
+
+    def at_end(self) -> list[Command]:
+        """What the workers do with the job's last state before they forget the job."""
+        if not self.begun:
+            return []
+        commands: list[Command] = []
+        # With validation data, every evaluation has published the state that it measured.
+        if self.space == "bank" and not self._validation and self.recorded > 0:
+            commands += self.versions.publish(self.recorded)
+        elif self.space == "fold" and self._unfolded and not self.recorder.waiting:
+            commands.append(self._fold(self.recorded))
+        return [*commands, StopJob(self.job_id)]
+
+    def _fold(self, step: int) -> Fold:
+        return Fold(self.job_id, fold_key(self.config.seed, step))
 
     def take_back(self, work: Work) -> None:
-        """Work whose group was dropped: it is issued again later, as if nothing had happened."""
-        self.outstanding -= 1
-        if work.learning_rate is None:
-            self._eval_queue.insert(0, work.example_ids)
-        elif work.plan.round:
-            self._next_round = work
+        """Take back the work of a dropped group: it is issued again later, as if nothing had happened."""
+        self._outstanding -= 1
+        # Only an open group is dropped, and that is the job's newest: no later step is under way.
+        if work.plan.of_base:
+            assert self._references is not None
+            self._references.put_back(work.example_ids)
+        elif work.shard is not None:
+            assert self._open is not None
+            self._open.put_back(work.shard)
+        elif work.trains:
+            self._step = work.plan.step
         else:
-            self.step, self._next_round = work.plan.step, None
+            self._evaluations.put_back(work.example_ids)
 
     @property
     def recorded(self) -> int:
-        """Steps whose result is in: those of the seed log. `step` runs ahead of it by the groups in flight."""
-        return self.first_step + self._num_recorded
+        """Steps whose result is in: as many as the seed log has."""
+        return self.first_step + self._measured.steps
 
-    @property
-    def all_issued(self) -> bool:
-        ended = self.step >= self.config.steps or self.finish_requested
-        return ended and self._next_round is None and not self._eval_queue and not self._evaluation_due()
+    # --- results ------------------------------------------------------------------------------------------------------
 
-    # --- results --------------------------------------------------------------------------------------------------
+    def wrote(self, num_tokens: int) -> None:
+        """Count the tokens of a completion that a member has finished."""
+        self._measured.wrote(num_tokens)
 
-    def on_train_result(self, work: Work, result: GroupResult) -> dict[str, Any] | None:
-        """Record one step, when the result of its last round is in; its losses are those of the first round.
+    def on_result(
+        self,
+        work: Work,
+        result: GroupResult | GroupCells,
+        opened_at: float,
+        cells: Cells | None = None,
+        cost: Cost | None = None,
+    ) -> None:
+        """Record what a closed group measured. Afterwards `verdict` tells of a divergence, `waits_for_disk` of a full
+        disk, and `take_commands` what the workers do.
 
-        Raises nothing: a divergence is reported through `divergence`.
+        Args:
+            opened_at: when the group was opened (`time.monotonic`).
+            cells: (probes, sequences) rewards that the group was closed with.
+            cost: of the rollouts that the group had.
         """
-        self.outstanding -= 1
-        examples = [self.train[i] for i in work.example_ids]
-        self.tokens += sum(e.num_tokens for e in examples) * len(work.plan.probes)
-        if work.plan.round == 0:
-            self._first_round = work.plan, result
-        return self._record_step(work, result) if work.ends_step else None
+        self._outstanding -= 1
+        if cost is not None:
+            self._measured.played(cost)
+        if isinstance(result, GroupCells) and work.plan.of_base:
+            assert self._references is not None
+            self._references.add(work, result.cells)
+            self._refer(self._references)
+        elif isinstance(result, GroupCells):
+            self._on_shard(work, result)
+        elif work.trains:
+            self._on_step(work, result, opened_at, cells)
+        else:
+            losses = result.losses if cells is None else _unshaped_losses(cells, len(work.examples))
+            whole = self._evaluations.add(work.plan.step, work.example_ids, losses[0], result.predictions[0])
+            if whole is not None:
+                self._on_evaluation(work.plan.step, *whole)
 
-    def _record_step(self, work: Work, result: GroupResult) -> dict[str, Any]:
-        assert self._first_round is not None
-        plan, first = self._first_round
-        examples, signs = [self.train[i] for i in work.example_ids], [p.sign for p in plan.probes]
-        mean = [sum(row) / len(row) for row in first.losses]
-        hits = sum(p == e.gold for row in first.predictions for p, e in zip(row, examples, strict=True))
-        loss = sum(mean) / len(mean)
-        record: dict[str, Any] = {
-            "step": work.plan.step + 1,
-            "loss": loss,
-            "accuracy": hits / (len(examples) * len(signs)),
-            "loss_plus": _mean([m for m, s in zip(mean, signs, strict=True) if s > 0]),
-            "loss_minus": _mean([m for m, s in zip(mean, signs, strict=True) if s < 0]),
-            "projected_grad": result.coefficients,
-            "learning_rate": work.learning_rate,
-            "eps": plan.probes[0].eps,
-            "finite": result.finite,
-            "tokens": self.tokens,
-            "seconds": time.monotonic() - self._started,
-        }
-        if self.rewarder is not None:
-            record["reward"] = -loss
-        self._note_loss(loss if result.finite else float("nan"))
-        self.step_size.note(result.coefficients)
-        self._num_recorded += 1
-        self.latest = record
-        return record
+    def _on_evaluation(self, step: int, losses: list[float], predictions: list[int]) -> None:
+        examples, of_rows = self._validation, {}
+        if isinstance(self.config.objective, Rollout):
+            rows = len(examples)
+            losses, predictions, examples = _without_dropped(losses, predictions, examples)
+            of_rows = {"rows": rows, "dropped": rows - len(examples), "lowest_reward": -max(losses)}
+        metrics = self.config.objective.metrics(losses, predictions, examples)
+        self._measured.evaluation(step, losses, metrics | of_rows)
+        self._mind_patience(step)
 
-    def _note_loss(self, loss: float) -> None:
-        if len(self._first_losses) < DIVERGENCE_WINDOW:
-            self._first_losses.append(loss)
-        self._last_losses.append(loss)
+    def _mind_patience(self, step: int) -> None:
+        """Finish early if the evaluations have not become better for `patience` times."""
+        patience, stale = self.config.patience, evaluations_since_best(self._measured.evaluations)
+        if patience is not None and stale >= patience and not self._no_more_steps:
+            logger.info(
+                "job %s stops after step %d: %d evaluations in a row were no better (patience=%d)",
+                self.job_id, step, stale, patience,
+            )  # fmt: skip
+            self.finish_early()
 
-    def on_evaluation_result(self, work: Work, result: GroupResult) -> dict[str, Any] | None:
-        """Add a piece of an evaluation; the finished record when it was the last."""
-        self.outstanding -= 1
-        evaluation = self._evaluation
-        assert evaluation is not None and evaluation.step == work.plan.step
-        evaluation.losses += result.losses[0]
-        evaluation.predictions += result.predictions[0]
-        if not evaluation.complete:
-            return None
-        losses, predictions = evaluation.losses, evaluation.predictions
-        metrics = self.config.objective.metrics(losses, predictions, self.validation)
-        record = {
-            "step": evaluation.step,
-            "eval_loss": sum(losses) / evaluation.expected,
-            **{f"eval_{name}": value for name, value in metrics.items()},
-            "seconds": time.monotonic() - self._started,
-        }
-        self.evaluations.append(record)
-        return record
+    def _on_shard(self, work: Work, result: GroupCells) -> None:
+        """Take in a shard's cells. With the last of them: decide, log, and have the workers apply what was logged."""
+        step = self._open
+        assert step is not None and work.shard is not None and work.plan.step == step.work.plan.step
+        if step.add(work.shard, result.cells):
+            self._close(step, result.group_id)
 
-    def divergence(self) -> str | None:
-        """Why the run should stop, if it should (window and factor: see JobConfig.divergence_factor). Rewards have no
-        scale on which one could say that they diverge."""
-        if len(self._last_losses) < DIVERGENCE_WINDOW:
-            return None
-        if all(x != x for x in self._last_losses):
-            return f"the training loss was not finite in {DIVERGENCE_WINDOW} steps in a row"
-        limit = self.config.divergence_factor
-        if limit is None or self.rewarder is not None or self._num_recorded < 2 * DIVERGENCE_WINDOW:
-            return None
-        first, last = _finite_mean(self._first_losses), _finite_mean(self._last_losses)
-        if last > limit * first + 1.0:
-            return f"the training loss rose from {first:.3f} to {last:.3f} nats (mean of {DIVERGENCE_WINDOW} steps)"
-        return None
+    def drop_late(self) -> bool:
+        """Take the step under way without the directions that have no score yet, if it may; returns whether it has.
+
+        What is still answered for it must not come to `on_result`.
+        """
+        step = self._open
+        if step is None or (issued := step.drop_late()) is None:
+            return False
+        self._outstanding -= issued
+        self._close(step, f"step {step.work.plan.step}")
+        return True
+
+    def _close(self, step: OpenStep, group_id: str) -> None:
+        self._open, whole, config = None, step.counted, self.config
+        decided = step.decide(group_id, config.method, config.objective, config.max_coefficient)
+        self._on_step(whole, decided, step.opened_at, step.rewards() if whole.sampling_seeds else None)
+        assert whole.learning_rate is not None
+        record = StepRecord(
+            whole.plan.step, whole.learning_rate, tuple(decided.coefficients), decided.finite, whole.appended
+        )
+        self._commands += [ApplyRecord(self.job_id, record), *self.after(whole)]
+
+    def _on_step(self, work: Work, result: GroupResult, opened_at: float, cells: Cells | None) -> None:
+        losses = result.losses if cells is None else _unshaped_losses(cells, len(work.examples))
+        self._step_size.note(result.coefficients)
+        self._measured.step(work, opened_at, losses, result)
+
+    def on_digest(self, steps: int, digest: int) -> None:
+        """Take the digest of the state after `steps` steps. Only a coordinator asks for it (`ReportDigest`)."""
+
+    def on_drift(self, norm: float) -> bool:
+        """Take in how far the newest version is from the base; returns whether the job has to rest because of it."""
+        self._measured.drift = norm
+        limit = self.config.max_drift
+        if limit is None or norm <= limit or self._status != JobStatus.RUNNING:
+            return False
+        self._paused_because = (
+            f"the norm of the update is {norm:.4g}, above max_drift={limit:g}; resume it to go on to the next version, "
+            "or start a job with weight_decay"
+        )
+        logger.warning("job %s is paused: %s", self.job_id, self._paused_because)
+        return True
+
+    def take_commands(self) -> list[Command]:
+        """What the workers do before anything else, because of results that are in. (Only the log path has some.)"""
+        commands, self._commands = self._commands, []
+        return commands
 
     def forget_examples(self) -> None:
-        """At its end: an engine knows its jobs for as long as it lives, and their examples are on disk."""
-        self.train = self.validation = ()
+        """Free the examples of a job that has ended: the engine keeps every job, and the examples are on disk."""
+        self.rows.forget()
+        self._validation = ()
 
-    def best(self) -> dict[str, Any] | None:
-        """The evaluation with the lowest loss (ties: the earliest), or None without validation data."""
-        return min(self.evaluations, key=lambda e: e["eval_loss"], default=None)
-
-    def publish_due(self, work: Work) -> bool:
-        """Whether the state after `work` becomes a version: after an evaluation, and every `publish_interval` steps."""
-        if self.space != "bank" or self.evaluate_only:
-            return False
-        if work.learning_rate is None:
-            return work.last_of_evaluation
-        if not work.ends_step:
-            return False
-        interval = self.config.publish_interval
-        return bool(interval and (work.plan.step + 1) % interval == 0)
-
-    def snapshot_due(self, work: Work) -> bool:
-        """Whether the state after `work` is saved for resuming."""
-        return work.ends_step and self.space == "bank" and (work.plan.step + 1) % self.config.checkpoint_interval == 0
+    # --- for other parts ----------------------------------------------------------------------------------------------
 
     def stats(self) -> dict[str, Any]:
         """Where the job stands and how fast it goes, for monitoring."""
         return {
-            "status": self.status,
+            "status": self._status,
             "step": self.recorded,
-            "steps": self.config.steps,
-            "loss": self.latest.get("loss"),
-            "accuracy": self.latest.get("accuracy"),
-            "tokens": self.tokens,
-            "steps_per_second": self.meter.steps_per_second,
-            "group_latency_s": self.meter.group_latency_s,
+            "steps": None if self.config.continual else self.config.steps,
+            **self._measured.stats(),
         }
 
     def summary(self) -> dict[str, Any]:
+        evaluations = self._measured.evaluations
         return {
             "job_id": self.job_id,
-            "status": self.status,
-            "error": self.error,
+            "status": self._status,
+            "error": self._error,
+            "waits_for": self._waits_for,
+            "paused_because": self._paused_because,
             "step": self.recorded,
-            "steps": self.config.steps,
-            "learning_rate": self.step_size.base,
+            "steps": None if self.config.continual else self.config.steps,
+            "learning_rate": self._step_size.base,
             "update_space": self.space,
             "num_bases": self.num_bases,
-            "best_step": (self.best() or {}).get("step"),
-            "published": sorted(self.published),
+            "initial": evaluations[0] if evaluations else None,
+            "best": best(evaluations),
+            "published": self.versions.steps,
+            "gives_back": self.versions.given_back(evaluations),
         }
 
 
-def _mean(values: list[float]) -> float | None:
-    return sum(values) / len(values) if values else None
+def _without_dropped(
+    losses: Sequence[float], predictions: Sequence[int], examples: Sequence[EncodedExample]
+) -> tuple[list[float], list[int], list[EncodedExample]]:
+    """The results of an evaluation less those of rows that were dropped. Some are left, see `Rollouts.cells`."""
+    kept = [i for i, loss in enumerate(losses) if not math.isnan(loss)]
+    return [losses[i] for i in kept], [predictions[i] for i in kept], [examples[i] for i in kept]
 
 
-def _finite_mean(values: Iterable[float]) -> float:
-    finite = [v for v in values if v == v]
-    return sum(finite) / len(finite) if finite else float("inf")
+def _unshaped_losses(cells: Cells, examples: int) -> list[list[float]]:
+    """(probes, examples) minus the mean reward of each example's samples.
+
+    Records show these whatever shaping of the rewards the objective optimises.
+    """
+    samples = len(cells[0]) // examples
+    return [[-sum(of_probe[e * samples : (e + 1) * samples]) / samples for e in range(examples)] for of_probe in cells]

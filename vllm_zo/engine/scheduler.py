@@ -1,21 +1,24 @@
-"""vLLM's scheduler with perturbation groups beside ordinary requests. The one engine file that touches vLLM.
+"""vLLM's scheduler with perturbation groups beside ordinary requests.
 
-Members are ordinary `Request`s (one token to sample, `client_index` -1) that exist in vLLM's queues only during
-`schedule()`: they are offered at the tail of the waiting queue, behind everything that serves, and what was not
-scheduled is withdrawn again. They carry no LoRA request inside the scheduler, so that the serving-adapter limit and the
-prefix-cache keys never see them; the slot's LoRA request is attached to the `SchedulerOutput` on its way out.
+Members are ordinary `Request`s with `client_index` -1. They stay in vLLM's waiting queue only during `schedule()`: we
+put them at its tail, behind all serving requests, and withdraw those that vLLM did not schedule. Inside the scheduler
+they carry no LoRA request, so they do not count against the limit for serving adapters. `schedule` attaches the slot's
+LoRA request to the `SchedulerOutput` on its way out.
 
-Where nothing else is asked of the engine, and the workers can do it, members are no requests at all: the workers run
-them whole, in a forward of their own, and nothing is done that vLLM does for each request.
+When the engine has nothing else to do and the workers can, members are not requests at all: the workers run them whole,
+in a forward of their own. That saves vLLM's work for each request.
 """
 
 from __future__ import annotations
 
 import copy
-import inspect
+import time
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from vllm.config import VllmConfig
 from vllm.config.lora import LoRAConfig
@@ -26,38 +29,76 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.interface import PauseState, SchedulerInterface
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.engine import EngineCoreOutputs
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_zo import compat
-from vllm_zo.commands import ADAPTER_SCHEME, COMMANDS_ATTR, RESULTS_ATTR, SLOT_LORA_ID_BASE, UTILITY_METHODS
+from vllm_zo.checkpoint.adapter_files import check_adapter
+from vllm_zo.commands import (
+    ADAPTER_SCHEME,
+    COMMANDS_ATTR,
+    PROBE_SCHEME,
+    RESULTS_ATTR,
+    SLOT_LORA_ID_BASE,
+    UTILITY_METHODS,
+)
+from vllm_zo.compat import engine_core
 from vllm_zo.config import ZOTrainingConfig
 from vllm_zo.engine.admission import UNLIMITED, Capacity, Demand, capacity_for_training
 from vllm_zo.engine.controller import Controller
-from vllm_zo.engine.group import Member
-from vllm_zo.engine.job_dir import load_job
-from vllm_zo.engine.rewarder import Rewarder
+from vllm_zo.engine.group import Member, Phase
+from vllm_zo.engine.job import Job
+from vllm_zo.engine.load_job import EngineFacts, load_job
+from vllm_zo.engine.pacing import EngineStep
+from vllm_zo.engine.patches import CACHE_BLOCKS, keep_out_of_prefix_cache
+from vllm_zo.engine.probe_requests import ProbeRequests
+from vllm_zo.engine.rollouts import Answer
+from vllm_zo.engine.throttle import Throttle
+from vllm_zo.engine.writing import Writing
 from vllm_zo.errors import ConfigError
-from vllm_zo.objectives import Reward
+from vllm_zo.jobs.directory import JobDir
+from vllm_zo.jobs.status import JobStatus
+from vllm_zo.objectives.base import ScoringSequence
 
 logger = init_logger("vllm.zo.scheduler")
 
 MEMBER_CLIENT = -1
+"""`client_index` of members. Front ends count from 0, so no output of a member belongs to one."""
+FINISHED_ABORTED = RequestStatus.FINISHED_ABORTED
 MEMBER_PRIORITY = 1 << 30
-REWARD_POLL_S = 1e-3
-"""How long an engine step without anything to do waits for rewards; a request that arrives meanwhile waits with it."""
+"""vLLM's priority policy takes the lowest number first: members run after every request and are preempted before it."""
+IDLE_POLL_S = 1e-3
+"""How long the engine loop waits at a time for rewards, or for space on a full disk. A request that arrives meanwhile
+waits at most as long. vLLM sleeps the same 1 ms after a step that executed no model."""
 
 
 def slot_lora_request(slot: int) -> LoRARequest:
-    """The synthetic LoRA request of a ZO slot. One name a slot is safe: members never enter the prefix cache."""
+    """The synthetic LoRA request of a ZO slot.
+
+    A slot keeps its name while its content changes. That is safe because members never enter the prefix cache, which
+    tells adapters apart by name.
+    """
     return LoRARequest(f"zo-slot-{slot}", SLOT_LORA_ID_BASE + slot, f"zo-slot://{slot}")
 
 
-_HAS_BACKGROUND = "background" in inspect.signature(Request.__init__).parameters
-"""Whether this vLLM knows requests that nobody waits for (`patches/0004`), and keeps them out of the prefix cache."""
+_HAS_BACKGROUND = CACHE_BLOCKS.unneeded()
+"""Whether this vLLM has the background requests of `patches/0004`, and so keeps members out of the prefix cache."""
 _Base: Any = object
-"""Stands for Scheduler or AsyncScheduler: the mixin goes in front of either."""
+"""Stands for Scheduler or AsyncScheduler: the mixin precedes either one in the order of base classes."""
+
+
+def _is_directory(path: Path) -> bool:
+    """Whether a LoRA path names a directory, as vLLM reads it: anything else is the name of a Hub repository."""
+    return path.is_absolute() or path.exists()
+
+
+class Seats(Protocol):
+    """Carries messages between coordinators and their jobs here; what they say is no business of the scheduler's."""
+
+    def tell(self, messages: bytes) -> None: ...
+
+    def hear(self) -> Future[bytes]: ...
 
 
 class ZOSchedulerMixin(_Base):
@@ -67,105 +108,175 @@ class ZOSchedulerMixin(_Base):
         super().__init__(vllm_config, *args, **kwargs)
         self.zo_config = ZOTrainingConfig.of_engine(vllm_config.additional_config)
         self.zo = Controller(self.zo_config.slots, self.block_size, self.zo_config.concurrent_jobs)
-        if not hasattr(self, "kv_holding_waiting"):  # 0.30 keeps all that it passed over in one queue
+        # vLLM 0.30 keeps every request that it passed over in one queue, and limits running requests only.
+        if not hasattr(self, "kv_holding_waiting"):
             self.kv_holding_waiting = self.skipped_waiting
             self.deferred_waiting: set[Request] = set()
             self.max_num_active_reqs = self.max_num_running_reqs
         self._zo_members: dict[str, Member] = {}
-        self._zo_preempted: dict[str, Request] = {}
+        """Request id -> member, for members whose request vLLM holds, running or preempted (`member.request`)."""
+        self._zo_probes = ProbeRequests()
+        self._zo_ended: list[tuple[int, EngineCoreOutput]] = []
+        """(client, output) of requests that this scheduler has ended, until they ride on the outputs of a step."""
         self.zo_draining = False
-        self._zo_tokenizer: Any = None
+        self.zo_seats: Seats | None = None
+        """Where coordinators of the front end have their jobs; None where every job is this engine's own."""
+        self.zo_loop_waits = False
+        """Whether the engine loop waits by itself while `zo_waits` (compat/engine_core.py WAITING)."""
         self._zo_tokens = {"training": 0, "serving": 0}
-        # The stacked tensors hold the user's slots and ours; the limit for serving adapters stays what the user set.
+        # With async scheduling vLLM schedules a step before the one that runs has ended.
+        self._throttle = Throttle(self.zo_config, steps_ahead=int(vllm_config.scheduler_config.async_scheduling))
+        self._steps: deque[tuple[SchedulerOutput, EngineStep]] = deque()
+        """Scheduled steps that have not ended."""
+        # The workers stack the user's slots and ours. vLLM's scheduler limits serving adapters by this `max_loras`, so
+        # it must be the user's number. A copy: the workers size their tensors by the original.
         self.lora_config: LoRAConfig = copy.copy(vllm_config.lora_config)
         self.lora_config.max_loras -= self.zo_config.total_slots
+        # A hit in the prefix cache would give a member KV that the unperturbed weights computed.
         self._zo_params = SamplingParams(
             max_tokens=1, temperature=0.0, detokenize=False, skip_reading_prefix_cache=True
         )
-        if not _HAS_BACKGROUND:
-            self._keep_members_out_of_prefix_cache()
-
-    def _keep_members_out_of_prefix_cache(self) -> None:
-        """Members have no block hashes; caching their full blocks would index past them (and poison the cache)."""
         coordinator = self.kv_cache_manager.coordinator
-        cache_blocks = coordinator.cache_blocks
-
-        def cache_serving_blocks(request: Request, num_computed_tokens: int) -> None:
-            if request.client_index != MEMBER_CLIENT:
-                cache_blocks(request, num_computed_tokens)
-
-        coordinator.cache_blocks = cache_serving_blocks
+        keep_out_of_prefix_cache(coordinator, lambda request: request.client_index == MEMBER_CLIENT)
 
     # --- one engine step ------------------------------------------------------------------------------------------
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        step = EngineStep(start=time.monotonic())
+        # First: `_offer_members` may give the slots of a group that has ended to another one.
         self._abort_orphans()
+        self._end_probe_requests()
         may_start = self._pause_state == PauseState.UNPAUSED and not self.zo_draining
-        offered = self._offer_members() if may_start else []
+        offered = self._offer_members(step) if may_start else []
         self._forget_stale_kv()  # before vLLM looks up the prefix of any new request
         output = super().schedule(*args, **kwargs)
         self._withdraw(m for m in offered if m.req_id not in output.num_scheduled_tokens)
+        # Before commands are taken: a member that was preempted has lost its KV, and its group must not close.
         self._collect_preempted(output.preempted_req_ids)
+        # Only now: inside vLLM's scheduler this LoRA request would count as a serving adapter.
         for new in output.scheduled_new_reqs:
             if (member := self._zo_members.get(new.req_id)) is not None:
                 new.lora_request = slot_lora_request(member.slot)
+            elif new.req_id in self._zo_probes:
+                new.lora_request = slot_lora_request(self._zo_probes.slot_of(new.req_id))
         for req_id, num_tokens in output.num_scheduled_tokens.items():
-            member = self._zo_members.get(req_id)
-            self._zo_tokens["serving" if member is None else "training"] += num_tokens
-            if member is not None:
-                request = self.requests[req_id]
-                done = request.num_computed_tokens >= request.num_prompt_tokens
-                self.zo.score(member, request.num_computed_tokens - num_tokens, num_tokens, last_chunk=done)
+            if req_id in self._zo_probes:
+                self._zo_probes.scheduled(req_id, num_tokens)
+                step.training += num_tokens
+                continue
+            if (member := self._zo_members.get(req_id)) is None:
+                self._note_serving(step, self.requests[req_id], num_tokens)
+                continue
+            step.training += num_tokens
+            computed = member.request.num_computed_tokens  # vLLM has added this step's tokens already
+            done = computed >= member.request.num_prompt_tokens
+            self.zo.score(member, computed - num_tokens, num_tokens, last_chunk=done)
+        self._begin_step(step, output)
         if commands := self.zo.take_commands():
             setattr(output, COMMANDS_ATTR, commands)
         elif not output.total_num_scheduled_tokens:
-            self.zo.wait_for_rewards(REWARD_POLL_S)
+            # Training keeps `has_requests` true: without a wait this loop would spin beside the reward threads.
+            self.zo_wait()
         return output
 
+    def _note_serving(self, step: EngineStep, request: Request, num_tokens: int) -> None:
+        if num_tokens == 1:
+            step.decode += 1
+        else:
+            step.prefill += num_tokens
+        before = request.num_computed_tokens - num_tokens
+        if before < request.num_prompt_tokens <= request.num_computed_tokens and not request.num_output_tokens:
+            # vLLM's time of arrival is the time of day.
+            step.arrived.append(step.start - (time.time() - request.arrival_time))
+
+    def _begin_step(self, step: EngineStep, output: SchedulerOutput) -> None:
+        self._zo_tokens["training"] += step.training
+        self._zo_tokens["serving"] += step.decode + step.prefill
+        self._throttle.begun(step, self.zo.largest_unit + self._promised())
+        self._steps.append((output, step))
+
+    def _end_step(self, output: SchedulerOutput) -> None:
+        """vLLM ends steps in their order. One that failed never ends."""
+        while self._steps:
+            scheduled, step = self._steps.popleft()
+            if scheduled is output:
+                self._throttle.ended(step)
+                return
+
     def _forget_stale_kv(self) -> None:
-        """After a fold, cached KV of the base is stale. While groups are in flight their blocks are in use and the
-        cache cannot be reset, but nobody is served either; after the job nothing runs, and the reset comes first."""
+        """Reset the prefix cache after a fold: the KV that it holds was computed with the old base weights.
+
+        vLLM cannot reset it while members run, because their blocks are in use. That does no harm: during a `fold` job
+        the engine serves no requests. After it nothing runs, and the reset comes before the next request's look-up.
+        """
         if self.zo.folds_since_reset and not self.running and self.reset_prefix_cache():
             self.zo.folds_since_reset = False
 
-    def _offer_members(self) -> list[Member]:
+    def _offer_members(self, step: EngineStep) -> list[Member]:
         serving, members_left = self._demand()
         is_empty = not serving.requests and not members_left
-        alone = is_empty and not self.running and not self._zo_preempted and self.zo.can_run_alone
+        # `_zo_members` holds preempted members, too: run alone, such a member would leave its request in vLLM for ever.
+        alone = is_empty and not self.running and not self._zo_members and self.zo.can_run_alone
         tokens = self.max_num_scheduled_tokens - members_left
+        if serving.requests:
+            credit = self._throttle.beside(
+                promised=self._promised(), largest=self.zo.largest_unit, first_tokens=serving.first_tokens
+            )
+        else:
+            credit, tokens = UNLIMITED, min(tokens, self._throttle.alone(self.zo.smallest_unit) - members_left)
+        # Members that the workers run alone use neither vLLM's sequences nor its KV blocks.
         total = Capacity(
             sequences=UNLIMITED if alone else self.max_num_active_reqs - len(self.running),
             tokens=tokens,
             kv_blocks=UNLIMITED if alone else self._blocks_left(),
+            credit=credit,
         )
-        capacity = capacity_for_training(total, serving, self.zo_config.token_budget)
-        offered = self.zo.offer(capacity, engine_is_empty=is_empty)
+        in_chunks_beyond = UNLIMITED if members_left else self.max_num_scheduled_tokens
+        capacity = capacity_for_training(total, serving)
+        offered = self.zo.offer(
+            capacity,
+            in_chunks_beyond=in_chunks_beyond,
+            serving=serving.requests > 0,
+            may_begin=self._throttle.closed is None,
+        )
+        # A unit that is too large for one step goes to vLLM instead, which prefills it in chunks.
         offered_tokens = sum(len(member.token_ids) for member in offered)
         if alone and offered and offered_tokens <= tokens:
             self.zo.run_alone(offered)
-            self._zo_tokens["training"] += offered_tokens
+            step.training += offered_tokens
             return []
         for member in offered:
             self._enqueue(member)
         return offered
 
     def _demand(self) -> tuple[Demand, int]:
-        """What serving requests in the queues want from this step, and the tokens left of members being prefilled."""
+        """What serving requests want from this step, and how many tokens members and rollouts still want."""
         requests = tokens = blocks = members_left = 0
+        first_tokens = False
         waiting = [*self.waiting, *self.kv_holding_waiting]
         for request in [*self.running, *waiting]:
+            # As `Scheduler.schedule` counts the next tokens of a request.
             left = request.num_tokens_with_spec + request.num_output_placeholders - request.num_computed_tokens
-            if request.client_index == MEMBER_CLIENT:
+            if request.client_index == MEMBER_CLIENT or request.request_id in self._zo_probes:
                 members_left += max(left, 0)
                 continue
             requests += 1
             tokens += max(left, 0)
-            blocks += 1 + max(left, 0) // self.block_size
-        return Demand(requests, tokens, blocks, waiting=len(waiting)), members_left
+            first_tokens |= request.num_computed_tokens < request.num_prompt_tokens
+            blocks += 1 + max(left, 0) // self.block_size  # enough wherever in a block the tokens begin
+        return Demand(requests, tokens, blocks, len(waiting), first_tokens), members_left
+
+    def _promised(self) -> int:
+        """Tokens that running members may still use."""
+        return sum(
+            max(r.num_prompt_tokens + r.max_tokens - 1 - r.num_computed_tokens, 0)
+            for r in self.running
+            if r.client_index == MEMBER_CLIENT
+        )
 
     def _blocks_left(self) -> int:
-        """KV blocks without those that members which generate will still fill; given to others, they would be
-        preempted."""
+        """Free KV blocks minus those that running members still need for what they generate. Giving those away would
+        get the members preempted."""
         to_come = sum(
             -(-(r.num_prompt_tokens + r.max_tokens) // self.block_size) - -(-r.num_computed_tokens // self.block_size)
             for r in self.running
@@ -174,9 +285,9 @@ class ZOSchedulerMixin(_Base):
         return self.kv_cache_manager.block_pool.get_num_free_blocks() - to_come
 
     def _enqueue(self, member: Member) -> None:
-        request = self._zo_preempted.pop(member.req_id, None)
-        if request is None:
-            request = Request(
+        if member.request is None:
+            # Without a `block_hasher`: a request without block hashes finds nothing in the prefix cache.
+            member.request = Request(
                 request_id=member.req_id,
                 prompt_token_ids=list(member.token_ids),
                 sampling_params=self._params_of(member),
@@ -186,50 +297,45 @@ class ZOSchedulerMixin(_Base):
                 **({"background": True} if _HAS_BACKGROUND else {}),
             )
         self._zo_members[member.req_id] = member
-        self.requests[member.req_id] = request
-        self.waiting.add_request(request)
+        self.requests[member.req_id] = member.request
+        self.waiting.add_request(member.request)
 
     def _params_of(self, member: Member) -> SamplingParams:
         generation = member.generation
         if generation is None:
             return self._zo_params
-        return SamplingParams(
-            max_tokens=generation.max_tokens,
-            temperature=generation.temperature,
-            top_p=generation.top_p if generation.temperature else 1.0,
-            seed=member.seed if generation.temperature else None,
-            stop_token_ids=list(generation.stop_token_ids),
-            detokenize=False,
-            skip_reading_prefix_cache=True,
-        )
+        return self._zo_writing.params(generation, member.sampling_seed)
 
     def _withdraw(self, members: Iterable[Member]) -> None:
         members = list(members)
         if not members:
             return
-        self.waiting.remove_requests([self.requests[m.req_id] for m in members])
+        self.waiting.remove_requests([m.request for m in members])
         for member in members:
-            request = self.requests[member.req_id]
-            self.deferred_waiting.discard(request)
-            del self._zo_members[member.req_id]
-            if request.num_preemptions:
-                self._zo_preempted[member.req_id] = request
-            else:
+            self.deferred_waiting.discard(member.request)
+            if not member.request.num_preemptions:  # a preempted one keeps its request: it has written tokens
+                self._forget(member)
+                # Not by `finish_requests`: vLLM would tell the workers that a request ended which they never had.
                 del self.requests[member.req_id]
-            self.zo.put_back(member)
+            member.group.put_back(member)
+
+    def _forget(self, member: Member) -> None:
+        """Note that vLLM holds no request of the member any more."""
+        del self._zo_members[member.req_id]
+        member.request = None
 
     def _collect_preempted(self, preempted: Iterable[str] | None) -> None:
-        """vLLM put preempted members at the head of the waiting queue, in front of serving requests: take them out.
+        """Take preempted members out of the waiting queue: vLLM puts them at its head, in front of serving requests.
 
-        A member whose whole prompt had been scheduled is scored already; one that had not runs again.
+        A member whose whole prompt was scheduled is scored already and ends here; any other runs again.
         """
         for req_id in preempted or ():
             member = self._zo_members.get(req_id)
-            if member is None or self.requests[req_id].status != RequestStatus.PREEMPTED:
+            if member is None or member.request.status != RequestStatus.PREEMPTED:
                 continue
             if member.scored:
-                super().finish_requests(req_id, RequestStatus.FINISHED_ABORTED)
-                del self._zo_members[req_id]
+                super().finish_requests(req_id, FINISHED_ABORTED)
+                self._forget(member)
             else:
                 self._withdraw([member])
 
@@ -237,24 +343,31 @@ class ZOSchedulerMixin(_Base):
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
         outputs = super().update_from_output(scheduler_output, model_runner_output)
-        self._collect_generated(outputs)
+        self._collect_generated(outputs)  # before finished members are forgotten: it finds them by request id
         for req_id in scheduler_output.num_scheduled_tokens:
-            if req_id in self._zo_members and req_id not in self.requests:
-                del self._zo_members[req_id]
+            if (member := self._zo_members.get(req_id)) is not None and req_id not in self.requests:
+                self._forget(member)
         self._drop_member_outputs(outputs)
+        for client, ended in self._zo_ended:
+            outputs.setdefault(client, EngineCoreOutputs()).outputs.append(ended)
+        self._zo_ended.clear()
         if (results := getattr(model_runner_output, RESULTS_ATTR, None)) is not None:
             self.zo.on_results(results)
+        self._end_step(scheduler_output)
         return outputs
 
     def _collect_generated(self, outputs: dict[int, EngineCoreOutputs]) -> None:
-        """Hand what members have written to the controller."""
+        """Hand the tokens that members have written to the controller; it wants none of a dropped group."""
         for output in outputs[MEMBER_CLIENT].outputs if MEMBER_CLIENT in outputs else ():
             member = self._zo_members.get(output.request_id)
-            if member is not None and member.generation is not None:
+            if member is not None and member.generation is not None and member.group.phase is Phase.OPEN:
                 self.zo.generated(member, output.new_token_ids, finished=output.finish_reason is not None)
 
     def _drop_member_outputs(self, outputs: dict[int, EngineCoreOutputs]) -> None:
-        """No client asked for member outputs. Scheduler stats ride on whichever output comes first: keep those."""
+        """Take the members' outputs away, but not the statistics that vLLM puts on the first client's outputs.
+
+        vLLM's output thread sends what is for client -1 to the data-parallel coordinator; without one it fails.
+        """
         members = outputs.pop(MEMBER_CLIENT, None)
         if members is None or members.scheduler_stats is None:
             return
@@ -264,121 +377,216 @@ class ZOSchedulerMixin(_Base):
 
     def finish_requests(self, request_ids: str | Iterable[str] | None, finished_status: RequestStatus) -> list[Request]:
         finished = super().finish_requests(request_ids, finished_status)
+        # vLLM tells the clients of what it aborted (a set of finished ids, an output each); a member has no client.
         if self.finished_req_ids_dict is not None:
             self.finished_req_ids_dict.pop(MEMBER_CLIENT, None)
         aborted = [r for r in finished if r.client_index == MEMBER_CLIENT]
-        if aborted:
+        if aborted or (request_ids is None and self._zo_probes):
             self._forget_members()
         return [r for r in finished if r.client_index != MEMBER_CLIENT]
 
     def _forget_members(self) -> None:
-        """Members were aborted from outside (pause, shutdown): their group changes nothing and runs again later."""
-        left = [req_id for req_id in self._zo_members if req_id in self.requests]
-        super().finish_requests(left, RequestStatus.FINISHED_ABORTED)
+        """Drop the open groups after vLLM aborted members (pause, shutdown). Their work runs again later."""
+        self._abort([member for member in self._zo_members.values() if member.req_id in self.requests])
         self._zo_members.clear()
-        self._zo_preempted.clear()
         self.zo.drop_groups()
 
     def _abort_orphans(self) -> None:
-        """Members whose group was dropped (its job was cancelled) must not go on: their slots are given to others."""
-        groups = self.zo.open_groups
-        running = [r for r, m in self._zo_members.items() if m.group_id not in groups and not m.scored]
-        preempted = [r for r in self._zo_preempted if r.rsplit("/", 2)[0] not in groups]
-        if running or preempted:
-            super().finish_requests([*running, *preempted], RequestStatus.FINISHED_ABORTED)
-        for req_id in running:
-            del self._zo_members[req_id]
-        for req_id in preempted:
-            del self._zo_preempted[req_id]
+        """Abort members whose group was dropped. A scored one does not need its slot any more and ends by itself."""
+        self._abort([m for m in self._zo_members.values() if m.group.phase is Phase.DROPPED and not m.scored])
+
+    def _abort(self, members: list[Member]) -> None:
+        if not members:
+            return
+        super().finish_requests([member.req_id for member in members], FINISHED_ABORTED)
+        for member in members:
+            self._forget(member)
+
+    def _end_probe_requests(self) -> None:
+        """Abort requests whose probe answers no more, tell their clients, and forget the blocks of dead probes."""
+        self._zo_probes.let_go(self.requests)
+        orphans = self._zo_probes.orphans()
+        for request in super().finish_requests([request.request_id for request in orphans], FINISHED_ABORTED):
+            reason = "the group of this probe has closed"
+            ended = EngineCoreOutput(request.request_id, [], finish_reason=FinishReason.ERROR, stop_reason=reason)
+            self._zo_ended.append((request.client_index, ended))
+        self._zo_probes.let_go(self.requests)
+        pool = self.kv_cache_manager.block_pool
+        for block_hash in self._zo_probes.dead_blocks():
+            for kind in range(len(self.kv_cache_config.kv_cache_groups)):
+                # Several blocks can have one hash: those of requests that ran at the same time.
+                while blocks := pool.get_cached_block(block_hash, [kind]):
+                    pool.evict_blocks({block.block_id for block in blocks})
 
     # --- the engine loop's questions ------------------------------------------------------------------------------
 
     def has_requests(self) -> bool:
-        """Keeps the loop alive for training, and lets it rest while paused: a paused engine must become idle."""
+        """Keep the engine loop stepping for training. Not while paused: vLLM waits for a paused engine to be idle."""
         if super().has_requests():
             return True
-        return self._pause_state == PauseState.UNPAUSED and not self.zo_draining and self.zo.has_work()
+        may_train = self._pause_state == PauseState.UNPAUSED and not self.zo_draining
+        return may_train and self.zo.has_work(may_begin=self._throttle.closed is None) and not self.zo_waits
+
+    @property
+    def zo_waits(self) -> bool:
+        """Whether no engine step would bring anything before a reward or space on a full disk comes, or members may
+        start: the rate of requests that holds them back falls with time."""
+        if not self.zo_loop_waits or super().has_requests():
+            return False
+        return self.zo.waits(self._throttle.alone(self.zo.smallest_unit))
+
+    def zo_wait(self) -> None:
+        """Wait `IDLE_POLL_S` at most, while training can only wait."""
+        self.zo.wait_idle(IDLE_POLL_S)
 
     def add_request(self, request: Request) -> None:
-        self.check_servable(request.lora_request)
+        if (adapter := request.lora_request) is not None and adapter.lora_path.startswith(PROBE_SCHEME):
+            # No `check_servable`: a `fold` job lets no other requests in, but those of its own rollouts.
+            self._zo_probes.take(request, *self.zo.find_probe(adapter.lora_path))
+        else:
+            self.check_servable(adapter)
+            self._throttle.arrived()
         super().add_request(request)
 
     def check_servable(self, lora_request: LoRARequest | None) -> None:
-        """Raise ConfigError for a request that cannot be answered: a `fold` job owns the engine, and the base changes
-        under every request; or the adapter is a version that no job has published, which would end the worker."""
+        """Refuse a request that the engine cannot answer.
+
+        Raises:
+            ConfigError: a `fold` job has the engine to itself; no job has published the version that the request
+                names; or the files of its adapter are damaged, which would end the worker.
+        """
         if lora_request is not None and lora_request.lora_path.startswith(ADAPTER_SCHEME):
-            self.zo.table.check_published(lora_request.lora_path.removeprefix(ADAPTER_SCHEME))
-        if (job := self.zo.table.exclusive) is not None:
+            self.zo.queue.check_published(lora_request.lora_path.removeprefix(ADAPTER_SCHEME))
+        elif lora_request is not None and _is_directory(path := Path(lora_request.lora_path).expanduser()):
+            check_adapter(path)
+        if (job := self.zo.queue.exclusive) is not None:
             raise ConfigError(
                 f"update_space='fold' in job {job.job_id}: the base weights change while it runs, so the engine "
-                f"answers no "
-                "other requests until it ends. Wait for it, cancel it, or train with update_space='bank'."
+                "answers no other requests until it ends. Wait for it, cancel it, or train with update_space='bank'."
             )
 
     def start_shutdown(self) -> None:
-        """The engine drains: a job would keep it busy for ever, so nothing new starts."""
+        """Start no new group: a draining engine ends when it has no work, and a job would give it work for ever."""
         self.zo_draining = True
 
     def finish_shutdown(self) -> None:
-        """The last step is done, and vLLM has not begun to tear down workers: close the jobs' logs."""
-        self.zo.table.close()
+        """Close the jobs' logs. Called after the last step and before vLLM tears down the workers, for which it allows
+        a few seconds only."""
+        self.zo.queue.close()
 
     def shutdown(self) -> None:
-        self.zo.table.close()
+        self.zo.queue.close()  # an engine in this process ends without `finish_shutdown`
         super().shutdown()
 
     # --- calls from the front end (EngineCore utility calls) ------------------------------------------------------
 
     def utility_methods(self) -> dict[str, Callable[..., Any]]:
+        """Name -> method, for every method that a front end may call."""
         return {name: getattr(self, name) for name in UTILITY_METHODS}
 
-    def zo_start(self, job_dir: str) -> dict[str, Any]:
-        """Start the job that the front end wrote to `job_dir`; returns its summary."""
-        job, recorder, start = load_job(Path(job_dir), self.zo_config, self.vllm_config, self.max_num_active_reqs)
-        if job.space == "fold" and self.get_num_unfinished_requests():
-            raise ConfigError(
-                "update_space='fold' needs the engine to itself and it has unfinished requests: wait for them, or "
-                "train "
-                "with update_space='bank'."
-            )
-        if isinstance(job.config.objective, Reward):
-            job.rewarder = Rewarder(job.config.objective, self._decode)
-        self.zo.start_job(job, recorder, start)
+    def zo_start(self, job_dir: str, paused: bool = False) -> dict[str, Any]:
+        """Queue the job that the front end wrote to `job_dir`; returns its summary.
+
+        Args:
+            paused: the job rests until it is resumed.
+
+        Raises:
+            ConfigError: the job cannot run on this engine (`load_job`), or its id is in use.
+            CorruptLogError: the header of its seed log cannot be read.
+        """
+        directory = JobDir(Path(job_dir))
+        job: Job = load_job(directory, self.zo_facts, self.zo_read)
+        self.zo.add_job(job, paused=paused)
         return job.summary()
 
-    def _decode(self, completions: Sequence[Sequence[int]]) -> list[str]:
-        """Texts of completions. Called in threads; the front end's own tokenizer may be in use in another."""
-        if self._zo_tokenizer is None:
-            from vllm.tokenizers import get_tokenizer
+    @property
+    def zo_facts(self) -> EngineFacts:
+        """What a job must know of this engine."""
+        return EngineFacts.of(self.zo_config, self.vllm_config.model_config, self.max_num_active_reqs)
 
-            config = self.vllm_config.model_config
-            self._zo_tokenizer = get_tokenizer(
-                config.tokenizer,
-                tokenizer_mode=config.tokenizer_mode,
-                revision=config.tokenizer_revision,
-                trust_remote_code=config.trust_remote_code,
-            )
-        return [self._zo_tokenizer.decode(list(ids), skip_special_tokens=True) for ids in completions]
+    @cached_property
+    def _zo_writing(self) -> Writing:
+        """Made when the first member that generates is scheduled, so that no two reward threads make it at once."""
+        return Writing(self.vllm_config.model_config)
+
+    def zo_read(self, continued: ScoringSequence, completion: Sequence[int]) -> str:
+        """The text of a member's completion; the reward threads call it."""
+        return self._zo_writing.text(continued, completion)
 
     def zo_status(self, job_id: str, since: int = 0) -> dict[str, Any]:
-        return self.zo.table.status(job_id, since)
+        """Summary and metric records from number `since` on. Raises ConfigError: the job is unknown."""
+        status = self.zo.queue.status(job_id, since)
+        if status["status"] == JobStatus.RUNNING and status["waits_for"] is None:
+            status["waits_for"] = self._throttle.closed
+        return status
 
     def zo_stop(self, job_id: str, cancel: bool) -> None:
+        """Cancel a job, or let it finish early. Raises ConfigError: the job is unknown."""
         self.zo.finish_early(job_id, cancel=cancel)
 
-    def zo_pause(self, job_id: str) -> None:
-        self.zo.table.pause(job_id)
+    def zo_pause(self, job_id: str) -> str:
+        """Pause a job; returns its status, which is "paused" at once if none of its groups was open or in flight.
+
+        Raises:
+            ConfigError: see `JobQueue.pause`.
+        """
+        self.zo.queue.pause(job_id)
+        return self.zo.queue.get(job_id).status.value
 
     def zo_resume(self, job_id: str) -> None:
-        self.zo.table.resume(job_id)
+        """Let a paused job go on. Raises ConfigError: the job is unknown or not paused."""
+        self.zo.queue.resume(job_id)
+
+    def zo_extend(self, job_id: str, size: int) -> None:
+        """Let a continual job draw from appended rows: the disk has `size` bytes of them (`jobs/appended.py`).
+
+        Raises:
+            ConfigError: the job is unknown, has ended, or is none whose rows may grow.
+        """
+        self.zo.queue.growing(job_id).extend(size)
+
+    def zo_forget(self, job_id: str, key: str) -> None:
+        """Draw no row any more that the call `key` has appended. Raises ConfigError as `zo_extend`."""
+        self.zo.queue.growing(job_id).delete(key)
+
+    def zo_rollouts(self, job_id: str, answers: Sequence[Sequence[Any]] = ()) -> dict[str, Any]:
+        """Take in answers of rollouts (the fields of `Answer`), and hand out the next ones.
+
+        Raises:
+            ConfigError: the job is unknown.
+        """
+        return self.zo.exchange_rollouts(job_id, [Answer(*answer) for answer in answers])
+
+    def zo_tell(self, messages: bytes) -> None:
+        """Take messages of coordinators. Raises ConfigError: this engine has no seats for them."""
+        self._seats().tell(messages)
+
+    def zo_hear(self) -> Future[bytes]:
+        """What the engine has to say to coordinators, as soon as there is something; to be asked again after that.
+
+        Raises:
+            ConfigError: this engine has no seats for them.
+        """
+        return self._seats().hear()
+
+    def _seats(self) -> Seats:
+        if self.zo_seats is None:
+            raise ConfigError(
+                "this engine takes no part in jobs of a coordinator: `vllm-zo serve` starts one that does."
+            )
+        return self.zo_seats
 
     def zo_stats(self) -> dict[str, Any]:
-        """What `JobTable.stats` knows, and tokens scheduled since the engine started."""
-        return {**self.zo.table.stats(), "tokens": dict(self._zo_tokens)}
+        """The figures of `JobQueue.stats`, the tokens scheduled since the engine started, and `Throttle.stats`."""
+        return {**self.zo.queue.stats(), "tokens": dict(self._zo_tokens), "pace": self._throttle.stats()}
 
     def zo_restore_base(self, job_id: str) -> None:
-        """Bring the base weights of before the `fold` job back."""
-        if self.zo.table.exclusive is None and self.get_num_unfinished_requests():
+        """Bring back the base weights as they were before the `fold` job.
+
+        Raises:
+            ConfigError: requests are unfinished, or a `fold` job writes the base.
+        """
+        if self.zo.queue.exclusive is None and self.get_num_unfinished_requests():
             raise ConfigError(
                 "restore_base changes the weights under unfinished requests: wait for them, or abort them."
             )
@@ -394,8 +602,13 @@ class ZOAsyncScheduler(ZOSchedulerMixin, AsyncScheduler):
 
 
 def make_scheduler(vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> SchedulerInterface:
-    """What `scheduler_cls` names: the class that fits the engine's scheduling mode (picking the wrong base is slow)."""
-    compat.require()
+    """Make the scheduler; the engine's `scheduler_cls` names this function.
+
+    The base class must fit the engine's scheduling mode. The synchronous one under async scheduling would schedule a
+    request's next token only after the output of the one before.
+    """
+    # `VLLM_PLUGINS` may leave our plugin out, so the scheduler applies the patches that it needs by itself.
+    compat.require(engine_core.install)
     cls = ZOAsyncScheduler if vllm_config.scheduler_config.async_scheduling else ZOScheduler
     logger.info(
         "zeroth-order training: %s, %d adapter slots",

@@ -1,4 +1,4 @@
-"""The page table: which ZO slot holds which probe, and who still refers to it. Lives in the scheduler."""
+"""Which group holds which ZO slot, and how many members still refer to it. The table lives in the scheduler."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from vllm_zo.errors import SlotError
 class SlotTable:
     """Hands out slots and refuses to hand one out again while a member refers to it.
 
-    A slot is *pinned* by every member that names it and is not yet scheduled to the end of its prefill. After that the
-    device executes forward and rewriting in order, so the slot may be given away.
+    Every member *pins* its slot until it is scheduled to the end of its prefill. After that the device executes its
+    forward before it rewrites the slot, so another group may take the slot. Handing out a pinned slot would score a
+    member with the weights of another probe.
     """
 
     def __init__(self, slots: Iterable[int]) -> None:
@@ -26,6 +27,7 @@ class SlotTable:
         return [slot for slot, owner in self._owner.items() if owner is None]
 
     def acquire(self, slot: int, owner: str, pins: int) -> None:
+        """Give a slot to `owner`, pinned by `pins` members. Raises SlotError: the slot is held or pinned."""
         if self._owner[slot] is not None or self._pins[slot]:
             raise SlotError(f"slot {slot} is held by {self._owner[slot]} ({self._pins[slot]} members refer to it)")
         self._owner[slot] = owner
@@ -36,7 +38,14 @@ class SlotTable:
         self._pins[slot] -= 1
 
     def release(self, owner: str, *, force: bool = False) -> None:
-        """Give up all slots of `owner`. `force` is for a dropped group, whose members have been aborted."""
+        """Free all slots of `owner`.
+
+        Args:
+            force: for a dropped group, whose members the scheduler aborts.
+
+        Raises:
+            SlotError: a member refers to one of the slots, without `force`.
+        """
         for slot in [slot for slot, held_by in self._owner.items() if held_by == owner]:
             if self._pins[slot] and not force:
                 raise SlotError(f"slot {slot} released by {owner} while {self._pins[slot]} members refer to it")

@@ -1,1 +1,1 @@
-"""What a user calls: the LLM class and the command line."""
+"""The front ends: the class LLM, the command line and the server."""

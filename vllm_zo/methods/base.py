@@ -1,16 +1,14 @@
-"""What a zeroth-order method is. Pure torch: nothing here knows vLLM, slots or requests.
+"""What a zeroth-order method is, in pure torch. No file of this folder knows vLLM, its requests or its buffers.
 
-    coordinates    what is trained of each weight, how it becomes an adapter, how a direction is drawn
-    estimator      which states are scored around the current one, what their losses say of the gradient
-    optimizer      the estimate -> a step, with what it must remember
+    coordinates    say which numbers of each weight train, how they become two factors, and how to draw a direction
+    estimator      says which states to score around the current one, and makes a gradient estimate of their losses
+    optimizer      makes a step of the estimate, and keeps what it must remember
 
-A method puts the three together with its hyperparameters. One step, as the engine and the worker take it:
+A method combines the three with its hyperparameters. The engine and the worker take one step like this:
 
     plan = method.plan(job_seed, step, basis)           scheduler: the probes, from seeds alone
     losses_PE                                           engine: every probe scored on the same mini-batch
     w_K = method.coefficients(plan, losses_PE)          worker, on the device
-    more = method.next_round(plan)                      scheduler; for most methods None
-    w_K = method.settle(w_K, more, losses_PE)           worker: after the losses of a further round
     theta, state = optimizer.update(theta, ..., w_K)    worker, and a replay of the logged w_K
 """
 
@@ -19,7 +17,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -28,64 +26,78 @@ from vllm_zo import noise
 from vllm_zo.errors import ConfigError
 from vllm_zo.methods.coordinates import Coordinates, LeftFactor
 from vllm_zo.methods.estimators import ESTIMATORS, Estimator, TwoSided
-from vllm_zo.methods.estimators.base import projected_grad
 from vllm_zo.methods.layout import FactorLayout
 from vllm_zo.methods.optimizers import OPTIMIZERS, SGD, Optimizer
-from vllm_zo.methods.parts import build_part
-from vllm_zo.methods.probe import ModuleShape, Probe, ProbePlan
-from vllm_zo.validation import check_float, check_int, reject
-
-__all__ = ["DIRECTION_STREAM", "LowRankMethod", "Method", "ModuleShape", "Probe", "ProbePlan", "projected_grad"]
+from vllm_zo.methods.plan import ModuleShape, ProbePlan
+from vllm_zo.options import check_options, option
+from vllm_zo.registry import settings
 
 DIRECTION_STREAM = "U"
+"""Part of every direction's key, so that no direction shares its key with a V (`state.BASIS_STREAM`)."""
 MAX_RANK = 512
-"""The largest `max_lora_rank` vLLM 0.32 accepts."""
+"""The widest adapter that vLLM 0.32 serves (`MaxLoRARanks` in vllm/config/lora.py)."""
+
+
+def rank_option(default: Any = MISSING) -> Any:
+    """The option `rank` of a method."""
+    fix = "vLLM serves no wider adapter"
+    return option(default, minimum=1, maximum=MAX_RANK, fix=fix, panel="Method", help="Rank of a direction.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Method(ABC):
-    """Frozen, picklable, without state, described by its JSON-able fields.
+    """A method is frozen and picklable and has no state; its fields describe it and can be written as JSON.
 
-    A subclass gives `name`, its hyperparameters with defaults, and `coordinates`; everything else has a default that
-    asks the estimator or the optimizer. Both may be given by name ("adam") or as {"name": ..., settings}.
+    A subclass gives `name`, its hyperparameters with defaults, and `coordinates`. The other members have defaults,
+    which ask the estimator or the optimizer. A user may give both by name ("adam") or as {"name": ..., settings}.
     """
 
     name: ClassVar[str]
     update_spaces: ClassVar[tuple[str, ...]] = ("bank", "fold")
-    """Update spaces the method can run in, default first."""
+    """The update spaces in which the method can run. The first is the default."""
     refusals: ClassVar[Mapping[str, str]] = {}
-    """Why it cannot run in the others."""
+    """Space -> why the method cannot run in it."""
     auto_share: ClassVar[float] = 1.0
-    """Factor of what `learning_rate="auto"` finds (methods/step_size.py)."""
+    """A factor of the step size that `learning_rate="auto"` finds (methods/step_size.py)."""
 
-    eps: float = 1e-3
-    """Probe radius in weight units."""
-    queries: int = 1
-    """Directions per step (K); all are scored in one perturbation group."""
-    estimator: Estimator = field(default_factory=TwoSided)
-    """How losses become a gradient estimate."""
-    optimizer: Optimizer = field(default_factory=SGD)
-    """How the estimate becomes a step."""
+    eps: float = option(
+        1e-3, above=0, fix="LoZO and MeZO use 1e-3", panel="Method", help="Probe radius in weight units."
+    )
+    queries: int = option(
+        1,
+        minimum=1,
+        fix="1 direction a step is what the papers use",
+        panel="Method",
+        help="Directions that a step averages.",
+    )
+    """K in the formulas. One perturbation group scores the probes of all of them."""
+    estimator: Estimator = option(
+        factory=TwoSided, panel="Method", metavar="PART", help="How losses become an estimate of the gradient"
+    )
+    optimizer: Optimizer = option(factory=SGD, panel="Method", metavar="PART", help="How the estimate becomes a step")
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "estimator", build_part("estimator", self.estimator, ESTIMATORS))
-        object.__setattr__(self, "optimizer", build_part("optimizer", self.optimizer, OPTIMIZERS))
+        # The parts first, because `validate` asks them. The dataclass is frozen: a plain assignment would raise.
+        object.__setattr__(self, "estimator", ESTIMATORS.build(self.estimator))
+        object.__setattr__(self, "optimizer", OPTIMIZERS.build(self.optimizer))
+        check_options(self, f"{self.name}.")
         self.validate()
 
     def __str__(self) -> str:
-        """ "LoZO(rank=2, interval=50, eps=0.001, queries=1)": its own fields first, parts only where chosen."""
-        given = method_fields(self)
+        """ "LoZO(rank=2, interval=50, eps=0.001, queries=1)": the subclass's own fields come first, and a part appears
+        only where it is not the default."""
+        given = settings(self)
         own = [name for name in given if name not in Method.__dataclass_fields__]
         names = own + [name for name in given if name not in own]
         return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)!r}' for name in names)})"
 
     def validate(self) -> None:
-        """Raise ConfigError naming field, value and fix when a hyperparameter is out of range."""
-        check_float(f"{self.name}.eps", self.eps, above=0.0, fix="LoZO and MeZO use 1e-3")
-        check_int(f"{self.name}.queries", self.queries, 1, fix="1 direction a step is what the papers use")
-        self.estimator.validate()
+        """Check that the hyperparameters go together. (The option of each one checks its range.)
+
+        Raises:
+            ConfigError: the estimator needs more queries, or the optimizer needs matrices that the method has not.
+        """
         self.estimator.check_queries(self.name, self.queries)
-        self.optimizer.validate()
         if self.optimizer.needs_matrices and not self.coordinates.has_matrices:
             raise ConfigError(
                 f"optimizer={self.optimizer.name!r} makes a step from matrices, and {self.name} trains a vector a "
@@ -93,7 +105,11 @@ class Method(ABC):
             )
 
     def check_space(self, space: str) -> None:
-        """Raise ConfigError with the reason where the method cannot run in an update space."""
+        """Check that the method can run in an update space.
+
+        Raises:
+            ConfigError: it cannot. The message gives the reason.
+        """
         if space not in self.update_spaces:
             accepted = " or ".join(repr(s) for s in self.update_spaces)
             why = f" ({self.refusals[space]})" if space in self.refusals else ""
@@ -109,44 +125,35 @@ class Method(ABC):
     @property
     @abstractmethod
     def coordinates(self) -> Coordinates:
-        """What is trained of each weight."""
+        """Which numbers of each weight the method trains."""
 
     def epoch(self, step: int) -> int:
-        """How many times the basis (V) has been refreshed when `step` is taken: 0 at the start, always if never."""
+        """How often the method has refreshed V when it takes `step`. It is 0 at every step if V never changes."""
         return 0
 
     def plan(self, job_seed: int, step: int, basis: int) -> ProbePlan:
-        """The probes of a step's first round. Direction k's seed is a function of (job, step, k)."""
-        seeds = [noise.derive_key(job_seed, DIRECTION_STREAM, step, k) for k in range(self.queries)]
-        return ProbePlan(step=step, probes=self.estimator.probes(seeds, self.eps), basis=basis)
+        """The probes of a step. The key of direction k is a function of (job_seed, step, k) alone."""
+        keys = [noise.derive_key(job_seed, DIRECTION_STREAM, step, k) for k in range(self.queries)]
+        return ProbePlan(step=step, probes=self.estimator.probes(keys, self.eps), basis=basis)
 
     def coefficients(self, plan: ProbePlan, losses_PE: Tensor) -> Tensor:
         """(P, E) float32 losses in nats -> (K,) float32 weights of the directions in the gradient estimate."""
+        # A method may override this to change the weights; the seed log then holds the changed ones.
         return self.estimator.coefficients(plan, losses_PE)
-
-    def next_round(self, plan: ProbePlan) -> ProbePlan | None:
-        """Another round of probes on the same mini-batch after that of `plan`, or None: the step ends with it.
-
-        It is known before any loss is: nothing waits for the host. What depends on losses stays on the device, as
-        probes `at_step` and as `settle`.
-        """
-        return self.optimizer.next_round(plan)
-
-    def settle(self, coefficients_K: Tensor, plan: ProbePlan, losses_PE: Tensor) -> Tensor:
-        """The coefficients after the further round `plan`; what is returned is what is logged and applied."""
-        return self.optimizer.settle(coefficients_K, plan, losses_PE)
 
     @property
     def auto_step(self) -> float:
-        """Length of a step with `learning_rate="auto"`, in units of `eps` times a direction."""
+        """The length of a step with `learning_rate="auto"`, in units of `eps` times a direction."""
         share = self.auto_share * self.optimizer.auto_share
+        # The mean of K directions has less noise and allows a longer step (step_size.py). The step of a scale-free
+        # optimizer has its length from the optimizer, whatever K is.
         return share if self.optimizer.scale_free else share * math.sqrt(self.queries)
 
     def layout(self, modules: tuple[ModuleShape, ...]) -> FactorLayout:
         """Where the factors of `modules` lie in the flat vectors.
 
         Raises:
-            ConfigError: orthonormal factors of this rank do not fit a module.
+            ConfigError: the rank exceeds the number of orthonormal columns that a module has room for.
         """
         coordinates = self.coordinates
         for module in modules:
@@ -156,17 +163,13 @@ class Method(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class LowRankMethod(Method):
-    """Directions `U V^T` with U fresh for each direction and V kept for `interval` steps."""
+    """Methods whose directions are `U V^T`. Each direction has a fresh U; V stays for `interval` steps."""
 
-    rank: int = 2
-    """Rank of a direction."""
-    interval: int = 50
-    """Steps for which V is kept (nu in the LoZO paper)."""
-
-    def validate(self) -> None:
-        check_int(f"{self.name}.rank", self.rank, 1, MAX_RANK, "vLLM's adapters go no further")
-        check_int(f"{self.name}.interval", self.interval, 1, fix="LoZO's paper uses 50 to 500")
-        super().validate()
+    rank: int = rank_option(2)
+    interval: int = option(
+        50, minimum=1, fix="LoZO's paper uses 50 to 500", panel="Method", help="Steps for which V is kept."
+    )
+    """The LoZO paper calls it nu."""
 
     @property
     def coordinates(self) -> Coordinates:
@@ -178,48 +181,13 @@ class LowRankMethod(Method):
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterMethod(Method):
-    """Trains the factors of a LoRA adapter themselves, for the whole run."""
+    """Methods that train the factors of one LoRA adapter for the whole run."""
 
     update_spaces = ("bank",)
 
-    rank: int
+    rank: int = rank_option()
     """Rank of the adapter."""
-    alpha: float
-    """LoRA's alpha; the adapter counts alpha / rank times."""
-
-    def validate(self) -> None:
-        check_int(f"{self.name}.rank", self.rank, 1, MAX_RANK, "vLLM's adapters go no further")
-        check_float(f"{self.name}.alpha", self.alpha, above=0.0, fix="MeZO uses 16 at rank 8")
-        super().validate()
-
-
-def method_fields(method: Method) -> dict[str, Any]:
-    """Hyperparameters of a method as JSON has them: `build_method(method.name, **method_fields(method)) == method`.
-
-    An estimator or optimizer that is the method's own default is left out, so that a log names what was chosen.
-    """
-    described: dict[str, Any] = {}
-    for f in fields(method):
-        value = getattr(method, f.name)
-        if not isinstance(value, Estimator | Optimizer):
-            described[f.name] = value
-        elif f.default_factory is MISSING or value != f.default_factory():
-            described[f.name] = describe_part(value)
-    return described
-
-
-def describe_part(part: Estimator | Optimizer) -> dict[str, Any]:
-    """`{"name": ..., settings}`."""
-    return {"name": part.name, **{f.name: getattr(part, f.name) for f in fields(part)}}
-
-
-def check_registered(method: object, known: Mapping[str, type[Any]]) -> None:
-    """Refuse a method that the engine, which knows it by name, could not build again."""
-    if isinstance(method, Method) and known.get(method.name) is type(method):
-        return
-    if not isinstance(method, Method):
-        reject("method", method, "a method such as LoZO(rank=2)")
-    raise ConfigError(
-        f"method={method!r}: the engine knows methods by name, and {method.name!r} is not {type(method).__name__}. "
-        "Declare it in the entry point group 'vllm_zo.methods' of an installed package (docs/adding-a-method.md)."
+    alpha: float = option(
+        above=0, fix="MeZO uses 16 at rank 8", panel="Method", help="LoRA's alpha, where an adapter is trained."
     )
+    """The method multiplies the adapter by alpha / rank."""

@@ -1,8 +1,8 @@
-"""Writing an accumulator into a weight: `W += U V^T` with seeded stochastic rounding below float32. Pure torch.
+"""How an accumulator goes into a weight: `W += U V^T`, with seeded stochastic rounding below float32. Pure torch.
 
-A fold of 50 LoZO steps at learning rate 1e-7 is below half an ulp of most bf16 weights: rounding to nearest would lose
-it. Stochastic rounding is right in expectation, and its noise is a function of (key, module, element), so every shard
-and every replay rounds alike (ALGORITHMS: fp32 where it matters).
+A fold of 50 LoZO steps at learning rate 1e-7 is below half an ulp of most bfloat16 weights, so rounding to nearest
+would lose it. Stochastic rounding is right in expectation. Its noise is a function of (key, module, element), so every
+replay rounds alike.
 """
 
 from __future__ import annotations
@@ -13,26 +13,36 @@ from torch import Tensor
 from vllm_zo import noise
 
 _MANTISSA_BITS = {torch.bfloat16: 7, torch.float16: 10}
+"""Explicit mantissa bits; float32 has 23."""
 _CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}
-"""Elements folded at a time. On a CPU the float32 sum, its bits and the noise then stay in cache, and no device needs a
-float32 copy of a large matrix. Smaller chunks cost more in calls, larger ones gain nothing."""
-
-
-def change_of(u: Tensor, v_IR: Tensor | None) -> Tensor:
-    """(O, I) `u v^T`; `u` itself where there is no v."""
-    return u if v_IR is None else u @ v_IR.T
+"""Elements per pass of a fold. With a pass of this size the float32 sum, its bits and the noise stay in a CPU's cache,
+and no device needs a float32 copy of a large matrix. Smaller passes cost more calls; larger ones were not faster."""
 
 
 def fold_into(
-    weight_OI: Tensor, u_OR: Tensor, v_IR: Tensor | None, key: int, module: str, out: Tensor | None = None
+    weight_OI: Tensor,
+    u_OR: Tensor,
+    v_IR: Tensor | None,
+    key: int,
+    module: str,
+    out: Tensor | None = None,
+    *,
+    first_element: int = 0,
+    stride: int | None = None,
 ) -> Tensor:
-    """`weight + u v^T` in the weight's dtype: addition in float32, then seeded stochastic rounding.
+    """(O, I) `weight + u v^T` in the weight's dtype: addition in float32, then seeded stochastic rounding.
 
     Args:
-        weight_OI: (O, I) float32, bfloat16 or float16; the *whole* module (rounding noise counts its elements from 0).
-        u_OR, v_IR: float32 factors; without v, `u_OR` is the whole change (O, I).
-        key: 64-bit key of this fold; equal keys, equal rounding.
-        out: where the result goes; may be the weight itself.
+        weight_OI: (O, I) float32, bfloat16 or float16: a whole module, or a rank's part of it.
+        u_OR, v_IR: float32 factors (O, R) and (I, R). Without v, `u_OR` is the whole change (O, I).
+        key: 64-bit key of this fold. Equal keys give equal rounding.
+        out: receives the result, and may be the weight itself. None stands for a new tensor.
+        first_element, stride: where the part lies in the module: the number of its element (0, 0), and the inputs of
+            the whole module (None: I). The rounding noise goes by an element's number in the whole module, so that
+            every tensor-parallel size gives the same weights.
+
+    Raises:
+        TypeError: the weight has another dtype.
     """
     if weight_OI.dtype == torch.float32:
         if v_IR is None:
@@ -41,33 +51,51 @@ def fold_into(
     if out is None:
         out = torch.empty_like(weight_OI)
     outs, ins = weight_OI.shape
-    rows = max(1, _CHUNK_ELEMENTS.get(weight_OI.device.type, 1 << 24) // max(1, ins))
-    for first in range(0, outs, rows):
-        part = slice(first, first + rows)
+    # Whole lines of the matrix: a part then has one product with V, and its elements follow each other in the noise.
+    size = max(1, _CHUNK_ELEMENTS.get(weight_OI.device.type, 1 << 24) // max(1, ins))
+    for first in range(0, outs, size):
+        part = slice(first, first + size)
+        # `float()` copies the part before `out`, which may be the weight, receives it.
         total = weight_OI[part].float()
         total = total.add_(u_OR[part]) if v_IR is None else total.addmm_(u_OR[part], v_IR.T)
-        out[part] = stochastic_round(total, weight_OI.dtype, key, module, first_element=first * ins)
+        number = first_element + first * (ins if stride is None else stride)
+        out[part] = stochastic_round(total, weight_OI.dtype, key, module, number, stride)
     return out
 
 
-def stochastic_round(value: Tensor, dtype: torch.dtype, key: int, module: str, first_element: int = 0) -> Tensor:
-    """Round float32 to `dtype`, up or down with probability proportional to the distance.
+def stochastic_round(
+    value: Tensor, dtype: torch.dtype, key: int, module: str, first_element: int = 0, stride: int | None = None
+) -> Tensor:
+    """Round float32 to `dtype`, up or down. The nearer of the two values is the likelier one, in proportion.
 
-    Works on the bit pattern: adding a uniform integer below the dropped bits and truncating rounds up with exactly the
-    dropped fraction's probability. Two kinds round to nearest instead: float16 subnormals (below 6e-5), because their
-    dropped bits are not at a fixed place, and what lies beyond the largest finite number.
+    The function adds a uniform integer below the kept bits to the bit pattern and truncates. That rounds away from zero
+    with a probability of exactly the dropped fraction. Two kinds of values round to nearest instead: float16 subnormals
+    (below 6e-5), whose dropped bits have no fixed place, and values beyond the largest finite number.
 
     Args:
-        value: float32, elements `first_element`, `first_element + 1`, ... of the module.
+        value: float32 of any shape: the elements `first_element`, `first_element + 1`, ... of the module. With a
+            `stride`, a matrix: element (o, i) is the module's number `first_element + o * stride + i`.
+        key: 64-bit key of the fold.
+
+    Returns:
+        A tensor of the shape of `value`, in `dtype`.
+
+    Raises:
+        TypeError: `dtype` is neither bfloat16 nor float16.
     """
     if dtype not in _MANTISSA_BITS:
         raise TypeError(f"stochastic rounding to {dtype} is not defined; use float32, bfloat16 or float16")
     dropped_mask = (1 << (23 - _MANTISSA_BITS[dtype])) - 1
-    ranges = noise.ElementRanges.of([(module, first_element, first_element + value.numel())])
+    lines, length = (1, value.numel()) if stride is None else value.shape
+    starts = (first_element + line * (stride or 0) for line in range(lines))
+    ranges = noise.ElementRanges.of((module, start, start + length) for start in starts)
     bits = noise.uniform_int32(key, ranges, value.device).view(value.shape)
+    # A float is sign and magnitude, so adding to its bits raises the magnitude for either sign. A carry out of the
+    # mantissa raises the exponent, and gives the next representable value.
     bits.bitwise_and_(dropped_mask).add_(value.contiguous().view(torch.int32)).bitwise_and_(~dropped_mask)
     magnitude = value.abs()
-    in_range = magnitude <= torch.finfo(dtype).max  # false for NaN
+    # False for NaN too, whose bit pattern must not carry over into another number.
+    in_range = magnitude <= torch.finfo(dtype).max
     if dtype == torch.float16:
         in_range &= magnitude >= torch.finfo(dtype).smallest_normal
     return torch.where(in_range, bits.view(torch.float32), value).to(dtype)

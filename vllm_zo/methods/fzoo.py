@@ -1,4 +1,4 @@
-"""FZOO: one-sided probes along random signs, the step divided by the standard deviation of their losses."""
+"""FZOO: one-sided probes along random signs. The standard deviation of their losses divides the step."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from vllm_zo.methods.estimators import Estimator, StdNormalised
 
 @dataclass(frozen=True, kw_only=True)
 class FZOO(LowRankMethod):
-    """K + 1 forward passes a step, all in one batch.
+    """A step takes K + 1 forward passes, all in one batch.
 
         g = 1/(eps K) sum_k (l_k - l_0) Z_k;   W <- W - lr * g / std(l_1..l_K)
 
-    Where this differs from the paper: its directions are dense matrices of random signs; ours are low-rank,
-    `Z_k = U_k V^T` with random signs in U_k and V (at rank 1 the entries of Z_k are random signs again, but not
-    independent), and V is kept for an interval as in LoZO.
+    Two things differ from the paper. Its directions are dense matrices of random signs; ours are low-rank,
+    `Z_k = U_k V^T` with random signs in U_k and V. (At rank 1 the entries of Z_k are random signs again, but not
+    independent ones.) And V stays for an interval, as in LoZO.
 
     Source: FZOO: Fast Zeroth-Order Optimizer, arXiv:2506.09034, Algorithm 1 (N = 8).
     """

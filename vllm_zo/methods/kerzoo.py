@@ -12,7 +12,7 @@ from vllm_zo.methods.estimators import Estimator, Kernel
 class KerZOO(LowRankMethod):
     """`W <- W - lr/K sum_k K(s_k) (L(W + eps s_k Z_k) - L(W - eps s_k Z_k)) / (2 eps) Z_k`,  s_k ~ U[-1, 1].
 
-    Where this differs from the paper: its directions are dense, ours are LoZO's `U_k V^T`.
+    One thing differs from the paper: its directions are dense, and ours are LoZO's `U_k V^T`.
 
     Source: KerZOO: Kernel Function Informed Zeroth-Order Optimization, arXiv:2505.18886, Algorithm 1.
     """

@@ -1,4 +1,4 @@
-"""Where each module's numbers lie in the flat vectors. Pure torch."""
+"""Where the numbers of each module lie in the flat vectors."""
 
 from __future__ import annotations
 
@@ -9,44 +9,31 @@ from functools import cached_property
 from torch import Tensor
 
 from vllm_zo import noise
-from vllm_zo.methods.probe import ModuleShape
+from vllm_zo.methods.plan import ModuleShape
 
 
 @dataclass(frozen=True)
 class FactorLayout:
-    """Where each module's factors lie in the flat vectors of U (sum of O*R) and V (sum of I*R).
-
-    `out_slices` / `in_slices` restrict every module to this rank's shard (tensor parallel); noise does not notice,
-    because it is a function of the *global* element index.
-    """
+    """Where the factors of each module lie in the flat vectors of U (sum of O*R) and V (sum of I*R)."""
 
     modules: tuple[ModuleShape, ...]
     rank: int
-    out_slices: tuple[slice, ...] | None = None
-    in_slices: tuple[slice, ...] | None = None
     _ranges: dict[tuple[int, ...], noise.ElementRanges] = field(default_factory=dict, repr=False, compare=False)
-
-    def _rows(self, full: list[int], slices: tuple[slice, ...] | None) -> list[tuple[int, int]]:
-        if slices is None:
-            return [(0, size) for size in full]
-        return [s.indices(size)[:2] for s, size in zip(slices, full, strict=True)]
 
     @cached_property
     def u_ranges(self) -> noise.ElementRanges:
-        rows = self._rows([m.out_features for m in self.modules], self.out_slices)
-        return noise.ElementRanges.of(
-            [(m.name, a * self.rank, b * self.rank) for m, (a, b) in zip(self.modules, rows, strict=True)]
-        )
+        return self.ranges([m.out_features * self.rank for m in self.modules])
 
     @cached_property
     def v_ranges(self) -> noise.ElementRanges:
-        rows = self._rows([m.in_features for m in self.modules], self.in_slices)
-        return noise.ElementRanges.of(
-            [(m.name, a * self.rank, b * self.rank) for m, (a, b) in zip(self.modules, rows, strict=True)]
-        )
+        return self.ranges([m.in_features * self.rank for m in self.modules])
 
     def ranges(self, counts: Sequence[int]) -> noise.ElementRanges:
-        """Elements 0 to `counts[i]` of module i: what is drawn for quantities that are neither U nor V."""
+        """The first `counts[i]` elements of every module i.
+
+        The layout keeps the result, because an `ElementRanges` carries the tables with which `noise` draws. To make
+        them costs more than a draw.
+        """
         key = tuple(counts)
         if key not in self._ranges:
             pieces = [(m.name, 0, count) for m, count in zip(self.modules, key, strict=True)]

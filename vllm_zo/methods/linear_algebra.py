@@ -1,4 +1,8 @@
-"""Small matrix functions, in float64 and rounded once, so that a replay on the same kind of machine rounds alike."""
+"""Small matrix functions. They compute in float64 and round once to float32.
+
+LAPACK may add in another order on another machine or with another number of threads. In float64 such differences are
+far below float32's rounding, so that a replay almost always gives the same float32 numbers.
+"""
 
 from __future__ import annotations
 
@@ -6,31 +10,40 @@ import torch
 from torch import Tensor
 
 from vllm_zo.errors import ConfigError
-from vllm_zo.methods.probe import ModuleShape
+from vllm_zo.methods.plan import ModuleShape
 
 
 def check_columns_fit(module: ModuleShape, rank: int, most: int) -> None:
-    """Refuse a rank for which a module has no orthonormal columns."""
+    """Check that a module has room for `rank` orthonormal columns.
+
+    Raises:
+        ConfigError: `rank` exceeds `most`. The message names the module.
+    """
     if rank > most:
         raise ConfigError(f"rank={rank}: {module.name} has room for {most} orthonormal columns; set rank <= {most}.")
 
 
 def orthonormal(matrix_NR: Tensor) -> Tensor:
-    """(N, R) float32 with orthonormal columns spanning those of `matrix_NR`: the Q of its QR decomposition, with R's
-    diagonal made positive, which makes it unique (and uniform, for a Gaussian matrix). Needs N >= R."""
+    """(N, R) float32 with orthonormal columns that span the columns of `matrix_NR`; it needs N >= R.
+
+    The result is Q of the QR decomposition whose R has a positive diagonal. That makes Q unique, and uniformly
+    distributed for a Gaussian matrix.
+    """
+    # LAPACK chooses the signs of R's diagonal; another version may choose others, and V would differ in sign.
     q, r = torch.linalg.qr(matrix_NR.double())
     return (q * torch.where(r.diagonal() < 0, -1.0, 1.0)).float()
 
 
 def matrix_sign(matrix_NR: Tensor) -> Tensor:
-    """`X Y^T` of the singular value decomposition X S Y^T: all singular values set to 1, float32.
+    """(N, R) float32 `X Y^T` of the singular value decomposition X S Y^T: every singular value becomes 1.
 
-    Through the eigenvalues of the smaller Gram matrix. Directions in which the matrix has (to rounding) nothing stay
-    zero.
+    The function takes it from the eigenvalues of the smaller Gram matrix. Singular values that are zero to rounding
+    stay zero.
     """
     m = matrix_NR.double()
     tall = m if m.shape[0] >= m.shape[1] else m.T
     values, vectors = torch.linalg.eigh(tall.T @ tall)
+    # Eigenvalues of the Gram matrix are squares: 1e-12 of the largest is 1e-6 of a singular value, float32's rounding.
     tiny = values <= values.max().clamp_min(0.0) * 1e-12
     inverse_root = torch.where(tiny, 0.0, values.clamp_min(1e-300).rsqrt())
     sign = tall @ (vectors * inverse_root) @ vectors.T

@@ -1,4 +1,4 @@
-"""LoZO: low-rank zeroth-order SGD whose right factor is kept for an interval."""
+"""LoZO: low-rank zeroth-order SGD that keeps its right factor for an interval."""
 
 from __future__ import annotations
 
@@ -9,22 +9,23 @@ from vllm_zo.methods.base import LowRankMethod
 
 @dataclass(frozen=True, kw_only=True)
 class LoZO(LowRankMethod):
-    """Low-rank ZO-SGD with lazy sampling of V.
+    """Low-rank ZO-SGD that samples V lazily.
 
-        step t:  V drawn if t % interval == 0, else kept;  U_k fresh, k = 1..K;  entries N(0, 1)
+        step t:  draw V if t % interval == 0, else keep it;  draw U_k, k = 1..K;  entries N(0, 1)
                  c_k = (L(W + eps U_k V^T) - L(W - eps U_k V^T)) / (2 eps)
                  W  <- W - lr * 1/K sum_k c_k U_k V^T
 
-    V is shared inside an interval, so the update stays in a small accumulator, `U_acc <- U_acc - lr/K sum_k c_k U_k`.
-    LOZO-M is `LoZO(optimizer=Momentum(beta=0.9))`; any estimator and any optimizer may take the place of its own.
+    All steps of an interval share V, so the update stays in a small accumulator, `U_acc <- U_acc - lr/K sum_k c_k U_k`.
+    LOZO-M is `LoZO(optimizer=Momentum(beta=0.9))`. Any other estimator or optimizer may take the place of the default.
 
-    Where this differs:
-        - from the official code (optsuite/LOZO, `LOZOtrainer.py`): there, on a refresh step, the probe draws V and U
-          after seeding, but the update seeds again and draws U alone: it moves along a direction that was never probed
-          (with interval 1: at every step). Here the direction applied is the direction probed, always.
-        - from the paper's estimator, which divides by the rank: like the official code we do not, so that published
-          learning rates mean the same here.
-        - queries > 1 is the plain average over K directions, all with the step's V (the paper has K = 1).
+    Differences:
+        - The official code (optsuite/LOZO, `LOZOtrainer.py`) draws V and U after seeding when it probes on a refresh
+          step, but it seeds again and draws U alone for the update. So it moves along a direction that it never probed
+          (with interval 1, at every step). Here the update always moves along the probed direction.
+        - The paper's estimator divides by the rank. Like the official code we do not, so that published learning rates
+          mean the same here.
+        - The paper has K = 1. With queries > 1 the estimate is the plain average over K directions, all with the
+          step's V.
 
     Example:
         >>> LoZO(rank=2, interval=50).epoch(120)

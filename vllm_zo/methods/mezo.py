@@ -1,4 +1,4 @@
-"""MeZO as published: dense Gaussian directions, written into the base weights one probe at a time."""
+"""MeZO as published: dense Gaussian directions. The worker writes one probe at a time into the base weights."""
 
 from __future__ import annotations
 
@@ -12,16 +12,15 @@ from vllm_zo.methods.coordinates import Coordinates, Dense
 
 @dataclass(frozen=True, kw_only=True)
 class MeZO(Method):
-    """`W <- W - lr * 1/K sum_k c_k Z_k`, Z_k ~ N(0, I) dense, for those who need the original and as the reference.
+    """`W <- W - lr * 1/K sum_k c_k Z_k` with Z_k ~ N(0, I), dense. This is the original algorithm, and our reference.
 
-    The engine is this job's: members of one probe run, then the base weights of the next are written. Slow by nature,
-    and slower where weights are packed (on CPU every probe packs them again). Memory beside the model: a float32 copy
-    of the weights in scope for the update, one for the direction, and the originals.
+    The engine runs this job alone. It scores one probe, then writes the base weights of the next. That is slow, and
+    slower where the engine packs its weights (on a CPU it packs them again for every probe). Beside the model the job
+    needs memory for a float32 copy of the trained weights (the update), one more (the direction), and the originals.
 
-    Where this differs from the official code (princeton-nlp/MeZO): it adds and subtracts eps Z in the weights' dtype,
-    which drifts in 16 bits; here every probe is written anew from the original and the float32 update, so nothing
-    drifts, and the update is float32. In scope are linear layers only (no embeddings, biases and norms), without weight
-    decay.
+    The official code (princeton-nlp/MeZO) adds and subtracts eps Z in the weights' dtype, which drifts in 16 bits. Here
+    the worker writes every probe from the original weights and the float32 update, so nothing drifts. The method trains
+    linear layers only (no embeddings, biases or norms), without weight decay.
 
     Source: Fine-Tuning Language Models with Just Forward Passes, arXiv:2305.17333, Algorithm 1.
     """

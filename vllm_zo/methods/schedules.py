@@ -1,4 +1,4 @@
-"""Learning-rate schedules: pure functions of the step, in Python's float64."""
+"""Schedules of learning rate and probe radius: pure functions of the step, in Python's float64."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ LR_SCHEDULES: tuple[str, ...] = get_args(LRSchedule)
 
 
 def learning_rate_at(schedule: LRSchedule, base: float, step: int, total_steps: int, warmup: int = 0) -> float:
-    """Learning rate of `step` (counted from 0).
+    """The learning rate of `step` (counted from 0).
 
         warm-up   base * (step + 1) / warmup             for step < warmup: the first step already moves
         constant  base
@@ -18,7 +18,7 @@ def learning_rate_at(schedule: LRSchedule, base: float, step: int, total_steps: 
         cosine    base * (1 + cos(pi p)) / 2
 
     `linear` and `cosine` start at `base` and would reach 0 at `total_steps`, one step after the last. In `transformers`
-    warm-up begins with a step of learning rate 0; here it does not, because no step should be wasted.
+    warm-up begins with a step of learning rate 0. Here it does not, because that would waste the step's probes.
 
     Example:
         >>> [learning_rate_at("linear", 1.0, step, 4) for step in range(4)]
@@ -35,11 +35,11 @@ def learning_rate_at(schedule: LRSchedule, base: float, step: int, total_steps: 
 
 
 EPS_FLOOR = 0.1
-"""An eps schedule ends at this share of eps: a radius near 0 leaves only rounding in the difference of two losses."""
+"""An eps schedule ends at this share of eps. With a radius near 0 the difference of two losses would be rounding."""
 
 
 def eps_factor_at(schedule: LRSchedule, step: int, total_steps: int) -> float:
-    """Factor of the probe radius at `step`: 1 at the start, falling to EPS_FLOOR with "linear" or "cosine".
+    """The factor of the probe radius at `step`. It starts at 1; "linear" and "cosine" lower it to EPS_FLOOR.
 
     Example:
         >>> [round(eps_factor_at("linear", step, 3), 1) for step in range(3)]

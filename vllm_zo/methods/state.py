@@ -1,11 +1,13 @@
-"""The trained quantity of a job: per basis a fp32 vector of trained numbers, and what the optimizer remembers.
+"""What a job trains: a float32 vector of trained numbers for each basis, and the optimizer's state.
 
-The worker, `replay` and the reference trainer in the tests share this file, so a logged run rebuilds bit for bit.
-All modules' numbers lie in one flat float32 vector (N,): noise, update and logging touch it in single operations.
+The worker, `replay` and the reference trainer of the tests share this file, so that a replay rebuilds a logged run bit
+for bit. The numbers of all modules lie in one flat vector (N,), so that noise, update and snapshot are single
+operations.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
@@ -14,24 +16,25 @@ import torch
 from torch import Tensor
 
 from vllm_zo import noise
-from vllm_zo.methods.base import Method, ProbePlan
-from vllm_zo.methods.coordinates import Block
+from vllm_zo.methods.base import Method
+from vllm_zo.methods.coordinates import Coordinates
 from vllm_zo.methods.layout import FactorLayout
 from vllm_zo.methods.optimizers import Estimate, State
-
-__all__ = ["AdapterState", "FactorLayout"]
+from vllm_zo.methods.plan import ProbePlan
 
 BASIS_STREAM = "V"
+"""Part of the key of every V, so that no V shares its key with a direction (`base.DIRECTION_STREAM`)."""
 
 
 class AdapterState:
-    """Trained numbers, factors and optimizer state of one job.
+    """The trained numbers, factors and optimizer state of one job. A worker owns one for each job, and steps it.
 
-    The delta to the base weights of a module is `sum_b U_b V_b^T` over the bases held here, with the factors of a basis
-    those of `method.coordinates` at its accumulator.
+    The change of a module is `sum_b U_b V_b^T` over the bases with an update. `method.coordinates` makes U_b and V_b of
+    the accumulator of b. Accumulator i belongs to a basis b with `b % num_bases == i`.
 
     Args:
-        num_bases: bases kept at once (1 in `fold` space, M in `bank` space).
+        job_seed: the job's seed, from which the keys of all V follow.
+        num_bases: how many bases the state holds at once (1 in `fold` space, M in `bank` space).
     """
 
     def __init__(
@@ -47,96 +50,91 @@ class AdapterState:
         self.acc_BN = torch.zeros(num_bases, numbers, dtype=torch.float32, device=device)
         self.optimizer_state: State = method.optimizer.init(self.acc_BN[0])
         self.versions = [0] * num_bases
-        """Updates each accumulator has seen; with its basis, a name for its content."""
-        self.basis_of_row: dict[int, int] = {}
-        """Accumulators in use and the basis each belongs to."""
-        self.optimizer_basis: int | None = None
-        """The basis in whose coordinates the optimizer's vectors are said: that of the last step."""
+        """How often each accumulator has changed. Together with its basis this names its content."""
+        self.last_basis: int | None = None
+        """Basis of the last step. The optimizer's vectors refer to its V."""
+        self._touched: dict[int, int] = {}
+        """Index of an accumulator with an update -> its basis."""
         self._draws: tuple[tuple[int, ...], Tensor] | None = None
-        self._basis: tuple[int, Any] | None = None
-        self._proposal: Tensor | None = None
+        self._frozen: tuple[int, Any] | None = None
 
     # --- what is where ----------------------------------------------------------------------------------------------
 
     def factory(self) -> Callable[[], AdapterState]:
-        """Makes empty states of the same job, without keeping this one alive."""
+        """A function that makes empty states of the same job. It holds no reference to this state's tensors."""
         return partial(AdapterState, self.method, self.layout, self.job_seed, self.num_bases, self.device)
 
-    def row(self, basis: int) -> int:
-        """Which accumulator belongs to a basis."""
+    def index_of(self, basis: int) -> int:
+        """The index of the accumulator of a basis."""
         return basis % self.num_bases
 
-    def touched_bases(self) -> list[tuple[int, int]]:
-        """(row, basis) of every accumulator that has been updated, by row."""
-        return sorted(self.basis_of_row.items())
+    def accumulator(self, basis: int) -> Tensor:
+        """(N,) float32 trained numbers of a basis: a view into `acc_BN`."""
+        return self.acc_BN[self.index_of(basis)]
+
+    def touched_bases(self) -> list[int]:
+        """The bases with an update, in the order of their accumulators."""
+        return [basis for _, basis in sorted(self._touched.items())]
 
     def mark_touched(self, bases: Iterable[int]) -> None:
-        """Say which bases the accumulators hold, after they were loaded from a snapshot."""
-        self.basis_of_row = {self.row(basis): basis for basis in bases}
+        """Say which bases the accumulators hold, after a snapshot has filled them."""
+        self._touched = {self.index_of(basis): basis for basis in bases}
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything a snapshot must hold, by name."""
+        """The tensors of a snapshot, by name."""
         return {"acc_BN": self.acc_BN} | {f"optimizer.{name}": t for name, t in self.optimizer_state.items()}
+
+    def digest(self) -> int:
+        """64 bits that tell states apart. The device is waited for."""
+        hashed = hashlib.blake2b(digest_size=8)
+        for name, tensor in self.tensors().items():
+            hashed.update(name.encode())
+            hashed.update(tensor.detach().cpu().contiguous().numpy().data)
+        return int.from_bytes(hashed.digest(), "little")
 
     # --- factors ----------------------------------------------------------------------------------------------------
 
-    def basis(self, basis: int) -> Any:
-        """What the coordinates freeze at a basis, from its key alone. The last one is kept."""
-        if self._basis is None or self._basis[0] != basis:
+    def frozen(self, basis: int) -> Any:
+        """What `Coordinates.draw_frozen` gives for the key of a basis. The state keeps the last one only.
+
+        A state in `bank` space with M bases would need M times the memory to keep all; it draws again instead.
+        """
+        if self._frozen is None or self._frozen[0] != basis:
             key = noise.derive_key(self.job_seed, BASIS_STREAM, basis)
-            self._basis = basis, self.coordinates.basis(key, self.layout, self.device)
-        return self._basis[1]
+            self._frozen = basis, self.coordinates.draw_frozen(key, self.layout, self.device)
+        return self._frozen[1]
 
     def factors(self, basis: int, theta_N: Tensor) -> tuple[list[Tensor], Sequence[Any]]:
-        """Per module U (O, R) and V (I, R) of trained numbers in a basis (V None: see `Coordinates.module_factors`)."""
-        return self.coordinates.module_factors(theta_N, self.basis(basis), self.layout)
+        """For each module U (O, R) and V (I, R) of the numbers `theta_N`, with the V of a basis. (For V None see
+        `Coordinates.module_factors`.)"""
+        return self.coordinates.module_factors(theta_N, self.frozen(basis), self.layout)
 
-    def bases_to_write(self) -> list[tuple[int, Tensor]]:
-        """(basis, trained numbers) of what makes up the adapter; basis 0 when nothing has been trained."""
-        return [(basis, self.acc_BN[row]) for row, basis in self.touched_bases()] or [(0, self.acc_BN[0])]
+    def draws(self, keys: Sequence[int]) -> Tensor:
+        """(K, M) float32, one `Coordinates.draw` for each key. The state keeps them until a caller asks for other keys.
 
-    def v_flat(self, basis: int) -> Tensor:
-        """(N_V,) float32: V of a basis before anything is trained."""
-        return self.coordinates.factors(torch.zeros_like(self.acc_BN[0]), self.basis(basis), self.layout)[1]
-
-    def u_flat(self, seeds: Sequence[int]) -> Tensor:
-        """(K, M) float32: what was drawn for each direction. Kept until other seeds are asked for: the update that
-        follows a probe uses the very tensor that was probed, and evicting it is free."""
-        wanted = tuple(seeds)
+        So the update after a probe uses the very tensor of the probe. Nothing is lost if the state drops them, because
+        the keys give them again.
+        """
+        wanted = tuple(keys)
         if self._draws is None or self._draws[0] != wanted:
-            drawn = [self.coordinates.draw(seed, self.layout, self.device) for seed in wanted]
+            drawn = [self.coordinates.draw(key, self.layout, self.device) for key in wanted]
             self._draws = wanted, torch.stack(drawn)
         return self._draws[1]
 
     @property
     def regenerates(self) -> bool:
-        """Whether an update draws its directions anew. On a GPU one launch adds them all without storing one, so that
-        of K directions only the one whose slots are written is held. The same generator gives the same directions."""
-        return self.device.type == "cuda" and self.coordinates.draws_normals
+        """Whether an update draws its directions again (`regenerates`)."""
+        return regenerates(self.coordinates, self.device.type)
 
     def offset(self, plan: ProbePlan, probe: int) -> Tensor:
-        """(N,): what a probe adds to the trained numbers. Not for the centre, which adds nothing."""
+        """(N,) float32: what a probe adds to the trained numbers. The centre adds nothing and has no offset."""
         p = plan.probes[probe]
-        if p.at_step:
-            assert self._proposal is not None, "a probe at the step before there was a first round"
-            return self._proposal * (p.sign * p.eps)
-        index = plan.seeds.index(p.seed)
-        drawn = self.u_flat([p.seed])[0] if self.regenerates else self.u_flat(plan.seeds)[index]
+        index = plan.keys.index(p.key)
+        drawn = self.draws([p.key])[0] if self.regenerates else self.draws(plan.keys)[index]
         direction = self.coordinates.embed(drawn, index, self.layout)
         return direction * (p.sign * p.eps * self.coordinates.scale)
 
-    def blocks(self, plan: ProbePlan, probe: int) -> list[Block]:
-        """What a slot holds for one probe."""
-        return self.coordinates.blocks(self, plan, probe)
-
     # --- the step ---------------------------------------------------------------------------------------------------
-
-    def propose(self, plan: ProbePlan, coefficients_K: Tensor, learning_rate: float) -> None:
-        """Keep the step that `apply` would take with these coefficients, for probes at the step."""
-        theta_N = self.acc_BN[self.row(plan.basis)]
-        self._move_optimizer_to(plan.basis)
-        moved_N, _ = self._update(plan, theta_N, coefficients_K, learning_rate)
-        self._proposal = moved_N - theta_N
 
     def apply(
         self, plan: ProbePlan, coefficients_K: Tensor, learning_rate: float, finite: bool | Tensor = True
@@ -144,62 +142,79 @@ class AdapterState:
         """Take the step: the optimizer moves the accumulator of the plan's basis.
 
         Args:
-            plan: of the first round, whose directions the coefficients belong to.
-            finite: False (or a bool tensor that says so on the device): a loss was not finite, and nothing changes.
-                The coefficients are zeros then.
+            plan: the plan of the step. The coefficients belong to its directions, in the order of `plan.keys`.
+            coefficients_K: (K,) float32, all zero if a loss was not finite.
+            finite: whether all losses were finite, as a bool or as a bool tensor on the device. If not, nothing
+                changes.
         """
-        row, optimizer = self.row(plan.basis), self.method.optimizer
+        index, optimizer = self.index_of(plan.basis), self.method.optimizer
         self._move_optimizer_to(plan.basis)
         state = self.optimizer_state
-        theta_N, updated = self._update(plan, self.acc_BN[row], coefficients_K, learning_rate)
+        # After a loss that is not finite all coefficients are zero. A step without state or decay then changes nothing
+        # by itself. The others choose with `where`, because an `if` would make the host wait for the device.
+        theta_N, updated = self._update(plan, self.acc_BN[index], coefficients_K, learning_rate)
         if state or optimizer.weight_decay:
             keep = torch.as_tensor(finite, device=self.device)
-            theta_N = torch.where(keep, theta_N, self.acc_BN[row])
+            theta_N = torch.where(keep, theta_N, self.acc_BN[index])
             updated = {name: torch.where(keep, tensor, state[name]) for name, tensor in updated.items()}
             if optimizer.weight_decay:
-                self._decay(learning_rate * optimizer.weight_decay, keep, row)
-        self.acc_BN[row] = theta_N
+                self._decay(learning_rate * optimizer.weight_decay, keep, moved=index)
+        self.acc_BN[index] = theta_N
         self.optimizer_state = updated
-        self.basis_of_row[row] = plan.basis
-        self.versions[row] += 1
+        self._touched[index] = plan.basis
+        # A new version even if nothing moved: to find that out the host would have to wait for the device.
+        self.versions[index] += 1
 
     def _update(
         self, plan: ProbePlan, theta_N: Tensor, coefficients_K: Tensor, learning_rate: float
     ) -> tuple[Tensor, State]:
         optimizer = self.method.optimizer
-        seeds, draws = plan.seeds, partial(self.u_flat, plan.seeds)
+        keys, draws = plan.keys, partial(self.draws, plan.keys)
         estimate = Estimate(
-            self.coordinates, self.layout, seeds, draws, coefficients_K.to(self.device), self.regenerates
+            self.coordinates, self.layout, keys, draws, coefficients_K.to(self.device), self.regenerates
         )
+        # Outside the estimate, as in AdamW: the decay must not enter the optimizer's moments.
         if optimizer.weight_decay:
             theta_N = theta_N * (1.0 - learning_rate * optimizer.weight_decay)
         return optimizer.update(theta_N, estimate, self.optimizer_state, learning_rate)
 
     def _move_optimizer_to(self, basis: int) -> None:
-        """Say the optimizer's state in the coordinates of `basis`."""
-        old, self.optimizer_basis = self.optimizer_basis, basis
+        """Make the optimizer's vectors refer to the V of `basis`."""
+        old, self.last_basis = self.last_basis, basis
         if not self.optimizer_state or old is None or old == basis:
             return
-        frozen_old, frozen_new = self.basis(old), self.basis(basis)
+        # Old before new: `frozen` keeps the last one asked for, and the step after this needs the new one.
+        frozen_old, frozen_new = self.frozen(old), self.frozen(basis)
         self.optimizer_state = self.method.optimizer.refresh(
             self.optimizer_state,
             lambda vector_N: self.coordinates.transfer(vector_N, frozen_old, frozen_new, self.layout),
         )
 
-    def _decay(self, rate: float, keep: Tensor, moved_row: int) -> None:
-        """The other bases shrink with the one that moves: together they are the adapter."""
+    def _decay(self, rate: float, keep: Tensor, moved: int) -> None:
+        """Shrink all accumulators but `moved`, which its update has shrunk: the whole adapter decays, not one basis."""
         factor = torch.where(keep, 1.0 - rate, 1.0)
-        for row in range(self.num_bases):
-            if row != moved_row:
-                self.acc_BN[row] *= factor
-                self.versions[row] += 1
+        for index in range(self.num_bases):
+            if index != moved:
+                self.acc_BN[index] *= factor
+                self.versions[index] += 1
 
     def take(self) -> tuple[int, Tensor] | None:
-        """The single accumulator and its basis, to be folded; the state is zero afterwards. None if nothing was
-        added."""
+        """(basis, (N,) accumulator) of a state with one basis, for a fold. The accumulator is zero afterwards.
+
+        Returns None if the state has taken no step since the last fold.
+        """
         assert self.num_bases == 1, "only a fold-space state gives its accumulator away"
-        if not self.basis_of_row:
+        if not self._touched:
             return None
-        basis, acc = self.basis_of_row.pop(0), self.acc_BN[0].clone()
+        basis, acc_N = self._touched.pop(0), self.acc_BN[0].clone()
         self.acc_BN.zero_()
-        return basis, acc
+        return basis, acc_N
+
+
+def regenerates(coordinates: Coordinates, device_type: str) -> bool:
+    """Whether an update on a device of this type ("cpu", "cuda") draws its directions again.
+
+    On a GPU one launch draws and adds them all without storing one. So memory holds one direction only: that of the
+    probe which the worker is making. The same generator gives the same directions.
+    """
+    return device_type == "cuda" and coordinates.draws_normals

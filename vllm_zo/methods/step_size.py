@@ -1,15 +1,16 @@
 """`learning_rate="auto"`: a step size measured on the run itself, in units of the probe radius.
 
-A probe moves the weights by eps along a direction, far enough to be felt and near enough for the loss to be almost
-straight. A step is made to move them by a share of that, the `auto_share` of optimizer and method:
+A probe moves the weights by eps along a direction. That is far enough to change the loss measurably, and near enough
+for the loss to be almost linear. A step moves them by a share of that, the product of the `auto_share` of optimizer and
+method:
 
-    sgd and its like    lr = share * eps * sqrt(K) / w,   w the root mean square, over CALIBRATION_STEPS steps, of the
-                        norm |w_K| of a step's coefficients: the step is lr * sum_k w_k Z_k, and a probe is eps * Z_k.
-                        K directions average the noise of the estimate, so that the step may be sqrt(K) times as long
-    scale-free ones     lr = share * eps: the length of their step does not depend on w_K (adam, meazo, sign, muon)
+    sgd, momentum       lr = share * eps * sqrt(K) / w.   w is the root mean square, over CALIBRATION_STEPS steps, of
+                        the norm |w_K| of a step's coefficients: a step is lr * sum_k w_k Z_k, and a probe is eps * Z_k.
+                        K directions average the noise of the estimate, so a step may be sqrt(K) times as long.
+    scale-free ones     lr = share * eps. The length of their step does not depend on w_K (adam, meazo, sign, muon).
 
-The coefficients come from the first steps of the run, which are taken with learning rate 0. The result is a function of
-logged coefficients alone: a resumed run finds the same one.
+The coefficients come from the first steps of the run, which have learning rate 0. The step size is a function of logged
+coefficients alone, so a resumed run finds the same one.
 """
 
 from __future__ import annotations
@@ -24,34 +25,38 @@ logger = logging.getLogger("vllm.zo")
 
 AUTO = "auto"
 CALIBRATION_STEPS = 10
-"""Steps of learning rate 0: the mean square of 10 projected gradients is known to about 45 %, the step size to 20 %."""
+"""Steps of learning rate 0. The mean square of n normals has a relative error of sqrt(2/n): with 10 it is known to
+about 45 %, and the step size, which goes with its root, to about 20 %."""
 
 
 class StepSize:
-    """The base learning rate of a run, known from the start or after some steps.
+    """The base learning rate of a run, which is known from the start or after some steps.
+
+    A resumed run gives the logged coefficients of its earlier steps to `note`, in order.
 
     Args:
         given: a number, or "auto".
-        multiplier: factor of it.
-        logged: coefficients of the steps that a resumed run has taken already.
+        multiplier: a factor of that number, or of the measured one.
     """
 
     def __init__(self, method: Method, given: float | str, multiplier: float = 1.0) -> None:
         self._method, self._multiplier = method, multiplier
         self._squares: list[float] = []
         self.base: float | None = None
-        """None: not known yet; the next step takes learning rate 0, once the results of all before it are in."""
+        """None while the rate is not known. A step then takes learning rate 0."""
         if given != AUTO:
             self.base = float(given) * multiplier
         elif method.optimizer.scale_free:
             self.base = multiplier * method.auto_step * method.eps
 
     def may_be_known_after(self, steps: int) -> bool:
-        """Whether the results of the first `steps` steps may decide it: those must be in before the next is made."""
+        """Whether the results of the first `steps` steps may decide the rate. If so, the next step waits for them."""
         return self.base is None and steps >= CALIBRATION_STEPS
 
     def note(self, coefficients: Sequence[float]) -> None:
-        """The coefficients of the next step, in order. Steps that say nothing (all zero) do not count."""
+        """Record the coefficients of the next step. Steps whose coefficients are all zero do not count."""
+        # A step with a loss that was not finite logs zeros: counted, it would make the rate too large.
+        # `fsum` rounds once, so the rate does not depend on the order of the sum.
         if self.base is not None or not (square := math.fsum(c * c for c in coefficients)) > 0.0:
             return
         self._squares.append(square)

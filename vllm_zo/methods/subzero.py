@@ -1,4 +1,4 @@
-"""SubZero: Gaussian directions inside a random subspace with orthonormal bases on both sides."""
+"""SubZero: Gaussian directions inside a random subspace, with orthonormal factors on both sides."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from vllm_zo.methods.coordinates import Coordinates, Core
 
 @dataclass(frozen=True, kw_only=True)
 class SubZero(LowRankMethod):
-    """`Z_k = sqrt(O I)/r * U C_k V^T`, C_k ~ N(0, I_{r x r}), U (out x r) and V (in x r) from QR, kept for `interval`.
+    """`Z_k = sqrt(O I)/r * U C_k V^T`. C_k is an r x r Gaussian; U (out x r) and V (in x r) come from QR and stay for
+    `interval` steps.
 
-    As the official code has it, the factor makes the expected squared norm of Z_k that of a dense Gaussian, so MeZO's
-    learning rates carry over. The paper uses r = 24 to 128, which wants a larger `slot_rank`.
+    As in the official code, the factor sqrt(O I)/r makes the expected squared norm of Z_k that of a dense Gaussian, so
+    MeZO's learning rates carry over. The paper uses r = 24 to 128. An engine's default slot rank of 16 has room for one
+    basis of rank 8.
 
     Source: Zeroth-Order Fine-Tuning of LLMs in Random Subspaces, arXiv:2410.08989, Algorithm 2 (official code:
     zimingyy/SubZero).

@@ -1,4 +1,4 @@
-"""ZO-Muon: the estimate inside a fixed orthonormal subspace, orthogonalised."""
+"""ZO-Muon: it orthogonalises an estimate inside a fixed orthonormal subspace."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from vllm_zo.methods.optimizers import Muon, Optimizer
 
 @dataclass(frozen=True, kw_only=True)
 class ZOMuon(LowRankMethod):
-    """`g = 1/K sum_k c_k U_k` in the subspace of an orthonormal V, kept for `interval`;  W <- W - lr * msign(g) V^T.
+    """`g = 1/K sum_k c_k U_k` and `W <- W - lr * msign(g) V^T`. V is orthonormal and stays for `interval` steps.
 
-    Where this differs from the paper: the rank is 8 by default to fit the default slot (the paper has 64); the subspace
-    is on the input side of every weight; the estimate is two-sided.
+    Three things differ from the paper. The default rank is 8, which fits an engine's default slot rank of 16 (the paper
+    has 64). The subspace is on the input side of every weight. The estimate is two-sided.
 
     Source: ZO-Muon, arXiv:2602.17155.
     """

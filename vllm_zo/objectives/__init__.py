@@ -1,65 +1,57 @@
-"""The objectives. A new one is a file here, a line in OBJECTIVES and tests beside the others."""
+"""The objectives. A new one needs a file here, a line in OBJECTIVES, and tests beside the others.
+
+Another package declares its objective in the entry point group "vllm_zo.objectives"; a script calls
+`OBJECTIVES.register`.
+"""
 
 from __future__ import annotations
 
-from dataclasses import MISSING, asdict, fields
 from typing import Any
 
-from vllm_zo.errors import ConfigError
-from vllm_zo.objectives.base import EncodedExample, Objective, ScoringRow
-from vllm_zo.objectives.cells import candidate_scores, flatten_rows, row_offsets
+from vllm_zo.objectives.base import (
+    EncodedExample,
+    GeneratingObjective,
+    Objective,
+    ReferencedObjective,
+    ScoringSequence,
+    Trust,
+    is_objective,
+)
+from vllm_zo.objectives.cells import candidate_scores, cell_offsets, flatten_sequences
 from vllm_zo.objectives.classification import Classification
 from vllm_zo.objectives.language_modeling import LanguageModeling
 from vllm_zo.objectives.multiple_choice import MultipleChoice
+from vllm_zo.objectives.preference import Preference
 from vllm_zo.objectives.reward import Reward
-from vllm_zo.validation import check_keys, check_known
+from vllm_zo.objectives.rewards import REWARDS
+from vllm_zo.objectives.rollout import Rollout
+from vllm_zo.registry import Registry
 
-OBJECTIVES: dict[str, type[Any]] = {
-    Classification.name: Classification,
-    LanguageModeling.name: LanguageModeling,
-    MultipleChoice.name: MultipleChoice,
-    Reward.name: Reward,
-}
-
-
-def build_objective(name: str, **settings: Any) -> Objective:
-    """The objective called `name`; lists may stand for tuples, as they do in JSON.
-
-    Example:
-        >>> build_objective("classification", template="{text} It was", options=[" bad", " good"]).options
-        (' bad', ' good')
-
-    Raises:
-        ConfigError: unknown objective or field (with the nearest known name), a missing field, or a bad value.
-    """
-    check_known("objective", name, OBJECTIVES)
-    objective = OBJECTIVES[name]
-    known = fields(objective)
-    check_keys(f"field of objective {name}", settings, [f.name for f in known])
-    for f in known:
-        if f.name not in settings and f.default is MISSING and f.default_factory is MISSING:
-            raise ConfigError(f"objective.{f.name} is missing: objective {name!r} needs it.")
-    built: Objective = objective(**settings)
-    return built
-
-
-def describe(objective: Any) -> dict[str, Any]:
-    """`{"name": ..., fields}`, ready for JSON: `build_objective(**json.loads(json.dumps(describe(o)))) == o`."""
-    return {"name": objective.name, **asdict(objective)}
-
+OBJECTIVES: Registry[type[Any]] = Registry(
+    "objective",
+    is_objective,
+    "a dataclass with a name, encode, loss and metrics (vllm_zo.objectives.Objective)",
+    (Classification, LanguageModeling, MultipleChoice, Preference, Reward, Rollout),
+)
+"""`OBJECTIVES.build("classification", template=..., options=[...])` builds an objective. Lists stand for tuples, as in
+JSON."""
 
 __all__ = [
     "OBJECTIVES",
+    "REWARDS",
     "Classification",
     "EncodedExample",
+    "GeneratingObjective",
     "LanguageModeling",
     "MultipleChoice",
     "Objective",
+    "Preference",
+    "ReferencedObjective",
     "Reward",
-    "ScoringRow",
-    "build_objective",
+    "Rollout",
+    "ScoringSequence",
+    "Trust",
     "candidate_scores",
-    "describe",
-    "flatten_rows",
-    "row_offsets",
+    "flatten_sequences",
+    "cell_offsets",
 ]

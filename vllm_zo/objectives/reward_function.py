@@ -1,84 +1,73 @@
 """The reward of completions: a Python function by name, or a grader by its description.
 
-A job crosses a process boundary as JSON, and so does its reward. A function is named `module:function` and imported on
-the other side. One that cannot be imported (a lambda, something defined in the script that runs) is kept here under a
-name of its own, and only an engine in the same process finds it.
+A job crosses a process boundary as JSON, and so does its reward. A function in the registry REWARDS has its name there.
+Another function has the name `module:function`, and the other side imports it. A function that cannot be imported (a
+lambda, or a function of the running script) gets a name of its own in this module. Only an engine in the same process
+finds it.
+
+A client of a server may name registered rewards only: with `module:function` the engine would import, and so run, a
+module that the client chose.
 """
 
 from __future__ import annotations
 
 import inspect
 import math
-import sys
 from collections.abc import Callable, Mapping, Sequence
-from importlib import import_module
 from typing import Any
 
 from vllm_zo.errors import ConfigError, RewardError
-from vllm_zo.objectives.graders import build_grader
+from vllm_zo.objectives import functions
+from vllm_zo.objectives.base import Trust
+from vllm_zo.objectives.graders import build_grader, runs_source
+from vllm_zo.objectives.rewards import REWARDS, RewardFunction
+from vllm_zo.validation import reject, suggestion
 
 Columns = Mapping[str, Sequence[Any]]
 """Column name -> one value per completion. "prompts" is among them."""
-RewardFunction = Callable[..., Sequence[float]]
-"""`reward(completions, **columns) -> one number per completion`, as in TRL."""
-
-BUILT_IN = "vllm_zo.rewards"
-LOCAL = "local:"
-_local: dict[str, RewardFunction] = {}
 
 
 def name_of(function: RewardFunction) -> str:
-    """`module:function` where importing that gives `function` back; else a name that holds in this process."""
-    module, name = getattr(function, "__module__", None), getattr(function, "__qualname__", None)
-    if module not in (None, "__main__") and name is not None:
-        found: Any = sys.modules.get(str(module))
-        for part in name.split("."):
-            found = getattr(found, part, None)
-        if found is function:
-            return f"{module}:{name}"
-    local = f"{LOCAL}{name or type(function).__name__}-{len(_local)}"
-    local = next((known for known, other in _local.items() if other is function), local)
-    _local[local] = function
-    return local
+    """The name of a function: that in REWARDS, or else that of `functions.name_of`."""
+    name = getattr(function, "__qualname__", None)
+    if name is not None and REWARDS.get(name) is function:
+        return str(name)
+    return functions.name_of(function)
 
 
-def is_foreign_code(reward: str | None, grader: Mapping[str, Any] | None) -> bool:
-    """Whether the reward is code that does not come with this package: whoever runs the engine has to trust it."""
+def trust_for(reward: str | None, grader: Mapping[str, Any] | None) -> Trust:
+    """What the owner of the engine must allow for this reward."""
     if reward is not None:
-        return reward.partition(":")[0] != BUILT_IN
-    parts = (grader or {}).get("graders")
-    inner = parts.values() if isinstance(parts, Mapping) else ()
-    return any(isinstance(g, Mapping) and g.get("type") == "python" for g in (grader, *inner))
+        return Trust.IMPORTS if ":" in reward else Trust.NAMES
+    return Trust.SOURCE if runs_source(grader or {}) else Trust.NAMES
 
 
 def check_name(reward: Any) -> None:
-    """Refuse anything but `module:function` or a name of ours, without importing it."""
-    module, colon, function = reward.partition(":") if isinstance(reward, str) else ("", "", "")
-    if not (module and colon and function):
-        raise ConfigError(f"reward={reward!r}: expected a function, or its name as 'module:function'.")
+    """Refuse anything but a name in REWARDS or `module:function`, without importing the module.
+
+    Raises:
+        ConfigError: the name is unknown (the message has the nearest one), or leads into a module's attributes.
+    """
+    known = f"one of {', '.join(REWARDS)}"
+    if not isinstance(reward, str) or not reward:
+        reject("reward", reward, f"a function, its name as 'module:function', or {known}")
+    if ":" not in reward and reward not in REWARDS:
+        raise ConfigError(f"unknown reward {reward!r}: {suggestion(reward, REWARDS)} Or 'module:function'.")
+    if ":" in reward:
+        functions.check_name("reward", reward, f", or {known}")
 
 
 def load_function(reward: str) -> RewardFunction:
-    """Import a reward by its name.
+    """The function behind a name.
 
     Raises:
-        ConfigError: it is not there, or is not a function.
+        ConfigError: there is no such function, or the module does not define it itself.
     """
-    if reward.startswith(LOCAL):
-        if reward not in _local:
-            raise ConfigError(
-                f"reward={reward!r} is a function of another process: put it into a module that the engine can import "
-                "(the script itself is none), or run the engine in process (VLLM_ENABLE_V1_MULTIPROCESSING=0)."
-            )
-        return _local[reward]
-    module, _, path = reward.partition(":")
-    try:
-        found: Any = import_module(module)
-        for name in path.split("."):
-            found = getattr(found, name)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"reward={reward!r} cannot be imported: {error}.") from None
-    if not callable(found) or inspect.iscoroutinefunction(found):
+    if ":" not in reward:
+        return REWARDS.find(reward)
+    found = functions.find("reward", reward)
+    # A function of this process is taken as it is: whoever gave it has it at hand.
+    if not reward.startswith(functions.LOCAL) and (not inspect.isfunction(found) or inspect.iscoroutinefunction(found)):
         raise ConfigError(f"reward={reward!r} is {type(found).__name__}: expected a function that returns numbers.")
     function: RewardFunction = found
     return function
@@ -87,11 +76,12 @@ def load_function(reward: str) -> RewardFunction:
 def build_reward(
     reward: str | None, grader: Mapping[str, Any] | None
 ) -> Callable[[Sequence[str], Columns], list[float]]:
-    """What scores a group: (completions, columns) -> one finite number per completion.
+    """The function that scores a group: (completions, columns) -> one finite number per completion.
 
     Raises:
-        ConfigError: at once, the function or the grader is not usable.
-        RewardError: on call, it raised, or answered something else; says which completion where it can.
+        ConfigError: at once, if the function or the grader is not usable.
+        RewardError: when the engine calls it, if the reward raises or returns something else. The message says for
+            which completion, if that is known.
     """
     if reward is not None:
         function, name = load_function(reward), reward
@@ -103,7 +93,9 @@ def build_reward(
         rewards = []
         for index, completion in enumerate(completions):
             result = built(completion, {name: values[index] for name, values in columns.items()})
-            if result.errors.keys() - {"sample_parse_error"}:  # a sample that is not the JSON it should be is worth 0
+            # A completion that is not the JSON it should be has a reward of 0: the model can learn from that. Any other
+            # error is a mistake of the grader or the data, and would train on zeros that mean nothing.
+            if result.errors.keys() - {"sample_parse_error"}:
                 flag, detail = next(iter(result.errors.items()))
                 raise RewardError(f"grader {built.name!r} failed on completion {completion!r:.80}: {flag}: {detail}")
             rewards.append(result.reward)
@@ -115,13 +107,13 @@ def build_reward(
 def _call(function: RewardFunction, name: str, completions: Sequence[str], columns: Columns) -> list[float]:
     try:
         answer = function(completions=list(completions), **_accepted(function, columns))
-    except Exception as error:  # the user's code: whatever it raises is the job's failure, not the engine's
+    except Exception as error:  # The user's code may raise anything, which fails the job and not the engine.
         raise RewardError(f"reward {name!r} raised {type(error).__name__}: {error}") from error
     return _check(answer, name, completions)
 
 
 def _accepted(function: RewardFunction, columns: Columns) -> dict[str, list[Any]]:
-    """The columns that the function has a parameter for: all, where it takes **columns."""
+    """The columns for which the function has a parameter. A function with **columns gets all."""
     parameters = inspect.signature(function).parameters.values()
     if any(p.kind == p.VAR_KEYWORD for p in parameters):
         return {name: list(values) for name, values in columns.items()}

@@ -1,4 +1,4 @@
-"""Rewards to losses: what the probes of a group make of each other's rewards on the same prompt.
+"""Shaping: how the rewards that the probes of a group get for one prompt change each other, before they become losses.
 
 Shape suffixes: P probes, E examples (prompts).
 """
@@ -12,19 +12,22 @@ from torch import Tensor
 
 
 def plain(rewards_PE: Tensor) -> Tensor:
-    """As they are."""
+    """The rewards as they are."""
     return rewards_PE
 
 
 def baseline(rewards_PE: Tensor) -> Tensor:
-    """Less the prompt's mean over the probes. It cancels in a difference of two signs; one-sided estimators gain."""
+    """The rewards minus their mean over the probes, prompt by prompt.
+
+    The mean cancels in a two-sided difference. One-sided estimators gain from it.
+    """
     return rewards_PE - rewards_PE.mean(0)
 
 
 def zscore(rewards_PE: Tensor) -> Tensor:
-    """Less the prompt's mean, over its (population) standard deviation; 0 where all probes got the same.
+    """The rewards minus the prompt's mean, divided by its (population) standard deviation; 0 if all are equal.
 
-    Every prompt then has the same say, however wide its rewards are. With two probes it is a vote: +1 and -1.
+    Every prompt then has the same weight, however wide its rewards are. With two probes it is a vote: +1 and -1.
 
     Source: GRPO's advantage, arXiv:2402.03300; ES with normalised fitness, arXiv:2509.24372.
     """
@@ -34,11 +37,12 @@ def zscore(rewards_PE: Tensor) -> Tensor:
 
 
 def rank(rewards_PE: Tensor) -> Tensor:
-    """Centred ranks in [-0.5, 0.5] among the probes of a prompt, ties sharing theirs; no outlier weighs more than 0.5.
+    """The centred ranks in [-0.5, 0.5] among the probes of a prompt. Ties share their rank; no outlier exceeds 0.5.
 
     Source: Salimans et al. 2017, arXiv:1703.03864, section 2.1 ("fitness shaping").
     """
     ours_P1E, theirs_1PE = rewards_PE[:, None], rewards_PE[None]
+    # Minus 1: every probe equals itself.
     below_PE = (theirs_1PE < ours_P1E).sum(1) + 0.5 * ((theirs_1PE == ours_P1E).sum(1) - 1)
     return below_PE / (len(rewards_PE) - 1) - 0.5
 
@@ -47,5 +51,6 @@ SHAPINGS: dict[str, Callable[[Tensor], Tensor]] = {"none": plain, "baseline": ba
 
 
 def shape(rewards_PE: Tensor, shaping: str) -> Tensor:
-    """Shaped rewards; a single probe (an evaluation) has nothing to be compared with and keeps its own."""
+    """(P, E) the shaped rewards. A single probe (an evaluation) keeps its own, because it has no other to compare
+    with."""
     return rewards_PE if len(rewards_PE) == 1 else SHAPINGS[shaping](rewards_PE)

@@ -1,4 +1,4 @@
-"""Ready-made tasks: rows, prompts, losses and splits as in the MeZO and LoZO papers.
+"""Ready-made tasks: data, prompts, losses and splits as in the MeZO and LoZO papers.
 
 task = load_task("sst2", data="data/sst2")          # or data=None: from the Hugging Face hub
 run = llm.finetune(task.train, task.validation, objective=task.objective, ...)
@@ -18,18 +18,18 @@ from vllm_zo.tasks.presets import PRESETS
 from vllm_zo.validation import check_int, check_known, check_optional_int
 
 TRAIN, TEST = 1000, 1000
-"""Rows the papers train on, and report on."""
+"""How many records the papers train on, and how many they report on."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """Rows and objective of one experiment.
+    """The data and the objective of one experiment.
 
     Attributes:
-        train, validation: disjoint samples of the data set's training split; validation chooses the checkpoint.
+        train, validation: disjoint samples of the data set's training split. `validation` chooses the checkpoint.
         test: a sample of its validation split, for the final figure.
-        final_objective: what measures the papers' figure on `test`: `objective` and its accuracy, or of SQuAD the F1 of
-            generated answers, as a reward.
+        final_objective: the objective that measures the papers' figure on `test`. It is `objective`, whose accuracy
+            counts, or for SQuAD a reward, the F1 of generated answers.
     """
 
     name: str
@@ -51,14 +51,16 @@ def load_task(
     """The task called `name`: sst2, rte, cb, boolq, wic, copa, trec or squad.
 
     Args:
-        data: a directory with train.jsonl and validation.jsonl in the data set's own fields; None: the hub.
-        seed: chooses the rows. With the data in its published order they are the very rows of the papers for it.
-        train: training rows. A set too small for train + dev gives up training rows, as in the official code.
-        dev: validation rows; None: 500, of CB and COPA 100.
-        test: rows of the final figure; None: all.
+        data: a directory with train.jsonl and validation.jsonl in the data set's own fields. None stands for the
+            Hugging Face hub.
+        seed: chooses the records. If the data is in its published order, they are those of the papers for this seed.
+        train: number of training records. If the set has fewer than train + dev, training gets fewer, as in the
+            official code.
+        dev: number of validation records. None stands for 500, for CB and COPA 100.
+        test: number of records of the final figure. None stands for all.
 
     Raises:
-        ConfigError: unknown task, a size that the data cannot give, missing files, or a row without its fields.
+        ConfigError: the task is unknown, the data has too few records, a file is missing, or a record lacks a field.
 
     Source: princeton-nlp/MeZO, large_models/run.py and tasks.py (`sample_train_sets`, `sample_subset`).
     """

@@ -1,13 +1,13 @@
 """The data sets of the MeZO and LoZO papers: prompts, losses and where to get them.
 
-Each preset turns a record of the data set's own fields into what its objective reads. Labels may be the names below (as
-in our JSONL files) or the indices that the Hugging Face data sets use; the order of options is theirs.
+Each preset turns a record with the data set's own fields into what its objective reads. Labels may be the names below
+(as in our JSONL files) or the indices of the Hugging Face data sets; the options are in the order of those indices.
 
 Source: MeZO, arXiv:2305.17333, appendix E; princeton-nlp/MeZO, large_models/templates.py and tasks.py. As there, SST-2,
-RTE, CB, BoolQ and WiC train as classification (cross-entropy over the options), COPA and SQuAD on the likelihood of the
-right answer. TREC is in MeZO's masked-language-model half only, whose prompt ("<mask>: {question}") has no counterpart
-for a causal model: its prompt is ours, its label words are MeZO's. As everywhere in this package, field values lose
-surrounding white space.
+RTE, CB, BoolQ and WiC train as classification (cross-entropy over the options), and COPA and SQuAD on the likelihood of
+the right answer. MeZO has TREC for masked language models only, whose prompt ("<mask>: {question}") has no counterpart
+for a causal model. So our TREC has MeZO's label words and a prompt of our own. As everywhere in this package, field
+values lose surrounding white space.
 """
 
 from __future__ import annotations
@@ -24,23 +24,25 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
-    """What is known about a task beside its rows."""
+    """Everything about a task except its records."""
 
     objective: Objective
     hub: tuple[str, str]
-    """Training and validation split on the Hugging Face hub, as `load_examples` takes them."""
+    """The training and the validation split on the Hugging Face hub, as `load_examples` takes them."""
     prepare: Callable[[Record, str], Record] = lambda record, where: record
-    """A record of the data set, and where it stands -> one that the objective can encode."""
+    """(a record of the data set, where it stands) -> a record that the objective can encode."""
     dev: int = 500
-    """Rows of the training set kept for validation; MeZO takes 100 of the small sets."""
+    """How many records of the training set are for validation. MeZO takes 100 for the small sets."""
     final: Objective | None = None
-    """What measures the papers' figure, where that is not what trains. None: the accuracy of `objective`."""
+    """The objective that measures the papers' figure, if it is another than the one that trains. None stands for the
+    accuracy of `objective`."""
 
 
 def _boolq(record: Record, where: str) -> Record:
     question = _field(record, "question", where)
     question = question if question.endswith("?") else f"{question}?"
     answer = record["answer"] if "answer" in record else _field(record, "label", where)
+    # Files of this data set write the answer as a boolean, as 0 and 1, or as text.
     label = {"true": "Yes", "1": "Yes", "false": "No", "0": "No"}.get(str(answer).lower(), answer)
     return record | {"question": question[:1].upper() + question[1:], "label": label}
 
@@ -54,6 +56,7 @@ def _copa(record: Record, where: str) -> Record:
     kind = _field(record, "question", where)
     if kind not in CONJUNCTIONS:
         raise ConfigError(f"{where}: field 'question' is {kind!r}, expected 'cause' or 'effect'.")
+    # As in MeZO's template the choice continues the sentence of the premise, so the full stop and the capital go.
     premise = _field(record, "premise", where).rstrip().removesuffix(".")
     choices = [_lower_first_word(_field(record, name, where)) for name in ("choice1", "choice2")]
     return {"prompt": f"{premise} {CONJUNCTIONS[kind]}", "choices": choices, "label": record.get("label")}
@@ -142,6 +145,6 @@ PRESETS: dict[str, Preset] = {
         ),
         hub=("hf:squad:train", "hf:squad:validation"),
         prepare=_squad,
-        final=Reward(SQUAD_PROMPT, reward="vllm_zo.rewards:token_f1", stop=["\n"], max_tokens=50, temperature=0.0),
+        final=Reward(SQUAD_PROMPT, reward="token_f1", stop=["\n"], max_tokens=50, temperature=0.0),
     ),
 }

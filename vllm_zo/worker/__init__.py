@@ -1,1 +1,1 @@
-"""Inside the worker process: slots, adapter state, scoring and update."""
+"""The training side of vLLM's worker process: slots, adapter state, scoring and updates."""

@@ -1,28 +1,25 @@
-"""The one seam through which base weights are read and written: `read`, `edit`, `restore`, per platform.
-
-On CPU the weight vLLM multiplies with may be a prepacked copy, and writing `layer.weight` then changes nothing at all
-(the attribute is an empty tensor). Which packer a layer got is decided at load by
-`vllm.model_executor.layers.utils.dispatch_cpu_unquantized_gemm`; each is read back exactly and packed again here.
-"""
+"""Base weights of linear layers: every read and every change of them goes through `BaseWeights`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor
-from vllm.model_executor.layers import utils
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
-from vllm.platforms import current_platform
 
 from vllm_zo.errors import ConfigError
-from vllm_zo.worker.kernels.cpu_linear import plain_linear
+from vllm_zo.worker.lora_targets import Target
 
 
 def check_writable(layer: Any, name: str) -> None:
-    """Raise ConfigError for a layer whose weights cannot be folded into."""
+    """Check that a fold can write into the weights of `layer`. `name` names the layer in messages.
+
+    Raises:
+        ConfigError: the layer is not linear, or its weights are quantised.
+    """
     if not isinstance(layer, LinearBase):
         raise ConfigError(
             f"update_space='fold' writes the weights of linear layers, and {name} is none: train with "
@@ -36,74 +33,81 @@ def check_writable(layer: Any, name: str) -> None:
 
 
 class BaseWeights:
-    """Reads and changes the base weights of linear layers; keeps the originals of what it changed, on the host.
+    """Reads and changes the base weights of linear layers, and keeps the original of each changed weight on the host.
 
-    From its first `edit` until `restore`, a layer that vLLM packs keeps its plain weight: to read one back by
-    multiplication takes longer than a training step. In float32 it multiplies with that one, in 16 bits it is packed
-    again after each `edit`.
-
-    A layer here is vLLM's (possibly packed) `LinearBase`; its weight is (all slices' outputs, inputs) of this rank.
+    A layer is vLLM's `LinearBase`. It may hold several modules side by side: its weight is (outputs of all its modules,
+    inputs), as far as this tensor-parallel rank has them. This class serves layers that multiply with `layer.weight`
+    itself; `cpu/packed_weights.py` serves layers that multiply with a packed copy.
     """
 
     def __init__(self) -> None:
         self._originals: dict[int, tuple[Any, Tensor]] = {}
+        """id of a layer -> the layer, which is kept so that no other object gets its id, and its original weight."""
 
     def read(self, layer: Any) -> Tensor:
-        """(O, I) copy of the weight that the layer multiplies with, in the model's dtype."""
-        if layer.weight.numel():
-            return layer.weight.detach().clone()
-        return _unpack(layer)
+        """A copy of the weight that the layer multiplies with: (O, I), in the model's dtype."""
+        weight: Tensor = layer.weight.detach().clone()
+        return weight
 
     def original(self, layer: Any) -> Tensor:
-        """(O, I) the weight as it was before the first change, in the model's dtype; not to be changed."""
+        """The weight as it was before the first change: (O, I), in the model's dtype. The caller must not change it.
+
+        It is on the host if the layer has been changed, else on the device.
+        """
         kept = self._originals.get(id(layer))
         return self.read(layer) if kept is None else kept[1]
 
     @contextmanager
     def edit(self, layer: Any) -> Iterator[Tensor]:
-        """The (O, I) weight, to be changed in place; the layer multiplies with the result after the block.
+        """Give the weight, (O, I), to change in place. After the block the layer multiplies with the result.
 
-        The original is kept the first time, for `restore`.
+        The first edit of a layer keeps its original for `restore`.
         """
         if id(layer) not in self._originals:
             original = self.read(layer)
             self._originals[id(layer)] = (layer, original.cpu())
-            if not layer.weight.numel():
-                layer.weight = torch.nn.Parameter(original.clone(), requires_grad=False)
+            self._unpack(layer, original)
         yield layer.weight.data
-        if current_platform.is_cpu() and _is_packed(layer):
-            if layer.weight.dtype == torch.float32:
-                layer.cpu_linear = plain_linear
-            else:
-                utils.dispatch_cpu_unquantized_gemm(layer, remove_weight=False)
+        self._pack(layer)
+
+    def edit_layers(
+        self, targets: Sequence[Target], *of_targets: Sequence[Any]
+    ) -> Iterator[tuple[Any, Tensor, list[tuple[Any, ...]]]]:
+        """`edit` every layer of the targets once.
+
+        Args:
+            targets: as `find_targets` orders them.
+            of_targets: sequences with one entry for each target.
+
+        Yields:
+            The layer, its weight (O, I), and its modules: tuples of a target and of its entries in `of_targets`.
+        """
+        # Once per layer, not once per module: `_pack` may pack the whole layer again after each edit. groupby joins
+        # neighbours only, and `find_targets` puts the modules of a layer next to each other.
+        modules = zip(targets, *of_targets, strict=True)
+        for _, of_layer in itertools.groupby(modules, key=lambda module: id(module[0].module)):
+            together = list(of_layer)
+            layer = together[0][0].module.base_layer
+            with self.edit(layer) as weight:
+                yield layer, weight, together
 
     def restore(self) -> int:
-        """Bring every original back; returns how many layers were changed."""
+        """Put every original back. Returns the number of layers that had been changed."""
         for layer, original in self._originals.values():
-            if current_platform.is_cpu():  # vLLM chooses the packer again, as at load
-                layer.weight = torch.nn.Parameter(original, requires_grad=False)
-                utils.dispatch_cpu_unquantized_gemm(layer, remove_weight=True)
-            else:
-                layer.weight.data.copy_(original)
+            self._put_back(layer, original)
         count = len(self._originals)
         self._originals.clear()
         return count
 
+    # --- steps that a platform may override ---------------------------------------------------------------------------
 
-def _is_packed(layer: Any) -> bool:
-    """Whether `cpu_linear` multiplies with a copy (oneDNN, AMX) rather than, or not always, with `layer.weight`."""
-    return bool(_closure(layer).keys() & {"handler", "packed_weight", "zen_weight", "packed"})
+    def _unpack(self, layer: Any, weight: Tensor) -> None:
+        """Make `layer.weight` the plain (O, I) weight. `edit` calls this before a layer's first change."""
 
+    def _pack(self, layer: Any) -> None:
+        """Make the layer multiply with `layer.weight`. `edit` calls this after each change."""
 
-def _closure(layer: Any) -> dict[str, Any]:
-    function = layer.cpu_linear
-    cells = getattr(function, "__closure__", None) or ()
-    return dict(zip(function.__code__.co_freevars, (c.cell_contents for c in cells), strict=True))
-
-
-def _unpack(layer: Any) -> Tensor:
-    """Multiply by the identity: exact, because every product has a single non-zero term."""
-    width = layer.input_size_per_partition
-    dtype = layer.weight.dtype
-    eye = torch.eye(width, dtype=dtype)
-    return layer.cpu_linear(eye, None, None).T.contiguous()
+    def _put_back(self, layer: Any, original: Tensor) -> None:
+        """Make the layer multiply with `original`, (O, I), again."""
+        # In place, because captured CUDA graphs know the weight by its address.
+        layer.weight.data.copy_(original)

@@ -1,62 +1,59 @@
-"""Results of closed groups on their way to the host, beside the steps that follow."""
+"""Results of closed groups on their way to the host, while the next steps run."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from vllm_zo.commands import GroupResult
+from vllm_zo.commands import GroupCells, GroupResult
 
 
-@dataclass
+@dataclass(frozen=True)
+class HostCopy:
+    """Tensors that are on the host once `wait` has returned. `wait` is None if they are there already."""
+
+    tensors: Sequence[Tensor]
+    wait: Callable[[], object] | None = None
+
+    def read(self) -> Sequence[Tensor]:
+        """The tensors, once they are on the host."""
+        if self.wait is not None:
+            self.wait()
+        return self.tensors
+
+
+@dataclass(frozen=True)
 class PendingGroup:
-    """A closed group whose numbers are on their way."""
+    """A closed group. Its losses, predictions, coefficients and finite flag are being copied to the host."""
 
     group_id: str
-    losses: Tensor
-    predictions: Tensor
-    coefficients: Tensor
-    finite: Tensor
-    arrived: torch.cuda.Event | None
-    """None: they are there."""
+    numbers: HostCopy
 
     def resolve(self) -> GroupResult:
-        """The only wait for the device, and not in the step."""
-        if self.arrived is not None:
-            self.arrived.synchronize()
+        """Wait for the copy and read it.
+
+        A training step waits for the device here and nowhere else. With asynchronous scheduling vLLM reads the output
+        of a step after it has begun the next one, so the device does not idle meanwhile.
+        """
+        losses, predictions, coefficients, finite = self.numbers.read()
         return GroupResult(
-            self.group_id,
-            self.losses.tolist(),
-            self.predictions.tolist(),
-            self.coefficients.tolist(),
-            bool(self.finite.item()),
+            self.group_id, losses.tolist(), predictions.tolist(), coefficients.tolist(), bool(finite.item())
         )
 
 
-class HostCopies:
-    """Copies on a stream of their own, as vLLM copies its sampled tokens.
+@dataclass(frozen=True)
+class PendingCells:
+    """The cells of a group that reports them, on their way to the host."""
 
-    On the stream that computes, a copy asked for later would queue behind the next step: the host would hear of a step
-    when the one after it is done, and the device would idle while the third is scheduled.
-    """
+    group_id: str
+    numbers: HostCopy
 
-    def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+    def resolve(self) -> GroupCells:
+        """Wait for the copy and read it."""
+        (cells_PC,) = self.numbers.read()
+        return GroupCells(self.group_id, cells_PC.tolist())
 
-    def start(
-        self, group_id: str, losses: Tensor, predictions: Tensor, coefficients: Tensor, finite: Tensor
-    ) -> PendingGroup:
-        """Begin to copy what has been queued on the current stream so far."""
-        if self._stream is None:
-            return PendingGroup(group_id, losses, predictions, coefficients, finite, arrived=None)
-        on_device = (losses, predictions, coefficients, finite)
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            losses, predictions, coefficients, finite = (tensor.to("cpu", non_blocking=True) for tensor in on_device)
-            arrived = torch.cuda.Event()
-            arrived.record(self._stream)
-        for tensor in on_device:  # or its memory could be given to the next step before it is read
-            tensor.record_stream(self._stream)
-        return PendingGroup(group_id, losses, predictions, coefficients, finite, arrived)
+
+Pending = PendingGroup | PendingCells

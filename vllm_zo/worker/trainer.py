@@ -1,7 +1,7 @@
-"""Executes the scheduler's training commands on one rank. One engine step reads top to bottom in `Trainer`:
+"""Executes the scheduler's training commands on one tensor-parallel rank. A step of the engine runs in this order:
 
 run(before)         make jobs, fold, open groups, materialise slots        -- then vLLM's own forward runs
-score(...)          hidden rows -> cells of the loss tables                -- or score_alone, with a forward of ours
+score(...)          hidden rows -> cells of the loss tables                -- or score_alone, which runs its own forward
 run(after)          close groups: losses -> coefficients -> update; publish, snapshot
 """
 
@@ -10,9 +10,11 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import sys
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,182 +22,190 @@ from torch import Tensor
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 
 from vllm_zo import noise
-from vllm_zo.checkpoint.replay import replay_into
-from vllm_zo.checkpoint.seed_log import read_seed_log
-from vllm_zo.checkpoint.snapshot import SnapshotInfo, load_snapshot, save_snapshot
+from vllm_zo.checkpoint.hf_checkpoint import check_modules
+from vllm_zo.checkpoint.replay import apply_record, replay_into
+from vllm_zo.checkpoint.seed_log.reader import read_seed_log
+from vllm_zo.checkpoint.snapshot import load_snapshot, save_snapshot
 from vllm_zo.commands import (
+    ApplyRecord,
     CloseGroup,
     Command,
     CommandFailed,
+    Drift,
     DropGroup,
     Fold,
     Materialise,
     OpenGroup,
     Publish,
+    ReportCells,
+    ReportDigest,
     ScoreMember,
     Snapshot,
     StartJob,
+    StateDigest,
     StopJob,
+    Unpublish,
+    Unpublished,
     ZOResults,
 )
-from vllm_zo.errors import ZOError
-from vllm_zo.methods.base import ProbePlan
+from vllm_zo.errors import JobError, ZOError
+from vllm_zo.job_memory import check_state, free_on
+from vllm_zo.methods import drift
+from vllm_zo.methods.decide import decide
 from vllm_zo.methods.fold import fold_into
-from vllm_zo.methods.spaces import basis_of
-from vllm_zo.methods.state import AdapterState
-from vllm_zo.methods.targets import EMBEDDINGS, LM_HEAD
-from vllm_zo.worker.base_weights import BaseWeights, check_writable
-from vllm_zo.worker.host_copy import HostCopies, PendingGroup
-from vllm_zo.worker.host_memory import TRIM_INTERVAL, give_back_freed_memory
-from vllm_zo.worker.modules import Target, find_targets
-from vllm_zo.worker.rows import Chunk
-from vllm_zo.worker.scoring import Head, LossTable, Present, score_members
+from vllm_zo.methods.layers import layer_of
+from vllm_zo.methods.plan import ProbePlan
+from vllm_zo.methods.state import AdapterState, regenerates
+from vllm_zo.methods.targets import EMBEDDINGS, LINEAR, LM_HEAD
+from vllm_zo.worker.base_weights import check_writable
+from vllm_zo.worker.head import Head
+from vllm_zo.worker.host_copy import Pending, PendingCells, PendingGroup
+from vllm_zo.worker.lora_targets import ModuleNames, Target, find_targets
+from vllm_zo.worker.loss_table import LossTable
+from vllm_zo.worker.platform import Chunk, Platform
+from vllm_zo.worker.published import VersionStore, serve_versions
+from vllm_zo.worker.scoring import Present, score_members
 from vllm_zo.worker.slots import SlotPool
-from vllm_zo.worker.versions import VersionStore, serve_versions
 
 logger = logging.getLogger("vllm.zo.worker")
 
 
 @dataclass
 class JobState:
-    """What a rank holds for a job: its fp32 state and the modules it lives in."""
+    """What each tensor-parallel rank holds for a job: the whole float32 state, and this rank's part of the modules."""
 
     start: StartJob
     state: AdapterState
     targets: tuple[Target, ...]
-    rounds: tuple[ProbePlan, Tensor, Tensor] | None = None
-    """Of a step with a round still to come: the first plan, the coefficients so far, whether all was finite."""
 
     @functools.cached_property
     def kinds(self) -> frozenset[str]:
-        """LINEAR, EMBEDDINGS, LM_HEAD: which of them the job trains."""
+        """Which of LINEAR, EMBEDDINGS and LM_HEAD the job trains."""
         return frozenset(target.kind for target in self.targets)
 
-    def take_round(self, plan: ProbePlan, losses_PE: Tensor, learning_rate: float) -> tuple[Tensor, Tensor]:
-        """Losses of a round to coefficients; after the last round of a step, the step. All on the device.
-
-        Returns:
-            (K,) float32 coefficients, zeros where a loss of the step was not finite; and whether all were.
-        """
-        method, finite, first = self.start.method, torch.isfinite(losses_PE).all(), plan
-        if plan.round == 0:
-            coefficients_K = method.coefficients(plan, losses_PE)
-            if (most := self.start.max_coefficient) is not None:
-                coefficients_K = coefficients_K.clamp(-most, most)
-        else:
-            assert self.rounds is not None, "a further round before the first"
-            first, coefficients_K, finite_so_far = self.rounds
-            finite = finite & finite_so_far
-            coefficients_K = method.settle(coefficients_K, plan, losses_PE)
-        finite = finite & torch.isfinite(coefficients_K).all()
-        coefficients_K = torch.where(finite, coefficients_K, torch.zeros_like(coefficients_K))
-        if method.next_round(plan) is None:
-            self.state.apply(first, coefficients_K, learning_rate, finite)
-        else:
-            self.state.propose(first, coefficients_K, learning_rate)
-            self.rounds = first, coefficients_K, finite
-        return coefficients_K, finite
+    @functools.cached_property
+    def first_layer(self) -> int:
+        """Number of the first layer that the job changes: 0 if it changes the embeddings too, and a number beyond all
+        layers if it changes the LM head only."""
+        if EMBEDDINGS in self.kinds:
+            return 0
+        numbers = (layer_of(target.shape.name) for target in self.targets)
+        return min((number for number in numbers if number is not None), default=sys.maxsize)
 
 
 @dataclass
 class OpenedGroup:
+    """A group whose members are being scored."""
+
     command: OpenGroup
     table: LossTable
     slot_of_probe: dict[int, int] = field(default_factory=dict)
+    """Probe -> index among the pool's slots."""
 
 
 class Trainer:
-    """Training state of one worker: jobs, open groups, slots, published versions, base weights."""
+    """Training state of one worker: jobs, open groups, slots, published versions, base weights.
 
-    def __init__(self, lora_manager: Any, num_slots: int, head: Head, device: torch.device) -> None:
-        self.manager = lora_manager._adapter_manager
-        self.pool = SlotPool(lora_manager, num_slots)
+    Args:
+        lora_manager: vLLM's `LRUCacheWorkerLoRAManager`.
+        num_slots: slots of the stacked LoRA tensors that belong to training.
+        head: scores members.
+        platform: of this worker.
+        model: the engine's model, a directory or a name.
+    """
+
+    def __init__(self, lora_manager: Any, num_slots: int, head: Head, platform: Platform, model: str) -> None:
+        self.model = model
+        self.manager = lora_manager._adapter_manager  # private, and the only way to the LoRA layers
+        self.pool = SlotPool(lora_manager, num_slots, platform.slot_writer, platform.forget_states)
         self.head = head
-        self.device = device
-        self.base = BaseWeights()
+        self.platform = platform
+        self.device = platform.device
+        self.base = platform.base_weights()
         self.jobs: dict[str, JobState] = {}
         self.groups: dict[str, OpenedGroup] = {}
-        self.versions = VersionStore(self.pool.dtype, self.pool.exponent)
+        self.versions = VersionStore(self.pool.dtype, self.pool.exponent, ModuleNames.of_model(self.manager.model))
         self._failed: set[str] = set()
-        """Jobs of which a command failed. The scheduler hears of it a step later: groups that close meanwhile are
+        """Jobs with a command that failed. The scheduler learns of a failure a step later. Groups that close before are
         dropped, or the state would hold an update that no log has."""
-        self._copies = HostCopies(device)
-        self._pending: list[PendingGroup] = []
+        self._pending: list[Pending] = []
         self._results = ZOResults()
         serve_versions(lora_manager, self.versions)
-        self._warm_up()
-
-    @staticmethod
-    def _warm_up() -> None:
-        """The first noise in a process compiles its kernel (over a second on CPU): not in somebody's request."""
-        ranges = noise.ElementRanges.of([("warm-up", 0, 4)])
-        noise.normal(0, ranges, "cpu")
-        noise.uniform_int32(0, ranges, "cpu")
+        noise.warm_up()
 
     # --- commands ---------------------------------------------------------------------------------------------------
 
     def run(self, commands: Sequence[Command]) -> None:
-        """Execute commands in order. One that raises fails its job and is reported; serving goes on."""
+        """Execute commands in order. A command that raises fails its job, and the scheduler learns of it; serving goes
+        on."""
         for command in commands:
-            job_id = getattr(command, "job_id", None) or self._job_of(command)
             try:
                 self.execute(command)
-            except ZOError as error:  # a full disk, a quantised layer: the message says all there is to say
+            except ZOError as error:  # for example a full disk or a quantised layer: the message says enough
                 logger.error("%s", error)
-                self._fail(job_id, str(error))
-            except Exception as error:  # the boundary between a training bug and everybody's server
+                self._fail(command.job_id, str(error))
+            except Exception as error:  # of any kind: a bug in training must not end a server that others use
                 logger.exception("training command failed: %s", type(command).__name__)
-                self._fail(job_id, f"{type(error).__name__}: {error}")
+                self._fail(command.job_id, f"{type(error).__name__}: {error}")
 
     def _fail(self, job_id: str, message: str) -> None:
         self._failed.add(job_id)
         self._results.failures.append(CommandFailed(job_id, message))
 
-    def _job_of(self, command: Any) -> str:
-        group = self.groups.get(command.group_id)
-        return group.command.job_id if group else ""
-
     @functools.singledispatchmethod
     def execute(self, command: Command) -> None:
+        """Execute one command; `singledispatchmethod` chooses the method below by the command's class.
+
+        Raises:
+            TypeError: no method is registered for the class.
+        """
         raise TypeError(f"unknown command {command!r}")
 
     @execute.register
     def _start(self, command: StartJob) -> None:
+        # A job that failed may be started again under its id, to go on from its log.
         self._failed.discard(command.job_id)
-        targets = find_targets(self.manager, command.target_modules)
+        targets = find_targets(self.manager, command.target_modules, command.target_layers)
+        if command.trains:
+            check_modules((t.shape.name for t in targets if t.kind == LINEAR), self.model)
         if command.update_space == "fold":
             for target in targets:
                 check_writable(target.module.base_layer, target.shape.name)
         layout = command.method.layout(tuple(t.shape for t in targets))
+        # Before anything is allocated: a process that runs out of memory takes the server with it.
+        check_state(
+            command.method,
+            layout.modules,
+            command.num_bases,
+            free_on(self.device),
+            regenerates=regenerates(command.method.coordinates, self.device.type),
+        )
         state = AdapterState(command.method, layout, command.seed, command.num_bases, self.device)
         self.jobs[command.job_id] = JobState(command, state, targets)
         if command.seed_log is not None:
             self._resume(self.jobs[command.job_id])
         elif command.snapshot is not None:
-            self._mark_touched(self.jobs[command.job_id], load_snapshot(command.snapshot, state).step)
+            load_snapshot(command.snapshot, state)
+        for version, path in command.versions.items():
+            self.versions.know(command.job_id, version, state, path)
         self._results.modules[command.job_id] = list(layout.modules)
 
     def _resume(self, job: JobState) -> None:
-        """Rebuild the state from the log; in `fold` space the base is folded again on the way."""
+        """Rebuild the state from the job's seed log. In `fold` space this repeats the folds into the base."""
         assert job.start.seed_log is not None
         log, state, start = read_seed_log(job.start.seed_log), job.state, job.start
 
-        def fold(key: int, basis: int) -> None:
-            self._fold_factors(job, basis, state.acc_BN[0], key)
+        def fold(key: int, basis: int, acc_N: Tensor) -> None:
+            self._fold_factors(job, basis, acc_N, key)
 
-        replay_into(state, log, snapshot=start.snapshot, on_fold=fold if start.update_space == "fold" else None)
-        self._mark_touched(job, log.num_steps)
-
-    def _mark_touched(self, job: JobState, num_steps: int) -> None:
-        """After loading accumulators: which bases the first `num_steps` steps have touched."""
-        epochs = range(job.start.method.epoch(num_steps - 1) + 1) if num_steps else range(0)
-        last = epochs[-job.start.num_bases :]
-        job.state.mark_touched(last if job.start.update_space == "fold" else {e % job.start.num_bases for e in last})
+        on_fold = fold if start.update_space == "fold" else None
+        replay_into(state, log, start.upto, snapshot=start.snapshot, on_fold=on_fold)
 
     @execute.register
     def _stop(self, command: StopJob) -> None:
         self.jobs.pop(command.job_id, None)
         self.pool.evict_owner(command.job_id)
+        self.platform.forget_states(command.job_id)
         for group_id in [g for g, opened in self.groups.items() if opened.command.job_id == command.job_id]:
             del self.groups[group_id]
         if command.restore_base:
@@ -216,27 +226,26 @@ class Trainer:
         opened = self.groups[command.group_id].command
         job = self.jobs[opened.job_id]
         self.pool.materialise(command.slot, opened.job_id, job.state, job.targets, opened.plan, command.probe)
-        if job.state.coordinates.in_place:
+        if not job.state.coordinates.has_factors:
             self._write_probe(job, opened.plan, command.probe)
 
     def _write_probe(self, job: JobState, plan: ProbePlan, probe: int) -> None:
-        """The base weights of a probe: the original, the update and the perturbation, rounded once."""
-        theta_N = job.state.acc_BN[0]
+        """Write the base weights of a probe: original + update + perturbation, rounded once."""
+        # A probe of dense MeZO starts from the original each time: if it added its perturbation to the weights and took
+        # it off again, the 16-bit rounding of every probe would stay in them.
+        theta_N = torch.zeros_like(job.state.acc_BN[0]) if plan.of_base else job.state.acc_BN[0]
         if plan.probes[probe].sign:
             theta_N = theta_N + job.state.offset(plan, probe)
-        parts = zip(job.targets, job.state.coordinates.matrices(theta_N, job.state.layout), strict=True)
-        for _, of_layer in itertools.groupby(parts, key=lambda part: id(part[0].module)):
-            modules = list(of_layer)
-            layer = modules[0][0].module.base_layer
-            with self.base.edit(layer) as weight:
-                original = self.base.original(layer).to(weight.device)
-                for target, change_OI in modules:
-                    rows = _slice_rows(target, weight)
-                    weight[rows] = original[rows].float() + change_OI[target.out_slice, target.in_slice]
+        changes = job.state.coordinates.matrices(theta_N, job.state.layout)
+        for layer, weight, modules in self.base.edit_layers(job.targets, changes):
+            original = self.base.original(layer).to(weight.device)
+            for target, change_OI in modules:
+                change = change_OI[target.out_slice, target.in_slice]
+                weight[target.rows] = original[target.rows].float() + change
 
     @execute.register
     def _close(self, command: CloseGroup) -> None:
-        opened = self.groups.pop(command.group_id)
+        opened = self.groups.pop(command.group_id)  # of a failed job too, or its table would stay in memory
         if opened.command.job_id in self._failed:
             return
         plan, job = opened.command.plan, self.jobs[opened.command.job_id]
@@ -245,10 +254,28 @@ class Trainer:
         losses, predictions = job.start.objective.loss(opened.table.cells_PC, opened.command.examples)
         coefficients, finite = torch.zeros(0, device=self.device), torch.isfinite(losses).all()
         if command.learning_rate is not None:
-            coefficients, finite = job.take_round(plan, losses, command.learning_rate)
-            if self.device.type == "cpu" and plan.step % TRIM_INTERVAL == 0:
-                give_back_freed_memory()
-        self._pending.append(self._copies.start(command.group_id, losses, predictions, coefficients, finite))
+            coefficients, finite = decide(job.start.method, plan, losses, job.start.max_coefficient)
+            job.state.apply(plan, coefficients, command.learning_rate, finite)
+            self.platform.after_update(plan.step)
+        # The copy begins before vLLM queues the next step, and so does not wait for that step.
+        numbers = self.platform.copy_to_host([losses, predictions, coefficients, finite])
+        self._pending.append(PendingGroup(command.group_id, numbers))
+
+    @execute.register
+    def _report(self, command: ReportCells) -> None:
+        opened = self.groups.pop(command.group_id)
+        if opened.command.job_id in self._failed:
+            return
+        cells = opened.table.cells_PC if command.cells is None else torch.tensor(command.cells)
+        self._pending.append(PendingCells(command.group_id, self.platform.copy_to_host([cells])))
+
+    @execute.register
+    def _apply(self, command: ApplyRecord) -> None:
+        if command.job_id in self._failed:
+            return
+        job = self.jobs[command.job_id]
+        apply_record(job.state, command.record, job.start.update_space)
+        self.platform.after_update(command.record.step)
 
     @execute.register
     def _fold(self, command: Fold) -> None:
@@ -257,36 +284,61 @@ class Trainer:
             self._fold_factors(job, *taken, command.key)
 
     def _fold_factors(self, job: JobState, basis: int, acc: Tensor, key: int) -> None:
-        """`W += U_acc V^T` in place, layer by layer; a packed layer holds several modules."""
-        parts = zip(job.targets, *job.state.factors(basis, acc), strict=True)
-        for _, of_layer in itertools.groupby(parts, key=lambda part: id(part[0].module)):
-            modules = list(of_layer)
-            layer = modules[0][0].module.base_layer
-            with self.base.edit(layer) as weight:
-                if job.state.coordinates.in_place:  # a probe may still be in it
-                    weight.copy_(self.base.original(layer))
-                for target, u_OR, v_IR in modules:
-                    rows = weight[_slice_rows(target, weight)]
-                    if v_IR is None:
-                        u, v = u_OR[target.out_slice, target.in_slice], None
-                    else:
-                        u, v = u_OR[target.out_slice], v_IR[target.in_slice]
-                    fold_into(rows, u, v, key, target.shape.name, out=rows)
+        """`W += U_acc V^T` in place, for every module of the job.
+
+        Args:
+            basis: of the accumulator.
+            acc: (N,) float32 accumulator.
+            key: seeds the stochastic rounding.
+        """
+        for layer, weight, modules in self.base.edit_layers(job.targets, *job.state.factors(basis, acc)):
+            if not job.state.coordinates.has_factors:  # the last probe may still be in the weight
+                weight.copy_(self.base.original(layer))
+            for target, u_OR, v_IR in modules:
+                if v_IR is None:
+                    u, v = u_OR[target.out_slice, target.in_slice], None
+                else:
+                    u, v = u_OR[target.out_slice], v_IR[target.in_slice]
+                rows = weight[target.rows]
+                ins = target.shape.in_features
+                first = target.out_slice.start * ins + target.in_slice.start
+                stride = None if rows.shape[1] == ins else ins
+                fold_into(rows, u, v, key, target.shape.name, out=rows, first_element=first, stride=stride)
 
     @execute.register
     def _publish(self, command: Publish) -> None:
         job = self.jobs[command.job_id]
-        self._save(job, command.path, command.version)
-        self.versions.publish(command.job_id, command.version, job.state, command.path)
+        try:
+            self._save(job, command.path, command.version)
+        except JobError as error:
+            logger.warning("job %s: step %d is not published: %s", command.job_id, command.version, error)
+            self._results.unpublished.append(Unpublished(command.job_id, command.version))
+        else:
+            self.versions.publish(command.job_id, command.version, job.state, command.path)
+        if command.measure:
+            self._results.drifts.append(Drift(command.job_id, command.version, drift.norm(job.state)))
+
+    @execute.register
+    def _unpublish(self, command: Unpublish) -> None:
+        self.versions.forget(command.job_id, command.version)
+        if get_tensor_model_parallel_rank() == 0:
+            Path(command.path).unlink(missing_ok=True)
+
+    @execute.register
+    def _report_digest(self, command: ReportDigest) -> None:
+        digest = self.jobs[command.job_id].state.digest()
+        self._results.digests.append(StateDigest(command.job_id, command.steps, digest))
 
     @execute.register
     def _snapshot(self, command: Snapshot) -> None:
-        self._save(self.jobs[command.job_id], command.path, command.step)
+        try:
+            self._save(self.jobs[command.job_id], command.path, command.step)
+        except JobError as error:  # a snapshot only makes resuming faster: the seed log alone rebuilds the state
+            logger.warning("job %s: no snapshot at step %d: %s", command.job_id, command.step, error)
 
     def _save(self, job: JobState, path: str, step: int) -> None:
-        if get_tensor_model_parallel_rank() == 0:  # every rank holds the whole fp32 state; one of them writes it
-            basis = basis_of(job.start.method, max(step - 1, 0), job.start.update_space, job.start.num_bases)
-            save_snapshot(path, job.state, SnapshotInfo(step, basis))
+        if get_tensor_model_parallel_rank() == 0:  # every rank holds the whole float32 state, so one of them writes it
+            save_snapshot(path, job.state, step)
 
     # --- scoring ----------------------------------------------------------------------------------------------------
 
@@ -297,11 +349,13 @@ class Trainer:
         first_row: Mapping[str, int],
         num_tokens: Mapping[str, int],
     ) -> None:
-        """Fill the cells of the members that ran in this step.
+        """Fill the cells of the members that ran in this step, except those of groups that have been dropped.
 
         Args:
+            members: that have tokens in this step.
             hidden: (tokens of the step, D) final hidden states.
-            first_row, num_tokens: per request id, where its rows start in `hidden` and how many there are.
+            first_row: request id -> its first row in `hidden`.
+            num_tokens: request id -> number of its rows.
         """
         present = [
             Present(
@@ -314,76 +368,84 @@ class Trainer:
             with self._failing("scoring", members):
                 score_members(self.head, hidden, present)
 
-    def score_alone(self, members: Sequence[ScoreMember], forward: Callable[[list[Chunk], list[int]], Tensor]) -> None:
-        """Run whole members and fill their cells.
-
-        Args:
-            forward: (sequences, slot of each among all of vLLM's) -> (tokens, D) final hidden states.
-        """
-        dropped = {"", *self._failed}
-        members = [m for m in members if self._job_of(m) not in dropped]
+    def score_alone(self, members: Sequence[ScoreMember]) -> None:
+        """Run the whole sequences of members in a forward of their own, and fill their cells."""
+        members = [m for m in members if m.job_id not in self._failed and m.group_id in self.groups]
         if not members:
             return
         with self._failing("the forward of members", members):
             slots = [self._slot_of(m) for m in members]
             for slot in set(slots):
                 self.pool.check_materialised(slot)
-            num_tokens = {m.req_id: len(self.groups[m.group_id].table.rows[m.row].token_ids) for m in members}
+            # Dictionaries keep their order, so request ids, chunks, slots and rows all follow `members`.
+            num_tokens = {m.req_id: len(self.groups[m.group_id].table.sequences[m.sequence].token_ids) for m in members}
             first_row = dict(zip(num_tokens, itertools.accumulate(num_tokens.values(), initial=0), strict=False))
-            chunks = self.chunks(members, num_tokens, list(num_tokens))
-            hidden = forward(chunks, [self.pool.first + slot for slot in slots])
+            chunks = self._chunks(members, num_tokens, list(num_tokens))
+            hidden = self.platform.forward_alone(chunks, [self.pool.first + slot for slot in slots])
             self.score(members, hidden, first_row, num_tokens)
 
     @contextmanager
     def _failing(self, what: str, members: Sequence[ScoreMember]) -> Iterator[None]:
-        """An exception in the block fails the jobs of these members, as in `run`."""
+        """Catch an exception of the block: it fails the jobs of these members, and nothing else, as in `run`."""
         try:
             yield
         except Exception as error:
             logger.exception("%s failed", what)
-            for job_id in {self._job_of(m) for m in members} - {""}:
+            for job_id in {m.job_id for m in members}:
                 self._fail(job_id, f"{type(error).__name__}: {error}")
 
     def _slot_at_the_head(self, member: ScoreMember) -> int | None:
-        """Index among all slots of a member's adapter, if its job trains the LM head."""
-        trained = self.jobs[self._job_of(member)].kinds
+        """The slot of a member's adapter, among all of vLLM's, if its job trains the LM head; else None."""
+        trained = self.jobs[member.job_id].kinds
         return self.pool.first + self._slot_of(member) if LM_HEAD in trained else None
 
     def _slot_of(self, member: ScoreMember) -> int:
-        """Of the pool's slots, the one that holds a member's adapter."""
+        """The slot of a member's adapter, counted from the first slot of the pool."""
         return self.groups[member.group_id].slot_of_probe[member.probe]
 
-    def chunks(
+    def sharing_rows(
+        self, members: Sequence[ScoreMember], num_tokens: Mapping[str, int]
+    ) -> AbstractContextManager[None]:
+        """In the block, vLLM's forward may leave out rows of these members whose result is not read.
+
+        Args:
+            num_tokens: request id -> number of its rows in this step.
+        """
+        if not members:
+            return nullcontext()
+        return self.platform.sharing_rows(functools.partial(self._chunks, members, num_tokens))
+
+    def _chunks(
         self, members: Sequence[ScoreMember], num_tokens: Mapping[str, int], req_ids: Sequence[str]
     ) -> list[Chunk]:
-        """The rows of this step, request by request as they lie in the batch."""
+        """The rows of this step, a chunk for each request, in the order of the batch."""
         by_id = {m.req_id: m for m in members}
         return [self._chunk(by_id.get(req_id), num_tokens.get(req_id, 0)) for req_id in req_ids]
 
     def _chunk(self, member: ScoreMember | None, count: int) -> Chunk:
+        # A member of a dropped group may still be in vLLM's batch; its rows are computed like those of any request.
         opened = self.groups.get(member.group_id) if member is not None else None
         if member is None or opened is None:
             return Chunk(count)
-        row, start = opened.table.rows[member.row], member.num_computed_tokens
-        state = member.group_id, member.probe
+        sequence, start = opened.table.sequences[member.sequence], member.num_computed_tokens
+        job = self.jobs[opened.command.job_id]
+        state: Hashable = (member.group_id, member.probe)
+        if job.kinds == {LM_HEAD}:  # the hidden states are the same for all probes
+            state = "as loaded"
         return Chunk(
             count,
             state=state,
-            embedded_by=state if EMBEDDINGS in self.jobs[opened.command.job_id].kinds else None,
-            token_ids=row.token_ids[:count] if start == 0 else (),
-            targets=[position - start for position in row.positions if 0 <= position - start < count],
-            whole=count == len(row.token_ids),
+            embedded_by=state if EMBEDDINGS in job.kinds else None,
+            token_ids=sequence.token_ids[:count] if start == 0 else (),
+            targets=[position - start for position in sequence.positions if 0 <= position - start < count],
+            whole=count == len(sequence.token_ids),
+            first_layer=job.first_layer,
+            owner=opened.command.job_id,
         )
 
-    def take_results(self) -> tuple[list[PendingGroup], ZOResults]:
-        """What this step answers; the pending part is resolved when the output is read."""
+    def take_results(self) -> tuple[list[Pending], ZOResults]:
+        """The groups that closed in this step, and its other results. `resolve` of one is for when vLLM reads the
+        step's output."""
         taken = self._pending, self._results
         self._pending, self._results = [], ZOResults()
         return taken
-
-
-def _slice_rows(target: Target, weight: Tensor) -> slice:
-    """Rows of a packed layer's weight that belong to one Hugging Face module."""
-    sizes = target.module.output_slices
-    start = sum(sizes[: target.slice_index])
-    return slice(start, start + sizes[target.slice_index])

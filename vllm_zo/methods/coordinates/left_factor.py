@@ -1,4 +1,4 @@
-"""U is trained, V is frozen: LoZO's coordinates, and those of an adapter whose A does not move."""
+"""Coordinates in which U trains and V is frozen: those of LoZO, and of an adapter whose A does not move."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vllm_zo import noise
 from vllm_zo.methods.coordinates.base import Coordinates
 from vllm_zo.methods.layout import FactorLayout
 from vllm_zo.methods.linear_algebra import check_columns_fit, orthonormal
-from vllm_zo.methods.probe import ModuleShape
+from vllm_zo.methods.plan import ModuleShape
 
 Draw = Literal["normal", "rademacher", "orthonormal", "kaiming"]
 
@@ -24,10 +24,13 @@ class LeftFactor(Coordinates):
     """`delta W = U V^T` with theta = U.
 
     Attributes:
-        u: entries of a direction: "normal" N(0, 1), or "rademacher", +1 or -1.
-        v: entries of V: "normal", "rademacher", "orthonormal" columns (QR of a Gaussian), or "kaiming": uniform in
-            +-1/sqrt(I), what `peft` starts A with.
-        v_scale: factor of V (an adapter's alpha / r).
+        u: how to draw the entries of a direction: "normal" N(0, 1), or "rademacher", +1 or -1.
+        v: how to draw V: "normal", "rademacher", "orthonormal" columns (QR of a Gaussian), or "kaiming", which is
+            uniform in +-1/sqrt(I), as `peft` initialises A.
+        v_scale: a factor of V (an adapter's alpha / r).
+
+    Source: normal U and V: LoZO, arXiv:2410.07698, Algorithm 1; random signs: FZOO, arXiv:2506.09034, Algorithm 1;
+    orthonormal V: ZO-Muon, arXiv:2602.17155; a frozen A: LoRA-FA, arXiv:2308.03303.
     """
 
     u: Draw = "normal"
@@ -51,7 +54,8 @@ class LeftFactor(Coordinates):
     def draw(self, key: int, layout: FactorLayout, device: torch.device) -> Tensor:
         return _DRAWS[self.u](key, layout.u_ranges, device)
 
-    def basis(self, key: int, layout: FactorLayout, device: torch.device) -> Tensor:
+    def draw_frozen(self, key: int, layout: FactorLayout, device: torch.device) -> Tensor:
+        """(N_V,) float32 V."""
         if self.v == "orthonormal":
             parts = layout.split_v(noise.normal(key, layout.v_ranges, device))
             v_N = torch.cat([orthonormal(part).flatten() for part in parts])
@@ -62,13 +66,16 @@ class LeftFactor(Coordinates):
             v_N = _DRAWS[self.v](key, layout.v_ranges, device)
         return v_N if self.v_scale == 1.0 else v_N * self.v_scale
 
-    def factors(self, theta_N: Tensor, basis: Tensor, layout: FactorLayout) -> tuple[Tensor, Tensor]:
-        return theta_N, basis
+    def factors(self, theta_N: Tensor, frozen: Tensor, layout: FactorLayout) -> tuple[Tensor, Tensor]:
+        return theta_N, frozen
 
     def transfer(self, vector_N: Tensor, old: Tensor, new: Tensor, layout: FactorLayout) -> Tensor:
-        """`M V_old^T V_new / I` (orthonormal V: without the division): the projection of M V_old^T on the new basis.
+        """`M V_old^T V_new / I`, the projection of M V_old^T on the new V. An orthonormal V needs no division by I.
 
-        Source: LOZO-M, arXiv:2410.07698, Section 4.3. In float64, so that a replay rounds alike.
+        It computes in float64 and rounds once, because a product's order of addition depends on the number of threads
+        and would change the last bits of a float32 replay.
+
+        Source: LOZO-M, arXiv:2410.07698, Section 4.3.
         """
         moved = []
         parts = zip(layout.split_u(vector_N), layout.split_v(old), layout.split_v(new), strict=True)
@@ -90,15 +97,20 @@ _DRAWS: dict[str, Callable[[int, noise.ElementRanges, torch.device], Tensor]] = 
 
 @dataclass(frozen=True)
 class Population(LeftFactor):
-    """`LeftFactor` of rank `members * member_rank` in which direction k moves only its own columns of U.
+    """`LeftFactor` of rank `members * member_rank`, in which direction k moves only its own columns of U.
 
-    So the directions of a step share neither U nor V, and the slots of all members still hold one A.
+    The directions of a step then share no column of U or V, and the adapters of all members have one V.
+
+    Source: EGGROLL, arXiv:2511.16652 (members E_i = A_i B_i^T / sqrt(r)).
     """
 
     member_rank: int = 1
 
     def draw(self, key: int, layout: FactorLayout, device: torch.device) -> Tensor:
-        """(sum of O * member_rank,): the columns that are not zero."""
+        """(sum of O * member_rank,) float32: the columns that are not zero, module by module.
+
+        Drawing and keeping only these saves memory: a whole direction is `members` times as large.
+        """
         return noise.normal(key, layout.ranges([m.out_features * self.member_rank for m in layout.modules]), device)
 
     def embed(self, draw: Tensor, index: int, layout: FactorLayout) -> Tensor:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vllm_zo.methods.optimizers.base import Estimate, Optimizer, State, check_beta
+from vllm_zo.methods.optimizers.base import Estimate, Optimizer, State, beta_option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,20 +28,15 @@ class SGD(Optimizer):
 class Momentum(Optimizer):
     """`M <- b M + (1 - b) g;  theta <- theta - lr * M`. With LoZO this is LOZO-M.
 
-    When V is refreshed M is said in the new coordinates first: `M <- b M (V_old^T V_new)/I + (1 - b) g`, as the paper
-    has it (for other coordinates their projection).
+    After a refresh of V it first projects M on the new V: `M <- b M (V_old^T V_new)/I + (1 - b) g`, as in the paper.
+    Other coordinates have other projections (`Coordinates.transfer`).
 
     Source: LOZO-M, arXiv:2410.07698, Section 4.3 (b = 0.9; the official code's argument defaults to 0.7).
     """
 
     name = "momentum"
 
-    beta: float = 0.9
-    """Decay of the momentum (b)."""
-
-    def validate(self) -> None:
-        super().validate()
-        check_beta("momentum.beta", self.beta)
+    beta: float = beta_option(0.9, "Decay of the momentum (b).")
 
     def init(self, theta_N: Tensor) -> State:
         return {"m": torch.zeros_like(theta_N)}

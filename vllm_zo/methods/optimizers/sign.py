@@ -1,4 +1,4 @@
-"""The sign of the estimate."""
+"""Steps along the sign of the estimate."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from vllm_zo.methods.optimizers.base import Estimate, Optimizer, State
 class Sign(Optimizer):
     """`theta <- theta - lr * sign(g)`, entry by entry of the trained numbers. No state.
 
-    On the coordinates of the adapter, not on the dense weights: the sign of a low-rank matrix is not low-rank.
+    It takes the sign of the trained numbers, not of the dense estimate, because the sign of a low-rank matrix has no
+    low rank.
 
     Source: ZO-signSGD, Liu et al., ICLR 2019.
     """

@@ -1,4 +1,4 @@
-"""What a grader is: a text and its item in, a reward out."""
+"""What a grader is: it takes a text and its item, and returns a reward."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any, Protocol, runtime_checkable
 
 @dataclass(frozen=True)
 class GraderResult:
-    """One sample's grade.
+    """The grade of one sample.
 
     Attributes:
-        reward: usually in [0, 1]; 0.0 where grading failed.
-        sub_rewards: of a `multi` grader, the reward of each of its graders.
-        errors: OpenAI's error flag -> what happened; empty where grading succeeded. Flags in use: FLAGS.
+        reward: usually in [0, 1]; 0.0 if grading failed.
+        sub_rewards: the reward of each of its graders, if a `multi` grader made this result.
+        errors: OpenAI's error flag (one of FLAGS) -> what happened; empty if grading succeeded.
     """
 
     reward: float
@@ -36,19 +36,21 @@ FLAGS = (
     "unresponsive_reward_error",
     "other_error",
 )
-"""Error flags a local grader can raise, as OpenAI's `graders.run` names them (its others belong to model graders)."""
+"""The error flags that a local grader can set, with the names of OpenAI's `graders.run`. (Its other flags belong to
+model graders.)"""
 
 
 @runtime_checkable
 class Grader(Protocol):
-    """Built by `build_grader`; may be called from any one thread at a time."""
+    """`build_grader` makes it. Any thread may call it, one at a time."""
 
     @property
     def name(self) -> str: ...
 
     @property
     def item_fields(self) -> frozenset[str]:
-        """Fields every item must have; what a python grader reads is not known before it runs."""
+        """The fields that every item must have. It is empty for a python grader, whose fields nothing knows before it
+        runs."""
         ...
 
     def __call__(self, sample_text: str, item: Mapping[str, Any]) -> GraderResult: ...

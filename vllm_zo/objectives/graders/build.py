@@ -1,8 +1,9 @@
-"""A grader from its description, in the JSON that OpenAI's fine-tuning API uses."""
+"""How a grader is built from its description, in the JSON of OpenAI's fine-tuning API."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from vllm_zo.errors import ConfigError
@@ -11,24 +12,44 @@ from vllm_zo.objectives.graders.formula import Formula
 from vllm_zo.objectives.graders.multi import MultiGrader
 from vllm_zo.objectives.graders.python_grader import python_grader
 from vllm_zo.objectives.graders.texts import regular_expression, string_check, text_similarity
+from vllm_zo.registry import Registry
 from vllm_zo.validation import check_keys, check_known, reject
 
-BUILDERS: dict[str, Callable[[str, Mapping[str, Any]], Grader]] = {
-    "string_check": string_check,
-    "text_similarity": text_similarity,
-    "regex": regular_expression,
-    "python": python_grader,
-}
-FIELDS: dict[str, tuple[str, ...]] = {
-    "string_check": ("input", "reference", "operation"),
-    "text_similarity": ("input", "reference", "evaluation_metric"),
-    "regex": ("input", "pattern"),
-    "python": ("source",),
-    "multi": ("graders", "calculate_output"),
-}
-"""What each type needs beside `type` and `name`."""
-OPTIONAL = {"python": ("image_tag",)}
+
+@dataclass(frozen=True, kw_only=True)
+class GraderType:
+    """One type of grader: what its JSON may hold, and the function that makes a grader of it.
+
+    Attributes:
+        build: (where the grader stands in the request, its JSON) -> the grader; it raises ConfigError.
+        fields: what the JSON needs in addition to `type` and `name`.
+        optional: what else the JSON may hold.
+        runs_source: whether the JSON brings source text that runs on this machine.
+    """
+
+    name: str
+    build: Callable[[str, Mapping[str, Any]], Grader]
+    fields: tuple[str, ...]
+    optional: tuple[str, ...] = ()
+    runs_source: bool = False
+
+
+GRADERS: Registry[GraderType] = Registry(
+    "grader",
+    lambda part: isinstance(part, GraderType),
+    "a vllm_zo.objectives.graders.GraderType",
+    (
+        GraderType(name="string_check", build=string_check, fields=("input", "reference", "operation")),
+        GraderType(name="text_similarity", build=text_similarity, fields=("input", "reference", "evaluation_metric")),
+        GraderType(name="regex", build=regular_expression, fields=("input", "pattern")),
+        GraderType(name="python", build=python_grader, fields=("source",), optional=("image_tag",), runs_source=True),
+    ),
+)
+"""The types of graders by name. "multi" is not among them, because it consists of others."""
+MULTI, MULTI_FIELDS = "multi", ("graders", "calculate_output")
 MODEL_GRADERS = ("score_model", "label_model")
+MAX_GRADERS = 32
+"""The most graders in a multi grader."""
 
 
 def build_grader(spec: Mapping[str, Any], allow_python: bool = False) -> Grader:
@@ -36,11 +57,12 @@ def build_grader(spec: Mapping[str, Any], allow_python: bool = False) -> Grader:
 
     Args:
         spec: e.g. {"type": "string_check", "name": "exact", "operation": "eq", "input": "{{sample.output_text}}",
-            "reference": "{{item.answer}}"}. Types: string_check, text_similarity, regex, python, multi.
+            "reference": "{{item.answer}}"}. Types: those of GRADERS, and multi.
         allow_python: whether source text from the spec may run on this machine.
 
     Raises:
-        ConfigError: names the field, what was given and what is accepted; nothing has run yet.
+        ConfigError: `spec` is no description of a grader. The message names the field, its value and what is accepted.
+            Nothing has run yet.
 
     Source: OpenAI API reference, fine-tuning graders. `regex` is ours.
     """
@@ -56,22 +78,34 @@ def _build(where: str, spec: Any, allow_python: bool) -> Grader:
             f"{where}.type={kind!r} is not available: it asks a second model to judge, and this engine serves the one "
             "that is being trained. Use string_check, text_similarity, regex, or python where it is allowed."
         )
-    check_known(f"{where}.type", kind, FIELDS)
-    assert isinstance(kind, str)
-    _check_fields(where, kind, spec)
-    if kind == "multi":
+    check_known(f"{where}.type", kind, [*GRADERS, MULTI])
+    if kind == MULTI:
+        _check_fields(where, MULTI, spec, MULTI_FIELDS)
         return _multi(where, spec, allow_python)
-    if kind == "python" and not allow_python:
+    grader = GRADERS.find(kind)
+    _check_fields(where, grader.name, spec, grader.fields, grader.optional)
+    if grader.runs_source and not allow_python:
         raise ConfigError(
-            f"{where}.type='python' is not allowed here: it runs code from the request on this machine. Whoever starts "
-            "the engine can allow it."
+            f"{where}.type={kind!r} is not allowed here: it runs code from the request on this machine. The server's "
+            "flag --allow-python-graders allows it."
         )
-    return BUILDERS[kind](where, spec)
+    return grader.build(where, spec)
 
 
-def _check_fields(where: str, kind: str, spec: Mapping[str, Any]) -> None:
-    check_keys(f"field of {where} ({kind})", spec, ["type", "name", *FIELDS[kind], *OPTIONAL.get(kind, ())])
-    for name in ("name", *FIELDS[kind]):
+def runs_source(spec: Mapping[str, Any]) -> bool:
+    """Whether a grader, or one inside it, brings source text that runs on this machine."""
+    # A multi grader cannot hold another one (`_multi`), so one level is enough.
+    parts = spec.get("graders")
+    specs = [spec, *(parts.values() if isinstance(parts, Mapping) else ())]
+    kinds = [part.get("type") for part in specs if isinstance(part, Mapping)]
+    return any(GRADERS.find(kind).runs_source for kind in kinds if kind != MULTI)
+
+
+def _check_fields(
+    where: str, kind: str, spec: Mapping[str, Any], needed: tuple[str, ...], optional: tuple[str, ...] = ()
+) -> None:
+    check_keys(f"field of {where} ({kind})", spec, ["type", "name", *needed, *optional])
+    for name in ("name", *needed):
         if name not in spec:
             raise ConfigError(f"{where}.{name} is missing: a {kind} grader needs it.")
     if not isinstance(spec["name"], str) or not spec["name"]:
@@ -82,6 +116,8 @@ def _multi(where: str, spec: Mapping[str, Any], allow_python: bool) -> MultiGrad
     parts = spec["graders"]
     if not isinstance(parts, Mapping) or not parts:
         reject(f"{where}.graders", parts, 'graders by name, e.g. {"exact": {"type": "string_check", ...}}')
+    if len(parts) > MAX_GRADERS:
+        raise ConfigError(f"{where}.graders: at most {MAX_GRADERS} graders, not {len(parts)}.")
     for key, part in parts.items():
         if not isinstance(key, str) or not key.isidentifier():
             reject(f"{where}.graders", key, "names that calculate_output can use (letters, digits, _)")

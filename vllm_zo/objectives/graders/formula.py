@@ -1,4 +1,8 @@
-"""Arithmetic over named rewards: the `calculate_output` of a `multi` grader. Parsed, never evaluated as Python."""
+"""Arithmetic over named rewards: the `calculate_output` of a `multi` grader. Python never evaluates it.
+
+The formula may come from a client of a server. Python's parser makes the tree, and this module accepts only the nodes
+that it knows and evaluates them itself.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,7 @@ from typing import Any
 from vllm_zo.errors import ConfigError
 from vllm_zo.validation import suggestion
 
+# `math.pow` instead of `operator.pow`: floor and ceil give integers, whose powers could fill the memory with digits.
 OPERATORS: dict[type[ast.AST], Callable[..., float]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -26,7 +31,9 @@ FUNCTIONS: dict[str, Callable[..., float]] = {
     "exp": math.exp, "sqrt": math.sqrt, "log": math.log,
 }  # fmt: skip
 MAX_LENGTH = 1000
-"""Characters; keeps a hostile formula from nesting past the parser's stack."""
+"""Characters of a formula."""
+MAX_DEPTH = 100
+"""Operations within each other. The functions below recurse, and a deeper formula could exhaust Python's stack."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +45,9 @@ class Formula:
         18.0
 
     Raises:
-        ConfigError: on `parse`, not arithmetic, an unknown name or function, a wrong number of arguments.
-        ArithmeticError, ValueError: on call, e.g. a division by zero or the root of a negative number.
+        ConfigError: on `parse`, if the text is no arithmetic, a name or function is unknown, or a function has a wrong
+            number of arguments.
+        ArithmeticError, ValueError: on call, e.g. for a division by zero or the root of a negative number.
     """
 
     source: str
@@ -50,9 +58,11 @@ class Formula:
         if not isinstance(source, str) or not 0 < len(source) <= MAX_LENGTH:
             raise ConfigError(f"{field}={source!r:.60}: expected a formula of 1 to {MAX_LENGTH} characters.")
         try:
+            # OpenAI's ^ is a power. Python's is an exclusive or, and binds less tightly than +.
             tree = ast.parse(source.replace("^", "**").strip(), mode="eval").body
         except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-            raise ConfigError(f"{field}={source!r}: not a formula: {error}.") from None
+            raise ConfigError(f"{field}={source!r:.200}: not a formula: {error}.") from None
+        _check_depth(field, tree)
         _check(field, tree, frozenset(names))
         return cls(source, tree)
 
@@ -60,8 +70,19 @@ class Formula:
         return float(_evaluate(self.tree, values))
 
 
+def _check_depth(field: str, tree: ast.expr) -> None:
+    # Level by level: the check of the depth must not recurse itself.
+    level: list[ast.AST] = [tree]
+    for _ in range(MAX_DEPTH):
+        level = [child for node in level for child in ast.iter_child_nodes(node)]
+        if not level:
+            return
+    raise ConfigError(f"{field}: more than {MAX_DEPTH} operations within each other; write it with fewer.")
+
+
 def _check(field: str, node: ast.expr, names: frozenset[str]) -> None:
     match node:
+        # `True` is an `int` for the pattern, and no number of a formula.
         case ast.Constant(value=int() | float()) if not isinstance(node.value, bool):
             return
         case ast.Name():

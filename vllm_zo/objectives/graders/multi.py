@@ -1,4 +1,4 @@
-"""A grader made of graders: their rewards, combined by a formula."""
+"""A grader made of graders: a formula combines their rewards."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vllm_zo.objectives.graders.formula import Formula
 
 @dataclass(frozen=True)
 class MultiGrader:
-    """A failure of one of its graders is a failure of the whole; the others' rewards are reported all the same."""
+    """If one of its graders fails, the whole fails. The result still has the rewards of the others."""
 
     name: str
     graders: Mapping[str, Grader]
@@ -31,7 +31,7 @@ class MultiGrader:
             return GraderResult(0.0, rewards, errors)
         try:
             reward = self.formula(rewards)
-        except (ArithmeticError, ValueError, TypeError) as error:  # 1 / 0, sqrt(-1); (-8) ^ 0.5 is complex
+        except (ArithmeticError, ValueError, TypeError) as error:  # 1 / 0, sqrt(-1), (-8) ^ 0.5
             return GraderResult(0.0, rewards, {"formula_parse_error": f"{self.formula.source!r}: {error}"})
         if not math.isfinite(reward):
             return GraderResult(0.0, rewards, {"formula_parse_error": f"{self.formula.source!r} is {reward}"})

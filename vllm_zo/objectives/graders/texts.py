@@ -6,9 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import regex
-
 from vllm_zo.errors import ConfigError
+from vllm_zo.expressions import compile_expression
 from vllm_zo.objectives.graders.base import GraderResult
 from vllm_zo.objectives.graders.similarity import similarity
 from vllm_zo.objectives.graders.template import Template, VariableError
@@ -20,13 +19,11 @@ OPERATIONS: dict[str, Callable[[str, str], bool]] = {
     "like": lambda text, reference: reference in text,
     "ilike": lambda text, reference: reference.casefold() in text.casefold(),
 }
-REGEX_TIMEOUT_S = 1.0
-"""A pattern that backtracks without end must not hold a training step."""
 
 
 @dataclass(frozen=True)
 class TextGrader:
-    """Renders `input` and `reference` and scores the pair."""
+    """A grader that renders `input` and `reference` and scores the pair."""
 
     name: str
     input: Template
@@ -45,12 +42,12 @@ class TextGrader:
             return GraderResult.failed(flag, str(error))
         try:
             return GraderResult(float(self.score(text, reference)))
-        except TimeoutError:
-            return GraderResult.failed("unresponsive_reward_error", f"the pattern took over {REGEX_TIMEOUT_S:g} s")
+        except ConfigError as error:
+            return GraderResult.failed("other_error", str(error))
 
 
 def string_check(where: str, spec: Mapping[str, Any]) -> TextGrader:
-    """1 where `operation` holds between input and reference: eq, ne, like (contains), ilike (the same, any case)."""
+    """The reward is 1 if `operation` holds for input and reference: eq, ne, like (contains), ilike (in any case)."""
     operation = spec["operation"]
     check_known(f"{where}.operation", operation, OPERATIONS)
     return _text_grader(where, spec, OPERATIONS[operation])
@@ -61,14 +58,11 @@ def text_similarity(where: str, spec: Mapping[str, Any]) -> TextGrader:
 
 
 def regular_expression(where: str, spec: Mapping[str, Any]) -> TextGrader:
-    """1 where `pattern` is found anywhere in the input (anchor it with ^ and $). Ours, not OpenAI's."""
-    try:
-        pattern = regex.compile(spec["pattern"])
-    except (regex.error, TypeError) as error:
-        raise ConfigError(f"{where}.pattern={spec['pattern']!r}: not a regular expression: {error}.") from None
+    """The reward is 1 if `pattern` occurs anywhere in the input (^ and $ anchor it). OpenAI's API has no such type."""
+    pattern = compile_expression(f"{where}.pattern", spec["pattern"])
 
     def found(text: str, _: str) -> float:
-        return float(pattern.search(text, timeout=REGEX_TIMEOUT_S) is not None)
+        return float(pattern.search(text) is not None)
 
     return _text_grader(where, {**spec, "reference": ""}, found)
 

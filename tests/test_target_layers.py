@@ -1,0 +1,343 @@
+"""Jobs that train the upper layers only: they follow the naive reference, and the layers below run once an example."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from vllm import SamplingParams
+
+from tests import tiny
+from tests.engines import SENTIMENT, Engines, members_as_requests, reviews, scheduler_of, worker_of
+from tests.reference import ReferenceTrainer
+from tests.test_concurrent_jobs import losses, start, step
+from vllm_zo import ConfigError, LanguageModeling, LoZO, MeZO
+from vllm_zo.data import BatchOrder, encode_examples
+from vllm_zo.slot_fit import resolve_bases
+from vllm_zo.worker.cpu import pruned_forward
+from vllm_zo.worker.cpu.row_plan import Below, RowPlan, plan_rows
+from vllm_zo.worker.kept_states import KeptStates, Sequence
+from vllm_zo.worker.platform import Chunk
+
+LAYERS = 4
+LOSS_TOLERANCE = 2e-5
+"""Nats: float32 rounding of a 4-layer model."""
+EPS, STEPS, BATCH, ROWS, RATE = 2e-2, 9, 4, 16, 1e-3  # more than two epochs
+LOZO = LoZO(eps=EPS, interval=4)
+Settings = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def families(engines: Engines, tmp_path_factory: pytest.TempPathFactory) -> Engines:
+    """The session's engines, with models of four layers."""
+    for family, make in (("opt", tiny.make_opt), ("llama", tiny.make_llama)):
+        directory = tmp_path_factory.mktemp(family)
+        engines.add(f"{family}-{LAYERS}", make(directory, layers=LAYERS))
+    return engines
+
+
+@pytest.fixture
+def plans(monkeypatch: pytest.MonkeyPatch) -> list[RowPlan]:
+    """Of every forward with members while the test runs."""
+    made: list[RowPlan] = []
+    monkeypatch.setattr(pruned_forward, "plan_rows", lambda *a: made.append(plan_rows(*a)) or made[-1])
+    return made
+
+
+def train(llm: Any, **options: Any) -> Any:
+    settings: Settings = {
+        "objective": SENTIMENT, "method": LOZO, "learning_rate": RATE, "batch_size": BATCH, "steps": STEPS,
+        "progress": False,
+    }  # fmt: skip
+    return llm.finetune(options.pop("rows", reviews(ROWS, seed=4)), **(settings | options))
+
+
+# --- the plan ---------------------------------------------------------------------------------------------------------
+
+
+def below_of(plan: RowPlan) -> Below:
+    assert plan.below is not None
+    return plan.below
+
+
+def test_two_probes_share_the_rows_below_and_a_kept_sequence_has_none_there() -> None:
+    def member(state: str, tokens: tuple[int, ...]) -> Chunk:
+        return Chunk(len(tokens), state, tokens, (len(tokens) - 1,), whole=True, first_layer=2, owner="job")
+
+    chunks = [member(state, tokens) for state in "+-" for tokens in ((5, 7, 9), (5, 7, 8))]
+    plan = plan_rows(chunks, LAYERS)
+    assert len(plan.keep_U) == 8 and below_of(plan).rows_B.tolist() == [0, 1, 2, 5]
+    assert plan.spread_U.tolist() == [0, 1, 2, 3] * 2 and below_of(plan).loaded_B.all()
+    assert below_of(plan).expand_T.tolist() == [0, 1, 2, 0, 1, 3] * 2
+    kept = Sequence("job", 2, (5, 7, 9))
+    assert {s: rows.tolist() for s, rows in below_of(plan).to_keep.items()} == {
+        kept: [0, 1, 2],
+        Sequence("job", 2, (5, 7, 8)): [0, 1, 3],
+    }
+    plan = plan_rows(chunks, LAYERS, {kept})
+    assert below_of(plan).rows_B.tolist() == [3, 4, 5] and below_of(plan).kept == ((kept, 0),)
+    assert plan.spread_U.tolist() == [3, 4, 5, 0, 1, 2] * 2
+
+
+def test_rows_below_are_those_of_equal_history_and_serving_rows_are_apart() -> None:
+    rng = random.Random(0)
+    for _ in range(200):
+        chunks, kept = [], set()
+        for _ in range(rng.randint(1, 9)):
+            tokens = tuple(rng.choices((1, 2), k=rng.randint(1, 5)))
+            kind = rng.random()
+            if kind < 0.2:  # a request
+                chunks.append(Chunk(len(tokens)))
+                continue
+            whole, owner = kind < 0.8, rng.choice(["a", "b"])
+            chunk = Chunk(
+                len(tokens), rng.choice("+-"), tokens, (0,), whole=whole, first_layer=rng.choice([2, 3, 9]), owner=owner
+            )
+            chunks.append(chunk)
+            if whole and rng.random() < 0.5:
+                kept.add(Sequence(owner, 2, tokens))
+        plan = plan_rows(chunks, LAYERS, kept)
+        members = [c for c in chunks if c.state]
+        if not members:
+            assert plan.below is None
+            continue
+        below = below_of(plan)
+        assert below.layer == min(3, *(c.first_layer for c in members))
+        # What each row is: a token history of members' base states, or a row of a request.
+        history = [
+            (() if c.state else (object(),), c.token_ids[: i + 1], c.state is not None)
+            for c in chunks
+            for i in range(c.rows)
+        ]
+        entering: list[Any] = [history[t][:2] for t in below.rows_B.tolist()]
+        assert [history[t][2] for t in below.rows_B.tolist()] == below.loaded_B.tolist()
+        for sequence, first in below.kept:
+            assert sequence in kept and sequence.layer == below.layer
+            entering += [((), sequence.token_ids[: i + 1]) for i in range(first, len(sequence.token_ids))]
+        assert len(entering) == len(plan.first_D)
+        entered = [entering[plan.spread_U[u]] for u in plan.expand_T.tolist()]
+        assert entered == [h[:2] for h in history]
+        assert [plan.spread_U[u] for u in plan.first_D] == list(range(len(plan.first_D)))
+        for sequence, rows in below.to_keep.items():
+            assert sequence not in kept
+            assert [entering[b] for b in rows] == [((), sequence.token_ids[: i + 1]) for i in range(len(rows))]
+        if below.buckets is not None:
+            assert sorted(set(below.buckets.gather_P.tolist())) == list(range(len(below.rows_B)))
+
+
+def test_a_step_whose_jobs_train_the_first_layer_has_nothing_below() -> None:
+    chunk = Chunk(2, "+", (5, 7), (1,), whole=True, first_layer=0, owner="job")
+    upper = Chunk(2, "+", (5, 7), (1,), whole=True, first_layer=2, owner="other")
+    assert plan_rows([chunk, upper], LAYERS).below is None
+    assert plan_rows([upper]).below is None, "a model whose layers are unknown"
+
+
+def test_states_beyond_the_budget_are_not_kept_and_an_ended_job_gives_its_room_back() -> None:
+    kept = KeptStates(100)
+    one, two, three = (Sequence(owner, 2, (i,)) for i, owner in enumerate("aab"))
+    for sequence in (one, two, three):
+        kept.keep(sequence, {0: torch.zeros(30)}, torch.arange(10))
+    assert one in kept and two in kept and three not in kept and kept.bytes == 80
+    kept.forget("a")
+    assert len(kept) == kept.bytes == 0
+    kept.keep(three, {0: torch.zeros(30)}, torch.arange(10))
+    assert three in kept
+
+
+# --- the engine -------------------------------------------------------------------------------------------------------
+
+CASES: dict[str, Settings] = {
+    "upper half": {"target_layers": "2:"},
+    "packed layers, upper half": {"target_layers": "2:", "family": "llama"},
+    "the last layer": {"target_layers": "last", "family": "llama"},
+    "layers with gaps": {"target_layers": "1,3"},
+    "MLPs of the upper layers": {"target_layers": "-3:", "target_modules": "mlp", "family": "llama"},
+    "upper half and LM head": {
+        "target_layers": "2:", "target_modules": r".*(_proj|lm_head)", "family": "llama", "bases": 2,
+    },
+    "LM head alone": {"target_modules": "lm_head", "family": "llama", "bases": 2},
+    "embeddings too: nothing is below": {"target_layers": "2:", "target_modules": ".*", "family": "llama", "bases": 2},
+    "fold": {"target_layers": "2:", "update_space": "fold"},
+    "dense directions in the base weights": {"target_layers": "2:", "method": MeZO(eps=EPS), "rate": 1e-4},
+    "members in chunks": {
+        "target_layers": "2:",
+        "engine": {"max_num_batched_tokens": 24, "max_num_seqs": 8, "enable_chunked_prefill": True},
+    },
+    "teacher forcing": {
+        "target_layers": "2:",
+        "objective": LanguageModeling(prompt_field="sentence", completion_field="sentence"),
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_upper_layers_follow_the_reference_and_the_engine_that_leaves_nothing_out(
+    families: Engines, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = CASES[name]
+    family = f"{case.get('family', 'opt')}-{LAYERS}"
+    llm = families.get(family, **case.get("engine", {}))
+    scope = {k: case[k] for k in ("target_layers", "target_modules") if k in case}
+    options = scope | {k: case[k] for k in ("method", "objective", "update_space", "bases") if k in case}
+    rate = case.get("rate", RATE)
+    run = train(llm, learning_rate=rate, **options)
+    if run.config.space == "fold":
+        llm.restore_base(run)
+
+    method, objective = case.get("method", LOZO), case.get("objective", SENTIMENT)
+    bases = resolve_bases(method, run.config.space, STEPS, 16, case.get("bases"))
+    model = AutoModelForCausalLM.from_pretrained(families.model(family), dtype=torch.float32)
+    oracle = ReferenceTrainer(
+        model, method, objective, job_seed=0, update_space=run.config.space, num_bases=bases, **scope
+    )
+    tokenizer = AutoTokenizer.from_pretrained(families.model(family))
+    examples = encode_examples(reviews(ROWS, seed=4), objective, tokenizer, 128, "rows")
+    order = BatchOrder(ROWS, BATCH, 0)
+    for number, record in enumerate(run.history):
+        expected, _ = oracle.step(number, [examples[i] for i in order.batch(number)], rate)
+        assert record["loss"] == pytest.approx(expected.mean().item(), abs=LOSS_TOLERANCE), f"step {number}"
+
+    monkeypatch.setattr(worker_of(llm).zo.platform.rows, "refused", "to compare")
+    monkeypatch.setattr(worker_of(llm).zo.platform.rows, "not_alone", "to compare")
+    whole = train(llm, learning_rate=rate, **options)
+    if run.config.space == "fold":
+        llm.restore_base(whole)
+    assert losses(run) == pytest.approx(losses(whole), abs=LOSS_TOLERANCE)
+
+
+@pytest.fixture(params=["alone", "as requests"])
+def road(request: pytest.FixtureRequest, families: Engines) -> Iterator[tuple[Any, str]]:
+    """An engine that runs members in a forward of its own, or as requests of vLLM's."""
+    llm = families.get(f"llama-{LAYERS}")
+    if request.param == "alone":
+        yield llm, request.param
+    else:
+        with members_as_requests(llm):
+            yield llm, request.param
+
+
+def test_below_the_first_trained_layer_an_example_is_computed_once_in_all(
+    road: tuple[Any, str], plans: list[RowPlan]
+) -> None:
+    llm, _ = road
+    run = train(llm, target_layers="2:")
+    assert len(plans) == STEPS
+    computed = [len(below_of(plan).rows_B) for plan in plans]
+    epoch = ROWS // BATCH
+    for plan, rows in zip(plans[:epoch], computed, strict=False):
+        assert 0 < rows <= len(plan.keep_U) / 2, "once for both signs"
+    assert computed[epoch:] == [0] * (STEPS - epoch), "kept from the first epoch on"
+    assert not len(worker_of(llm).zo.platform.rows.kept), "the job has ended"
+    assert [record["step"] for record in run.history] == [*range(1, STEPS + 1)]
+
+
+def test_what_is_kept_and_what_is_computed_mix_in_a_step(
+    road: tuple[Any, str], plans: list[RowPlan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm, _ = road
+    kept = worker_of(llm).zo.platform.rows.kept
+    everything = losses(train(llm, target_layers="2:"))
+    monkeypatch.setattr(kept, "limit_bytes", 0)
+    plans.clear()
+    assert losses(train(llm, target_layers="2:")) == pytest.approx(everything, abs=LOSS_TOLERANCE)
+    assert all(len(below_of(plan).rows_B) and not below_of(plan).kept for plan in plans)
+    monkeypatch.setattr(kept, "limit_bytes", 100_000)
+    plans.clear()
+    assert losses(train(llm, target_layers="2:")) == pytest.approx(everything, abs=LOSS_TOLERANCE)
+    assert any(len(below_of(plan).rows_B) and below_of(plan).kept for plan in plans), "or this test shows nothing"
+
+
+def test_beside_traffic_the_run_and_the_answers_are_those_of_each_alone(
+    families: Engines, plans: list[RowPlan]
+) -> None:
+    llm = families.get(f"llama-{LAYERS}")
+    tuned = train(llm, learning_rate=5e-2)
+    params = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True, logprobs=1, prompt_logprobs=0)
+    prompts = ["one long string of cliches", "the story is dull and the acting is terrible", "funny , warm"]
+    adapters = [None, tuned.lora_request, None]
+    alone = llm.generate(prompts, params, lora_request=adapters, use_tqdm=False)
+    quiet = losses(train(llm, target_layers="2:", steps=24))
+    plans.clear()
+    job = start(llm, reviews(ROWS, seed=4), method=LOZO, learning_rate=RATE, steps=24, target_layers="2:")
+    step(llm, 7)  # further than an epoch: what follows has kept rows beside serving rows
+    assert any(below_of(plan).kept for plan in plans)
+    plans.clear()
+    beside = llm.generate(prompts, params, lora_request=adapters, use_tqdm=False)
+    mixed = [plan for plan in plans if plan.below and plan.below.kept and not plan.below.loaded_B.all()]
+    assert mixed, "or this test shows nothing"
+    while scheduler_of(llm).zo.has_work():
+        step(llm, 1)
+    job.poll()
+    assert losses(job) == pytest.approx(quiet, abs=LOSS_TOLERANCE)
+    for one, other in zip(alone, beside, strict=True):
+        assert other.outputs[0].token_ids == one.outputs[0].token_ids
+        ours, theirs = (
+            [next(iter(p.values())).logprob for p in [*o.prompt_logprobs[1:], *o.outputs[0].logprobs]]
+            for o in (one, other)
+        )
+        assert theirs == pytest.approx(ours, abs=LOSS_TOLERANCE)
+
+
+def test_jobs_that_train_different_layers_share_a_step(families: Engines) -> None:
+    llm = families.get(f"llama-{LAYERS}", zo_training={"concurrent_jobs": 2})
+    scopes: list[Settings] = [
+        {"target_layers": "2:", "seed": 1},
+        {"target_layers": "last", "seed": 2},
+        {"target_modules": "lm_head", "bases": 1, "seed": 3},
+        {"seed": 4},
+    ]
+    alone = [losses(train(llm, **scope)) for scope in scopes]
+    for pair in ((0, 1), (0, 2), (1, 2), (0, 3)):
+        together = [
+            start(llm, reviews(ROWS, seed=4), method=LOZO, learning_rate=RATE, steps=STEPS, **scopes[i]) for i in pair
+        ]
+        while scheduler_of(llm).zo.has_work():
+            step(llm, 1)
+        for run, i in zip(together, pair, strict=True):
+            run.poll()
+            assert losses(run) == pytest.approx(alone[i], abs=LOSS_TOLERANCE), pair
+    assert not len(worker_of(llm).zo.platform.rows.kept)
+
+
+def test_kept_states_do_not_outlive_the_weights_that_made_them(families: Engines) -> None:
+    """vLLM reloads the weights of an engine in place; it then tells its LoRA manager to forget all adapters."""
+    llm = families.get(f"llama-{LAYERS}")
+    start(llm, reviews(ROWS, seed=4), method=LOZO, learning_rate=RATE, steps=50, target_layers="2:")
+    step(llm, 5)
+    kept = worker_of(llm).zo.platform.rows.kept
+    assert len(kept) and kept.bytes
+    worker_of(llm).model_runner.lora_manager.remove_all_adapters()
+    assert not len(kept) and not kept.bytes
+    for job_id in list(scheduler_of(llm).zo.queue.unfinished):
+        scheduler_of(llm).zo.finish_early(job_id, cancel=True)
+    while scheduler_of(llm).has_requests():
+        step(llm, 1)
+
+
+def test_evaluations_keep_states_too_and_measure_the_same(families: Engines, plans: list[RowPlan]) -> None:
+    llm = families.get(f"opt-{LAYERS}")
+    options: Settings = {"target_layers": "top-half", "validation": reviews(12, seed=9), "eval_interval": 3}
+    ours = train(llm, **options)
+    assert any(not len(below_of(plan).rows_B) for plan in plans)
+    rows = worker_of(llm).zo.platform.rows
+    decoder, rows.decoder = rows.decoder, None
+    try:
+        plans.clear()
+        theirs = train(llm, **options)
+    finally:
+        rows.decoder = decoder
+    assert all(plan.below is None for plan in plans)
+    assert ours.metrics == pytest.approx(theirs.metrics, abs=LOSS_TOLERANCE)
+    assert llm.evaluate(reviews(12, seed=9), run=ours)["loss"] == pytest.approx(ours.metrics["loss"], abs=1e-4)
+
+
+def test_layers_that_the_model_lacks_are_refused_before_the_job_is_made(families: Engines, tmp_path: Path) -> None:
+    llm = families.get(f"opt-{LAYERS}")
+    with pytest.raises(ConfigError, match="target_layers='4:': the model has 4 layers, 0 to 3; this selects none"):
+        train(llm, target_layers="4:", output_dir=str(tmp_path / "job"))
+    assert not (tmp_path / "job").exists()

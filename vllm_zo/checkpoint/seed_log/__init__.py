@@ -1,0 +1,1 @@
+"""The seed log: its format, its header, its reader and its writer."""

@@ -1,0 +1,235 @@
+"""How much training an engine step may hold, so that requests keep their latency. No vLLM here.
+
+A target says how much longer training may make what requests wait for: 1.1 is a tenth. It becomes tokens in two ways.
+
+*A step that serves.* The pacer learns what a step costs without training, from the steps that have none, and what a
+training token adds to it, from the others (`step_cost.py`). Every step that serves adds (target - 1) times its cost
+without training to a credit of seconds; training tokens beside requests are paid from it. So over any stretch of steps
+the time that training adds stays within the target.
+
+*A forward for training only.* A request that arrives meanwhile waits for its end, so it is cut short:
+
+- It may take (target - 1) times what the slowest of the latest requests needed from arrival to first token anyway. Then
+  the slowest ones, even if all of them met it, stay within the target.
+- The shortest that there is, a single pair, may also run where fewer than (target - 1) requests are expected within it
+  at the rate seen.
+- Any may run where fewer than 0.01 are: on an engine that hardly anybody uses.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import dataclass, field
+
+from vllm_zo.engine.admission import UNLIMITED, Credit
+from vllm_zo.engine.step_cost import ENOUGH, OUTLIER, StepCost
+
+EXPECTED = 0.01
+"""Any training-only forward may run where at most so many requests are expected within it."""
+SLOWEST = 0.95
+"""The quantile of the times to the first token that counts as "the slowest": the last few may be accidents."""
+RATE_S = 10.0
+"""The rate of requests is that of about so many seconds."""
+QUIET = 1e-4
+"""Requests a second that count as none: two minutes after the last one."""
+SHOWN_S = 60.0
+"""Metrics show about so many seconds."""
+LATEST = 128
+"""The requests whose time to the first token counts."""
+GUESSED = 500
+"""Training tokens that the first guess of their cost counts for beside those measured, to begin with."""
+MAX_HELD = 8
+"""How many steps in a row training stays out of because a request waits for its first token in them."""
+MAX_MIXED = 16
+"""After so many steps in a row that serve and train, one serves only: it shows what serving costs by itself."""
+
+
+class Recent:
+    """A sum that forgets: an amount counts 1/e after `seconds`."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self._sum, self._at = 0.0, 0.0
+
+    def add(self, amount: float, now: float) -> None:
+        self._sum, self._at = self.at(now) + amount, now
+
+    def at(self, now: float) -> float:
+        return self._sum * math.exp(-max(now - self._at, 0.0) / self.seconds)
+
+
+@dataclass
+class EngineStep:
+    """What the engine was given to do in one step.
+
+    Attributes:
+        start: when it was scheduled, in seconds of a clock that never goes back.
+        decode: requests that have one token in it.
+        prefill: tokens of the other requests.
+        training: training tokens.
+        arrived: when the requests arrived whose first tokens it computes, same clock.
+    """
+
+    start: float
+    decode: int = 0
+    prefill: int = 0
+    training: int = 0
+    arrived: list[float] = field(default_factory=list)
+
+    @property
+    def serves(self) -> bool:
+        return self.decode + self.prefill > 0
+
+    @property
+    def amounts(self) -> tuple[int, int, int]:
+        return (1, self.decode, self.prefill)
+
+
+class Pacer:
+    """Turns the target into tokens, step by step. The scheduler tells it of every step, when it begins and ends.
+
+    Args:
+        slowdown: the target, > 1.
+        steps_ahead: how many steps the engine schedules before the one that runs has ended; a request waits for all.
+    """
+
+    def __init__(self, slowdown: float, steps_ahead: int = 0) -> None:
+        self._more = slowdown - 1
+        self._steps_ahead = steps_ahead
+        self._serving, self._alone = StepCost(3), StepCost(2)
+        self._beside = [0.0, 0.0]
+        """Seconds that training tokens have added to steps that serve, and those tokens; the latest count most."""
+        self._credit = Credit()
+        self._held = self._mixed = 0
+        self._requests = Recent(RATE_S)
+        self._first_tokens: deque[float] = deque(maxlen=LATEST)
+        self._ended = self._alone_from = self._alone_to = -math.inf
+        self._base, self._real = Recent(SHOWN_S), Recent(SHOWN_S)
+        self._served, self._trained, self._passed = Recent(SHOWN_S), Recent(SHOWN_S), Recent(SHOWN_S)
+        self.budget = 0.0
+        """Training tokens that the last step might have held (for the metrics)."""
+
+    # --- how much may run ---------------------------------------------------------------------------------------------
+
+    def beside(self, *, first_tokens: bool) -> float:
+        """Training tokens that this step may hold beside requests.
+
+        Args:
+            first_tokens: a request waits for its first token in this step.
+        """
+        self.budget = self._beside_tokens(first_tokens)
+        return self.budget
+
+    def _beside_tokens(self, first_tokens: bool) -> float:
+        if not self._serving.known or self._mixed >= MAX_MIXED:
+            return 0.0
+        if first_tokens and self._held < MAX_HELD:
+            self._held += 1
+            return 0.0
+        self._held = 0
+        return max(self._credit.amount, 0.0) / self.token_s
+
+    def alone(self, now: float, smallest: int) -> float:
+        """Training tokens that a forward without requests may hold.
+
+        Args:
+            smallest: tokens of the smallest unit that waits.
+        """
+        self.budget = UNLIMITED
+        rate = self._requests.at(now) / RATE_S
+        if self._alone.known and rate > QUIET:
+            longest_s = max(self.patience_s, EXPECTED / rate) / (1 + self._steps_ahead)
+            self.budget = self._alone.most(longest_s)
+            if self._alone.seconds((1, smallest)) * rate < self._more:
+                self.budget = max(self.budget, smallest)
+        return self.budget
+
+    @property
+    def patience_s(self) -> float:
+        """How long a request may wait for a training-only forward, in seconds."""
+        if len(self._first_tokens) < ENOUGH:
+            return 0.0
+        return self._more * sorted(self._first_tokens)[int(SLOWEST * len(self._first_tokens))]
+
+    @property
+    def token_s(self) -> float:
+        """Seconds that a training token adds to a step that serves."""
+        guess = self._guess_token_s()
+        seconds, tokens = self._beside
+        return max(seconds / tokens if tokens else guess, guess / 10)
+
+    def _guess_token_s(self) -> float:
+        """What a training token may add, before there is a step that shows it."""
+        if self._alone.known:
+            return max(self._alone.seconds((1, GUESSED)) / GUESSED, 1e-7)
+        return max(self._serving.seconds((0, 0, 1)), 1e-7)
+
+    # --- what happened ------------------------------------------------------------------------------------------------
+
+    def arrived(self, now: float) -> None:
+        """Note that a request has arrived."""
+        self._requests.add(1, now)
+
+    def begun(self, step: EngineStep, largest: int) -> None:
+        """Note what a step holds: it adds to the credit, and pays from it.
+
+        Args:
+            largest: see `Credit.accrue`, in tokens.
+        """
+        if not step.serves:
+            return
+        self._mixed = self._mixed + 1 if step.training else 0
+        self._credit.spend(step.training * self.token_s)
+        if self._serving.known:
+            self._credit.accrue(self._more * self._serving.seconds(step.amounts), largest * self.token_s)
+
+    def ended(self, step: EngineStep, now: float) -> None:
+        """Note that a step has ended: learn from the time it took."""
+        begin = max(step.start, self._ended)  # with steps ahead it began when the one before had ended
+        seconds = now - begin
+        if math.isfinite(self._ended):
+            self._passed.add(now - self._ended, now)
+        self._ended = now
+        if step.serves:
+            self._served.add(seconds, now)
+            self._learn_serving(step, seconds, now)
+        elif step.training:
+            self._trained.add(seconds, now)
+            self._alone.learn((1, step.training), seconds)
+            self._alone_from, self._alone_to = begin, now
+        for arrival in step.arrived:
+            # Without the time that it waited for training only: the target is about the time without training.
+            waited = max(self._alone_to - max(arrival, self._alone_from), 0.0)
+            self._first_tokens.append(max(now - arrival - waited, 0.0))
+
+    def _learn_serving(self, step: EngineStep, seconds: float, now: float) -> None:
+        base = self._serving.seconds(step.amounts)
+        if self._serving.known:
+            # An accident of the machine is cut off here as it is in what `base` was learned from.
+            seconds = min(seconds, OUTLIER * (base + step.training * self.token_s))
+            self._base.add(base, now)
+            self._real.add(seconds, now)
+        if not step.training:
+            self._serving.learn(step.amounts, seconds)
+        elif self._serving.known:
+            added = seconds - base
+            before = self._beside if self._beside[1] else [self._guess_token_s() * GUESSED, GUESSED]
+            self._beside = [0.98 * before[0] + added, 0.98 * before[1] + step.training]
+
+    # --- metrics ------------------------------------------------------------------------------------------------------
+
+    def stats(self, now: float) -> dict[str, float | None]:
+        """For monitoring, over about the last minute.
+
+        Returns:
+            budget_tokens: training tokens that the last step might have held; None where nothing limits them.
+            slowdown: how many times as long as without training the steps that served took; None: none did.
+            idle_used: the share of the time without requests in which training ran; None: there was no such time.
+        """
+        base, idle = self._base.at(now), self._passed.at(now) - self._served.at(now)
+        return {
+            "budget_tokens": None if self.budget >= UNLIMITED else self.budget,
+            "slowdown": self._real.at(now) / base if base > 0 else None,
+            "idle_used": min(self._trained.at(now) / idle, 1.0) if idle > 1e-3 else None,
+        }

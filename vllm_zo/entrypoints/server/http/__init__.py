@@ -1,0 +1,1 @@
+"""The routes, the objects that they answer with, and their errors."""

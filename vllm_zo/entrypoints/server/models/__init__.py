@@ -1,0 +1,1 @@
+"""Fine-tuned models: their names, and vLLM's serving objects."""

@@ -1,0 +1,1 @@
+"""A job as every part of the package knows it: its status, its files, its records."""

@@ -1,0 +1,65 @@
+"""Base weights of a CPU engine, whose layers may multiply with a packed copy.
+
+`layer.weight` of such a layer is an empty tensor, and writing to it changes no product. vLLM chooses a layer's packer
+at load, in `vllm.model_executor.layers.utils.dispatch_cpu_unquantized_gemm`. This module reads each packed weight back
+exactly, and packs it again.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.model_executor.layers import utils
+
+from vllm_zo.worker.base_weights import BaseWeights
+from vllm_zo.worker.cpu.linear import plain_linear
+
+PACKED = {"handler", "packed_weight", "zen_weight", "packed"}
+"""Variables that hold a packed copy in the closures that vLLM sets as `cpu_linear` (oneDNN, AMX, zentorch), and in ours
+(`linear.plain_for_many_rows`). vLLM has no other sign that a layer is packed; `vllm-zo doctor` checks the names
+(`compat/seams.py`)."""
+
+
+class PackedWeights(BaseWeights):
+    """`BaseWeights` for layers that vLLM packs.
+
+    From its first `edit` until `restore` such a layer keeps its plain weight, because reading a packed one back takes
+    longer than a training step. A float32 layer then multiplies with the plain weight; a 16-bit layer is packed again
+    after each `edit`.
+    """
+
+    def read(self, layer: Any) -> Tensor:
+        """See `BaseWeights`."""
+        return super().read(layer) if layer.weight.numel() else _multiplied_out(layer)
+
+    def _unpack(self, layer: Any, weight: Tensor) -> None:
+        if not layer.weight.numel():
+            layer.weight = torch.nn.Parameter(weight.clone(), requires_grad=False)
+
+    def _pack(self, layer: Any) -> None:
+        # A layer without a packed copy reads `layer.weight` at every call: there is nothing to do.
+        if not PACKED & _variables(layer.cpu_linear):
+            return
+        if layer.weight.dtype == torch.float32:
+            layer.cpu_linear = plain_linear
+        else:
+            utils.dispatch_cpu_unquantized_gemm(layer, remove_weight=False)
+
+    def _put_back(self, layer: Any, original: Tensor) -> None:
+        """See `BaseWeights`. vLLM chooses the packer again, as at load, and removes the plain weight."""
+        layer.weight = torch.nn.Parameter(original, requires_grad=False)
+        utils.dispatch_cpu_unquantized_gemm(layer, remove_weight=True)
+
+
+def _variables(function: Any) -> set[str]:
+    """Names of the variables that a closure holds; none for any other object."""
+    return set(function.__code__.co_freevars) if getattr(function, "__closure__", None) else set()
+
+
+def _multiplied_out(layer: Any) -> Tensor:
+    """(O, I): the packed weight times the identity. This is exact, because each sum has a single non-zero term."""
+    eye = torch.eye(layer.input_size_per_partition, dtype=layer.weight.dtype)
+    weight: Tensor = layer.cpu_linear(eye, None, None).T.contiguous()
+    return weight

@@ -1,0 +1,149 @@
+"""Patches of vLLM for CPU workers. `install` is for every process, `choose_wrapper` for a training worker."""
+
+from __future__ import annotations
+
+import builtins
+from typing import Any
+
+from vllm_zo.compat.registry import Patch
+
+WIDENED_LINEAR = Patch(
+    target="vllm.model_executor.layers.utils:dispatch_cpu_unquantized_gemm",
+    why=(
+        "without AVX512-BF16 or AMX a 16-bit layer is multiplied by emulation, 3 to 8 times slower than in float32; "
+        "without AVX-512 the packed float32 product is the slower one for the rows of a training step"
+    ),
+    how=(
+        "16-bit layers get our product, which widens the weight block by block; small float32 layers of a training "
+        "engine keep their plain weight for batches of many rows; all others are left to vLLM"
+    ),
+    upstream="none yet",
+    remove_when="vLLM's CPU backend chooses by instructions and batch size",
+    series="none: a choice of kernel for old CPUs; upstream would want numbers from more of them first",
+)
+GROUPED_LORA = Patch(
+    target="vllm.platforms.cpu:CpuPlatform.get_punica_wrapper",
+    why="stock CPU LoRA gathers A and B per token (lora_ops.py), which dominates a step of a few hundred tokens",
+    how="names our wrapper, a subclass of PunicaWrapperCPU with one GEMM per run of tokens that share an adapter",
+    upstream="none yet",
+    remove_when="vLLM's CPU backend groups tokens by adapter",
+    series="0005-cpu-grouped-lora.patch",
+    built_in="vllm.lora.punica_wrapper.punica_selector:choose_punica_wrapper",
+)
+SAFE_VARS = Patch(
+    target="vllm.triton_utils.dispatcher:vars",
+    why="every new CPU engine scans all modules for Triton kernels; once llvmlite is loaded (numba loads it), the scan "
+    "trips over its library object, whose __dict__ is not a dictionary ("
+    "AttributeError: '_lib_fn_wrapper' object has no attribute 'get')",
+    how="gives that module a `vars` that answers {} for such objects",
+    upstream="none yet: _rebind_kernels should check isinstance(vars(value), dict)",
+    remove_when="the scan skips objects whose __dict__ is not a dictionary",
+    series="0007-kernel-scan.patch",
+    built_in="vllm.triton_utils.dispatcher:_instance_dict",
+    optional=True,  # there is no such scan in 0.30
+)
+_WHY = "members of a probe that begin alike are computed alike again and again, and the last layer runs for every token"
+_SERIES = "none: of use only to requests that a scheduler makes for itself, so 0004 has to be there first"
+_REMOVE = "vLLM shares prefixes inside a batch and prunes the last layer to the rows that are read"
+MODEL_FORWARD = Patch(
+    target="vllm.v1.worker.gpu_model_runner:GPUModelRunner._model_forward",
+    why=_WHY,
+    how="in a step with members, the model gets the distinct rows only; what it returns is expanded again",
+    upstream="none yet",
+    remove_when=_REMOVE,
+    series=_SERIES,
+)
+ATTENTION = Patch(
+    target="vllm.model_executor.layers.attention.attention:Attention.forward",
+    why=_WHY,
+    how="inside such a forward, query, key and value are expanded to all rows and the output is cut down again",
+    upstream="none yet",
+    remove_when=_REMOVE,
+    series=_SERIES,
+)
+LORA_LINEAR = Patch(
+    target="vllm.lora.layers.base_linear:BaseLinearLayerWithLoRA.apply",
+    why=_WHY,
+    how="inside such a forward and past its last attention, only the needed rows are multiplied",
+    upstream="none yet",
+    remove_when=_REMOVE,
+    series=_SERIES,
+)
+DECODER_LAYER = Patch(
+    target="vllm.model_executor.models.llama:LlamaDecoderLayer.forward",
+    why="the layers below the first one that a job trains compute the same for all its probes, and at every step",
+    how=(
+        "of every numbered layer, of whatever class: inside such a forward it gets the rows that differ there, and a "
+        "layer whose rows are all kept from an earlier step is left out"
+    ),
+    upstream="none yet",
+    remove_when="vLLM shares the layers below an adapter's first module between adapters",
+    series=_SERIES,
+)
+
+WRAPPER = "vllm_zo.worker.cpu.lora.GroupedPunicaWrapper"
+
+
+def install() -> None:
+    """Apply the patches of classes and modules. They have to be there before vLLM makes an engine or loads a model.
+
+    Raises:
+        PatchConflictError: a patch does not fit the installed vLLM.
+    """
+    _widen_linear_layers()
+    _group_lora()
+    _survive_kernel_scan()
+
+
+def choose_wrapper() -> None:
+    """Make a vLLM that groups tokens by itself, where GROUPED_LORA steps aside, use our LoRA wrapper all the same: only
+    ours knows what the slots of a probe share. To be called before the model is loaded, which makes the wrappers."""
+    if GROUPED_LORA.unneeded():
+        from vllm.lora.punica_wrapper.punica_selector import choose_punica_wrapper
+
+        choose_punica_wrapper(WRAPPER)
+
+
+def _widen_linear_layers() -> None:
+    from vllm.model_executor.layers import utils
+
+    from vllm_zo.worker.cpu.linear import is_emulated, is_kept_plain, plain_for_many_rows, widened_linear
+
+    original = utils.dispatch_cpu_unquantized_gemm
+
+    def dispatch_cpu_unquantized_gemm(layer: Any, remove_weight: bool) -> None:
+        weight = layer.weight
+        if weight.is_meta or weight.ndim != 2:
+            original(layer, remove_weight)
+        elif is_emulated(weight.dtype):
+            layer.cpu_linear = widened_linear
+        elif remove_weight and is_kept_plain(layer):  # vLLM keeps an LM head's weight, and it gets few rows
+            original(layer, False)
+            layer.cpu_linear = plain_for_many_rows(layer.cpu_linear)
+        else:
+            original(layer, remove_weight)
+
+    WIDENED_LINEAR.apply(utils, "dispatch_cpu_unquantized_gemm", dispatch_cpu_unquantized_gemm)
+
+
+def _group_lora() -> None:
+    from vllm.platforms.cpu import CpuPlatform
+
+    def get_punica_wrapper(cls: type) -> str:
+        return WRAPPER
+
+    GROUPED_LORA.apply(CpuPlatform, "get_punica_wrapper", classmethod(get_punica_wrapper))
+
+
+def _survive_kernel_scan() -> None:
+    if SAFE_VARS.unneeded():
+        return
+    from vllm.triton_utils import dispatcher
+
+    def safe_vars(value: Any) -> dict[str, Any]:
+        found = builtins.vars(value)
+        # vars() of a class is a mappingproxy: no dict, but it has what the scan needs.
+        return found if isinstance(found, dict) or hasattr(found, "items") else {}
+
+    # Python looks in the module before the builtins, so this `vars` is found by the module's own functions only.
+    SAFE_VARS.apply(dispatcher, "vars", safe_vars, adds=True)

@@ -1,0 +1,85 @@
+"""The CPU side of a training worker."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vllm_zo import compat
+from vllm_zo.config import ZOTrainingConfig
+from vllm_zo.worker.cpu import linear, patches
+from vllm_zo.worker.cpu.memory import TRIM_INTERVAL, give_back_freed_memory
+from vllm_zo.worker.cpu.packed_weights import PackedWeights
+from vllm_zo.worker.cpu.pruned_forward import RowPruner
+from vllm_zo.worker.cpu.slot_writer import LoopWriter
+from vllm_zo.worker.head import Head
+from vllm_zo.worker.host_copy import HostCopy
+from vllm_zo.worker.kept_states import KeptStates
+from vllm_zo.worker.platform import Chunk, Chunks
+from vllm_zo.worker.slot_writers import Piece, SlotWriter
+
+
+class CPUPlatform:
+    """See `Platform`. If the model allows it, forwards leave out rows, and members may run alone."""
+
+    def __init__(self, runner: Any, wrappers: Sequence[Any], device: torch.device) -> None:
+        self.runner, self.device = runner, device
+        zo = ZOTrainingConfig.of_engine(runner.vllm_config.additional_config)
+        self.rows = RowPruner(runner, wrappers, KeptStates(zo.kept_states_mib << 20))
+
+    @staticmethod
+    def before_load() -> None:
+        # Here too, although the plugin applies them: VLLM_PLUGINS may leave the plugin out of this process.
+        compat.require(patches.install)
+        patches.choose_wrapper()
+        linear.keep_plain_weights()
+
+    def head(self, lm_head: Any, logits_processor: Any, tp: Any) -> Head:
+        return Head(lm_head, logits_processor, tp)
+
+    def slot_writer(self, pieces: Sequence[Piece], rank: int) -> SlotWriter:
+        return LoopWriter(pieces, rank)
+
+    def base_weights(self) -> PackedWeights:
+        return PackedWeights()
+
+    @property
+    def runs_members_alone(self) -> bool:
+        return not self.rows.not_alone
+
+    def sharing_rows(self, chunks: Chunks) -> AbstractContextManager[None]:
+        return self.rows.step(chunks)
+
+    def forward_alone(self, chunks: Sequence[Chunk], slots: Sequence[int]) -> Tensor:
+        return self.rows.forward_alone(chunks, slots)
+
+    def forget_states(self, job_id: str | None = None) -> None:
+        if job_id is None:
+            self.rows.kept.clear()
+        else:
+            self.rows.kept.forget(job_id)
+
+    def after_forward(self, hidden: Tensor) -> None:
+        """Clean the KV cache if a member diverged. hidden: (T, D).
+
+        The cache's blocks go to the next request. CPU attention multiplies what a block holds beyond the request's
+        tokens by weights of 0, which gives NaN if it is not finite.
+        """
+        outputs = [hidden, *self.rows.take_last_attention()]  # `hidden` may lack parts of the last layer
+        if self.rows.wrote_kv and not all(torch.isfinite(output).all() for output in outputs):
+            for cache in self.runner.kv_caches:
+                cache.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+
+    def after_update(self, step: int) -> None:
+        if step % TRIM_INTERVAL == 0:
+            give_back_freed_memory()
+
+    def sampler_slots_changed(self, wrapper: Any) -> None:
+        """Do nothing: the CPU wrapper reads the slots from where they were set."""
+
+    def copy_to_host(self, tensors: Sequence[Tensor]) -> HostCopy:
+        return HostCopy(tensors)

@@ -1,1 +1,0 @@
-"""Kernels with a plain torch twin each."""
