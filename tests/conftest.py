@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests import leash
+
 if TYPE_CHECKING:
     from tests.engines import Engines
     from tests.openai_server import Servers
@@ -41,6 +43,7 @@ if WORKER is not None:
     ENVIRONMENT["OMP_NUM_THREADS"] = "1"  # workers share the cores; torch reads it at import
 for name, value in ENVIRONMENT.items():
     os.environ.setdefault(name, value)
+leash.hold()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
