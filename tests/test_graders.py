@@ -359,6 +359,24 @@ def test_nothing_is_left_of_a_python_grader_that_is_gone(isolation: str) -> None
         assert time.monotonic() < deadline, alive
 
 
+def test_a_python_grader_ends_with_its_engine_also_where_that_is_killed(isolation: str) -> None:
+    program = (
+        "import sys\nfrom vllm_zo.objectives.graders import python_grader, sandbox\n"
+        f"if {isolation == 'no bubblewrap'}: sandbox.why_open = lambda: 'as if it were not installed'\n"
+        "grader = python_grader.PythonGrader('g', 'def grade(sample, item):\\n    while item: pass\\n    return 1.0')\n"
+        "grader('x', {}); print(grader._sandbox._process.pid, flush=True); grader('x', {'a': 1})"
+    )
+    engine = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    assert engine.stdout is not None
+    grader = psutil.Process(int(engine.stdout.readline()))
+    deadline = time.monotonic() + 10.0
+    while grader.status() == psutil.STATUS_STOPPED:  # until it is asked again
+        assert time.monotonic() < deadline
+    engine.kill()
+    engine.wait()
+    grader.wait(10)
+
+
 def _session(pid: int) -> int:
     try:
         return os.getsid(pid)

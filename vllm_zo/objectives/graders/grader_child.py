@@ -17,14 +17,15 @@ import json
 import os
 import platform
 import resource
+import signal
 import struct
 import sys
 from collections.abc import Callable
 from typing import Any, TextIO
 
 MAX_ERROR_CHARACTERS = 1000
-NO_NEW_PRIVILEGES, SET_SECCOMP, FILTER = 38, 22, 2
-"""Arguments of prctl(2): PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP, SECCOMP_MODE_FILTER."""
+END_WITH_PARENT, NO_NEW_PRIVILEGES, SET_SECCOMP, FILTER = 1, 38, 22, 2
+"""Arguments of prctl(2): PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP, SECCOMP_MODE_FILTER."""
 LOAD, EQUAL, AT_LEAST, ANY_BIT, RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 """Instructions of classic BPF: load a word, three jumps that compare it with a constant, and return."""
 ALLOW, REFUSE = 0x7FFF0000, 0x00050000
@@ -46,7 +47,8 @@ then uses clone."""
 
 
 def confine(memory_bytes: int, file_bytes: int) -> None:
-    """Restrict this process to itself: one core, no network, no child, bounded memory and files.
+    """Restrict this process to itself: one core, no network, no child, bounded memory and files, and no life of its own
+    once its parent has ended.
 
     Refusing setpgid and setsid makes sure that the signals of sandbox.py reach this process. Refusing sched_setaffinity
     keeps it on its core, so that the time limit of a call bounds its processor time too.
@@ -96,7 +98,11 @@ def _install(instructions: list[tuple[int, int, int, int]]) -> None:
     buffer = ctypes.create_string_buffer(code)
     program = ctypes.create_string_buffer(struct.pack("HP", len(instructions), ctypes.addressof(buffer)))
     library = ctypes.CDLL(None, use_errno=True)
-    for arguments in ((NO_NEW_PRIVILEGES, 1, 0, 0, 0), (SET_SECCOMP, FILTER, ctypes.addressof(program), 0, 0)):
+    for arguments in (
+        (END_WITH_PARENT, signal.SIGKILL, 0, 0, 0),
+        (NO_NEW_PRIVILEGES, 1, 0, 0, 0),
+        (SET_SECCOMP, FILTER, ctypes.addressof(program), 0, 0),
+    ):
         if library.prctl(*(ctypes.c_ulong(argument) for argument in arguments)) != 0:
             raise OSError(ctypes.get_errno(), "this kernel has no seccomp filters, which Python graders need")
 

@@ -37,8 +37,8 @@ ENVIRONMENT = {
 """The whole environment of the process. Ours may hold API keys, so nothing of it goes there."""
 
 _launcher = ThreadPoolExecutor(1, thread_name_prefix="zo-sandbox")
-"""The thread that starts every process. The kernel ends a `--die-with-parent` child with the *thread* that started it,
-and the threads that score rewards end with their group."""
+"""The thread that starts every process. The kernel ends each with the *thread* that started it (`--die-with-parent`,
+and grader_child.py), and the threads that score rewards end with their group."""
 
 
 @cache
