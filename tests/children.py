@@ -135,6 +135,58 @@ def train_on_two_engines(report: Any, model: str, directory: str) -> None:
     run_job(cluster, **ENDLESS, shards=2, output_dir=directory)
 
 
+def write_until_the_disk_refuses(report: Any, root: str, count: str) -> None:
+    """A store in each directory of `root`, of which no file may have more bytes than the directory's name says.
+
+    In "dies", the process ends within the write that would make a file longer. In "refused", that write is an error,
+    and then there is room. Reports how many transactions were acknowledged.
+    """
+    from vllm_zo.entrypoints.server.state.store import Store
+
+    for directory in sorted(Path(root).glob("*/*")):
+        there, here = os.pipe()
+        if (pid := os.fork()) == 0:
+            _write_records(Store(directory / "db"), directory, int(count), here)
+            os._exit(0)
+        os.close(here)
+        _, status = os.waitpid(pid, 0)
+        acknowledged = len(os.read(there, int(count)))
+        os.close(there)
+        report(directory=str(directory), acknowledged=acknowledged, died=os.WIFSIGNALED(status))
+
+
+def _write_records(store: Any, directory: Path, count: int, acknowledge: int) -> None:
+    import resource
+    import signal
+    import sqlite3
+
+    from vllm_zo.entrypoints.server.http.errors import disk_error
+
+    # Often, so that some limits are met in the database, to which a commit now and then copies what is in the log.
+    store._connection.execute("PRAGMA wal_autocheckpoint = 64")
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    # The kernel writes up to the limit, then sends this signal; ignored (as Python does), the rest is an error.
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL if directory.parent.name == "dies" else signal.SIG_IGN)
+    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(directory.name), most))
+    for number in range(count):
+        try:
+            add_whole(store, number)
+        except sqlite3.OperationalError as error:
+            assert disk_error(error) is not None, error  # as a quota, the limit is not "full" for SQLite
+            resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+            add_whole(store, number)
+        os.write(acknowledge, b".")
+
+
+def add_whole(store: Any, number: int) -> None:
+    """One transaction: a job with an event."""
+    with store.transaction():
+        store.add("jobs", {"id": f"ftjob-{number}", "seed": number, "status": "succeeded"})
+        # Long enough for pages of its own, at the end of the database.
+        store.add("events", {"id": f"ftevent-{number}", "message": "x" * 5000}, parent=f"ftjob-{number}")
+
+
 def ray_cluster(report: Any) -> None:
     """A Ray cluster with two CPUs, until a signal ends it."""
     import signal

@@ -3,6 +3,7 @@ matter. Whatever would reach it fails the test."""
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +26,13 @@ from vllm_zo.methods.plan import ModuleShape
 
 BASE = "base"
 OPERATOR_KEY = "sk-operator"
+
+
+def disk_full() -> sqlite3.OperationalError:
+    """What SQLite says on a full disk."""
+    error = sqlite3.OperationalError("database or disk is full")
+    error.sqlite_errorname = "SQLITE_FULL"
+    return error
 
 
 class NoEngine:

@@ -7,12 +7,12 @@ import csv
 import io
 import json
 import math
-import sqlite3
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.openai_app import disk_full
 from vllm_zo.entrypoints.server.http import errors
 from vllm_zo.entrypoints.server.http.events import EventHub
 from vllm_zo.entrypoints.server.jobs.follow import Follower
@@ -113,7 +113,7 @@ def test_a_full_disk_delays_what_is_told_and_loses_nothing(tmp_path: Path, monke
     def full_at_times(*args: Any) -> Any:
         failures[:] = [n - 1 for n in failures]
         if -1 in failures:
-            raise sqlite3.OperationalError("database or disk is full")
+            raise disk_full()
         return write(*args)
 
     monkeypatch.setattr(store, "_write_job", full_at_times)

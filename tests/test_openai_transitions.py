@@ -21,6 +21,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
+from tests.openai_app import disk_full
 from vllm_zo.entrypoints.server.http import errors
 from vllm_zo.entrypoints.server.http.errors import APIError
 from vllm_zo.entrypoints.server.http.events import EventHub, event_stream
@@ -399,7 +400,7 @@ def test_a_cancel_that_cannot_be_written_down_has_changed_nothing(
 
             def refuse(*args: Any, **changes: Any) -> Any:
                 if "cancelling" in changes:
-                    raise sqlite3.OperationalError("database or disk is full")
+                    raise disk_full()
                 return change(*args, **changes)
 
             full.setattr(server.store, "change_job", refuse)
@@ -584,7 +585,7 @@ def test_a_store_that_fails_at_any_commit_loses_and_repeats_nothing(
 
 
 def refuse(*args: Any, **changes: Any) -> Any:
-    raise sqlite3.OperationalError("database or disk is full")
+    raise disk_full()
 
 
 def request_to(server: Server) -> Any:

@@ -38,6 +38,9 @@ TYPES = {
     507: "server_error",
 }
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+NOT_WRITTEN = ("SQLITE_FULL", "SQLITE_IOERR_WRITE", "SQLITE_IOERR_FSYNC", "SQLITE_IOERR_SHMSIZE", "SQLITE_IOERR_SHMMAP")
+"""SQLite's names for a disk that takes no more. Only the first is ENOSPC; a quota that is used up is one of the others.
+A commit that ends like this is undone and may be tried again."""
 FULL_DISK_WAIT_S = 1.0
 MAX_JSON_BYTES = 1 << 20
 """Largest JSON body. A create request with a grader in it has a few KB. Parsing a body, and listing the jobs made of
@@ -127,10 +130,9 @@ class _CheckedRequest(Request):
 
 
 def disk_error(error: Exception) -> APIError | None:
-    """The answer 507 if the error comes from a full disk, else None."""
+    """The answer 507 if the error comes from a full disk or a quota that is used up, else None."""
     full = isinstance(error, OSError) and error.errno in DISK_FULL
-    # SQLite's message is "database or disk is full".
-    if full or (isinstance(error, sqlite3.OperationalError) and "full" in str(error)):
+    if full or getattr(error, "sqlite_errorname", None) in NOT_WRITTEN:
         return APIError(507, "The server's disk is full; nothing was changed. Free space, then try again.")
     return None
 
