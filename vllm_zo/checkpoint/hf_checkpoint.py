@@ -27,6 +27,9 @@ SAMPLES, SAMPLE_BYTES = 16, 4096
 """Samples of a weight file for the fingerprint: fine-tuning that moves most weights shows in any 64 KB of them."""
 CONFIG_NOISE = ("_name_or_path", "transformers_version")
 """Fields of `config.json` that differ between copies of one model."""
+PACKED_WEIGHTS = ("qweight", "weight_packed")
+"""What GPTQ and AWQ, and compressed-tensors, call the quantised weights of a module."""
+QUANTISED = "a quantised base cannot be merged into, export the adapter instead"
 
 
 def resolve_model_dir(name: str) -> Path:
@@ -112,7 +115,7 @@ def locate(modules: Iterable[ModuleShape], directory: Path) -> dict[str, ModuleS
     were saved from the model without its head.
 
     Raises:
-        ConfigError: the directory holds no weights, or none for a module.
+        ConfigError: the directory holds no weights, none for a module, or quantised ones (GPTQ, AWQ).
     """
     files = weight_files(directory)
     if not files:
@@ -124,6 +127,8 @@ def locate(modules: Iterable[ModuleShape], directory: Path) -> dict[str, ModuleS
     for module in modules:
         full = f"{module.name}.weight"
         found = next((key for key in (full, full.partition(".")[2]) if key in keys), None)
+        if packed := {f"{module.name}.{end}" for end in PACKED_WEIGHTS} & keys:
+            raise ConfigError(f"{directory}: it has {packed.pop()} in place of a weight; {QUANTISED}.")
         if found is None:
             raise ConfigError(
                 f"{directory}: no weight of module {module.name!r} among keys such as {min(keys)!r}; expected the "
@@ -172,7 +177,7 @@ def check_weight(module: ModuleShape, weight: Tensor, directory: Path) -> None:
     if tuple(weight.shape) != expected or weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ConfigError(
             f"{directory}: {module.name} is {tuple(weight.shape)} {weight.dtype}, expected {expected} in float32, "
-            "bfloat16 or float16; a quantised base cannot be merged into, export the adapter instead."
+            f"bfloat16 or float16; {QUANTISED}."
         )
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import builtins
 from typing import Any
 
+import torch
+
 from vllm_zo.compat.registry import Patch
 
 WIDENED_LINEAR = Patch(
@@ -41,6 +43,16 @@ SAFE_VARS = Patch(
     series="0007-kernel-scan.patch",
     built_in="vllm.triton_utils.dispatcher:_instance_dict",
     optional=True,  # there is no such scan in 0.30
+)
+INT8_WEIGHT = Patch(
+    target="vllm.model_executor.kernels.linear.scaled_mm.cpu:CPUInt8ScaledMMLinearKernel.process_weights_for_onednn",
+    why="LoRA asks a layer's weight for its device, and an int8 layer has none once oneDNN has packed it ("
+    "AttributeError: 'NoneType' object has no attribute 'device'): no int8 model starts with LoRA",
+    how="leaves an empty weight there, as vLLM does where it packs unquantised weights",
+    upstream="none yet",
+    remove_when="the kernel leaves a weight that has a device",
+    series="none: a line for a report of its own, it has nothing to do with training",
+    optional=True,  # releases before 0.32 have the kernel elsewhere
 )
 _WHY = "members of a probe that begin alike are computed alike again and again, and the last layer runs for every token"
 _SERIES = "none: of use only to requests that a scheduler makes for itself, so 0004 has to be there first"
@@ -93,6 +105,7 @@ def install() -> None:
     _widen_linear_layers()
     _group_lora()
     _survive_kernel_scan()
+    _keep_int8_weights()
 
 
 def choose_wrapper() -> None:
@@ -133,6 +146,22 @@ def _group_lora() -> None:
         return WRAPPER
 
     GROUPED_LORA.apply(CpuPlatform, "get_punica_wrapper", classmethod(get_punica_wrapper))
+
+
+def _keep_int8_weights() -> None:
+    if INT8_WEIGHT.unneeded():
+        return
+    from vllm.model_executor.kernels.linear.scaled_mm.cpu import CPUInt8ScaledMMLinearKernel as Kernel
+
+    original = Kernel.process_weights_for_onednn
+
+    def process_weights_for_onednn(self: Any, layer: Any) -> None:
+        original(self, layer)
+        name = self.layer_param_names[0]
+        if getattr(layer, name) is None:
+            setattr(layer, name, torch.nn.Parameter(torch.empty(0, dtype=torch.int8), requires_grad=False))
+
+    INT8_WEIGHT.apply(Kernel, "process_weights_for_onednn", process_weights_for_onednn)
 
 
 def _survive_kernel_scan() -> None:
