@@ -25,7 +25,7 @@ from vllm_zo.compat.engine_core import WAITING
 from vllm_zo.worker.cpu.patches import (
     ATTENTION,
     DECODER_LAYER,
-    INT8_WEIGHT,
+    PACKED_WEIGHT,
     LORA_LINEAR,
     MODEL_FORWARD,
     WIDENED_LINEAR,
@@ -34,7 +34,7 @@ from vllm_zo.worker.patches import COMPUTE_LOGITS
 
 ROOT = Path(__file__).parents[1]
 SERIES = sorted((ROOT / "patches").glob("*.patch"))
-OF_CLASSES = {WAITING.target} | ({WIDENED_LINEAR.target, INT8_WEIGHT.target} if current_platform.is_cpu() else set())
+OF_CLASSES = {WAITING.target} | ({WIDENED_LINEAR.target, PACKED_WEIGHT.target} if current_platform.is_cpu() else set())
 OF_OBJECTS = {COMPUTE_LOGITS.target, *(p.target for p in (MODEL_FORWARD, DECODER_LAYER, ATTENTION, LORA_LINEAR))}
 """What the series does not cover: the run-time patches that are left in every process, and on a worker's objects."""
 ENGINE_TESTS = ("tests/test_seams.py", "tests/test_serving.py", "tests/test_multiprocess.py")

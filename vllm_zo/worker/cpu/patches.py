@@ -44,7 +44,7 @@ SAFE_VARS = Patch(
     built_in="vllm.triton_utils.dispatcher:_instance_dict",
     optional=True,  # there is no such scan in 0.30
 )
-INT8_WEIGHT = Patch(
+PACKED_WEIGHT = Patch(
     target="vllm.model_executor.kernels.linear.scaled_mm.cpu:CPUInt8ScaledMMLinearKernel.process_weights_for_onednn",
     why="LoRA asks a layer's weight for its device, and an int8 layer has none once oneDNN has packed it ("
     "AttributeError: 'NoneType' object has no attribute 'device'): no int8 model starts with LoRA",
@@ -149,7 +149,7 @@ def _group_lora() -> None:
 
 
 def _keep_int8_weights() -> None:
-    if INT8_WEIGHT.unneeded():
+    if PACKED_WEIGHT.unneeded():
         return
     from vllm.model_executor.kernels.linear.scaled_mm.cpu import CPUInt8ScaledMMLinearKernel as Kernel
 
@@ -161,7 +161,7 @@ def _keep_int8_weights() -> None:
         if getattr(layer, name) is None:
             setattr(layer, name, torch.nn.Parameter(torch.empty(0, dtype=torch.int8), requires_grad=False))
 
-    INT8_WEIGHT.apply(Kernel, "process_weights_for_onednn", process_weights_for_onednn)
+    PACKED_WEIGHT.apply(Kernel, "process_weights_for_onednn", process_weights_for_onednn)
 
 
 def _survive_kernel_scan() -> None:
