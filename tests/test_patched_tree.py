@@ -25,9 +25,9 @@ from vllm_zo.compat.engine_core import WAITING
 from vllm_zo.worker.cpu.patches import (
     ATTENTION,
     DECODER_LAYER,
-    PACKED_WEIGHT,
     LORA_LINEAR,
     MODEL_FORWARD,
+    PACKED_WEIGHT,
     WIDENED_LINEAR,
 )
 from vllm_zo.worker.patches import COMPUTE_LOGITS
