@@ -357,7 +357,7 @@ def test_a_client_that_vanishes_takes_its_request_along(llm: Any) -> None:
     assert run.history[0]["tokens"] < 8 * 80, "a part of the 100 tokens of each"
 
 
-@pytest.mark.slow  # a minute on one core
+@pytest.mark.slow  # 15 s on one core
 def test_a_thousand_rollouts_play_at_once(llm: Any) -> None:
     playing, most = 0, 0
 

@@ -13,6 +13,22 @@ from vllm_zo.errors import ConfigError
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
+def refuse_adapter(directory: Path, named: str) -> None:
+    """Refuse a PEFT adapter where a model or a run is wanted.
+
+    Args:
+        named: the option and its value as the user wrote them.
+
+    Raises:
+        ConfigError: the directory holds an adapter and no model.
+    """
+    if (directory / CONFIG).is_file() and not (directory / "config.json").is_file():
+        raise ConfigError(
+            f"{named}: a PEFT adapter alone. Merge it into its base (in peft: merge_and_unload().save_pretrained(DIR)) "
+            "and give that directory as --model."
+        )
+
+
 def check_adapter(directory: Path) -> None:
     """Refuse an adapter that cannot be loaded: vLLM's worker would raise, and that ends the engine for all its users.
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from vllm_zo.checkpoint.adapter_files import refuse_adapter
 from vllm_zo.checkpoint.seed_log.reader import read_seed_log
 from vllm_zo.config import JobConfig, ZOTrainingConfig
 from vllm_zo.entrypoints.cli import train
@@ -96,9 +97,10 @@ def _read(job: Path) -> tuple[Learnt, str]:
     """What a job has learnt, and its model.
 
     Raises:
-        ConfigError: there is no job, it has changed the base itself, or its state is gone.
+        ConfigError: there is no job, or an adapter alone; it has changed the base itself, or its state is gone.
         CorruptLogError: its seed log is damaged at its head.
     """
+    refuse_adapter(job, f"--job {job}")
     directory = JobDir(job)
     if not directory.description.exists() or not directory.log.exists():
         raise ConfigError(f"--job {job}: no job.json and seeds.log there; give the directory of a run (--output).")

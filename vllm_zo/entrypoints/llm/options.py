@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from vllm_zo.checkpoint.adapter_files import refuse_adapter
 from vllm_zo.compat.seams import check_vllm
 from vllm_zo.config import ZOTrainingConfig
 from vllm_zo.entrypoints.llm.cpu_defaults import apply_cpu_defaults
@@ -117,14 +118,15 @@ def _graphs(zo: ZOTrainingConfig, options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_local_model(model: str, named: str) -> None:
-    """Refuse a path that does not exist: vLLM would ask the hub for a model of that name.
+    """Refuse a path that does not exist, for which vLLM would ask the hub, and an adapter without its base.
 
     Args:
         named: the option and its value as the user wrote them.
 
     Raises:
-        ConfigError: there is no such directory.
+        ConfigError: there is no such directory, or it holds an adapter alone.
     """
+    refuse_adapter(Path(model), named)
     if model.startswith(("/", ".", "~")) and not model.endswith(".gguf") and not Path(model).is_dir():
         raise ConfigError(f"{named}: no such directory; give a checkpoint's directory or a Hugging Face name.")
 

@@ -49,8 +49,11 @@ class LocalProgram:
 
         self._function = objective.function()
         self._server = server
-        # No retries of the client's own: each would be a turn, with a seed of its own.
-        options: dict[str, Any] = {"base_url": server, "api_key": "none", "max_retries": 0}
+        # No retries of the client's own: each would be a turn, with a seed of its own. Its time-out is the rollout's: a
+        # connection takes longer than the client's 5 s where a thousand are opened at once.
+        options: dict[str, Any] = {
+            "base_url": server, "api_key": "none", "max_retries": 0, "timeout": objective.timeout_s,
+        }  # fmt: skip
         # An object with a coroutine function as its `__call__` counts, too.
         self._is_async = any(inspect.iscoroutinefunction(f) for f in (self._function, type(self._function).__call__))
         self._client: Any = AsyncOpenAI(**options) if self._is_async else OpenAI(**options)
