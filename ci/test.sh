@@ -10,5 +10,5 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 paths=(tests)
 for argument in "$@"; do [[ -e ${argument%%::*} ]] && paths=(); done
 parallel=()
-if ((${#paths[@]} && ${WORKERS:-1} > 1)); then parallel=(--numprocesses "$WORKERS" --dist loadgroup); fi
+if ((${#paths[@]} && ${WORKERS:-1} > 1)); then parallel=(--numprocesses "$WORKERS" --dist loadfile); fi
 exec .venv/bin/python -m pytest -q --durations 10 --durations-min 5 "${parallel[@]}" "${paths[@]}" "$@"

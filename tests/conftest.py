@@ -50,23 +50,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--run-slow", action="store_true", help="run the tests marked slow as well")
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.pluginmanager.hasplugin("xdist"):
-        _group_by_server(items)
     run_slow = config.getoption("--run-slow")
     for item in items:
         if item.get_closest_marker("slow") and not run_slow:
             item.add_marker(pytest.mark.skip(reason="slow; give --run-slow, or make test-slow"))
         if item.get_closest_marker("gpu") and not cuda_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
-
-
-def _group_by_server(items: list[pytest.Item]) -> None:
-    """With several workers the tests of a file stay together, and all files that use the session's server too."""
-    files = {item.path for item in items if "servers" in getattr(item, "fixturenames", ())}
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("server" if item.path in files else item.path.stem))
 
 
 def cuda_available() -> bool:

@@ -424,6 +424,7 @@ def test_wandb_gets_every_number_by_step(
 # --- the program itself -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_train_export_and_replay_as_programs(engines: Engines, tmp_path: Path) -> None:
     def shell(*arguments: object) -> subprocess.CompletedProcess[str]:
         as_users_have_it = {n: v for n, v in os.environ.items() if n not in ENVIRONMENT or n.startswith("HF_")}

@@ -123,6 +123,7 @@ def test_members_that_write_are_rewarded_where_they_are(engines: Engines, cluste
     assert alone.history[0]["reward"] == pytest.approx(run.history[0]["reward"], abs=0.5), "the same completions"
 
 
+@pytest.mark.slow
 def test_each_engine_plays_the_rollouts_of_its_own_probes_and_a_killed_one_costs_no_step(cluster: Cluster) -> None:
     rows = reviews(8, seed=1), reviews(3, seed=2)
     options: dict[str, Any] = {**PLAYED, "shards": 4}
@@ -162,6 +163,7 @@ def test_the_error_of_an_engine_is_that_of_the_job_and_the_cluster_goes_on(clust
     assert train(cluster, steps=2).status == "succeeded"
 
 
+@pytest.mark.slow
 def test_the_first_traceback_of_an_engine_is_in_the_error_of_the_job(cluster: Cluster) -> None:
     """Both engines get a step that is not the next one, which no coordinator sends; none is started again."""
 

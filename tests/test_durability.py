@@ -346,7 +346,9 @@ def long_unbroken(engines: Engines) -> Trajectory:
     return Trajectory.of(llm, train(llm, **LONG_JOB))
 
 
-@pytest.mark.parametrize("moment", ["as soon as a step is logged", "after a snapshot"])
+@pytest.mark.parametrize(
+    "moment", [pytest.param("as soon as a step is logged", marks=pytest.mark.slow), "after a snapshot"]
+)
 def test_a_run_killed_with_signal_9_goes_on_as_if_nothing_had_happened(
     engines: Engines, long_unbroken: Trajectory, tmp_path: Path, moment: str
 ) -> None:

@@ -228,13 +228,14 @@ from tests.children import _interpret_triton, widen_products
 _interpret_triton()  # before vLLM is imported
 from tests import test_gpu_lora
 widen_products()
-getattr(test_gpu_lora, sys.argv[1])("cpu")
+for check in sys.argv[1:]:
+    getattr(test_gpu_lora, check)("cpu")
 """
 
 
-@pytest.mark.parametrize("check", CHECKS)
-def test_in_the_interpreter(check: str) -> None:
-    in_interpreter(IN_A_CHILD, check, VLLM_USE_V2_MODEL_RUNNER="1")
+@pytest.mark.slow
+def test_in_the_interpreter() -> None:
+    in_interpreter(IN_A_CHILD, *CHECKS, VLLM_USE_V2_MODEL_RUNNER="1")
 
 
 # --- in an engine -----------------------------------------------------------------------------------------------------

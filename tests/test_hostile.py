@@ -495,6 +495,7 @@ def reward_job(client: Any, grader: dict[str, Any], rows: list[dict[str, str]], 
     return str(create(client, training_file, objective=objective, hyperparameters={"steps": steps}).id)
 
 
+@pytest.mark.slow
 def test_a_slow_reward_of_a_job_does_not_slow_the_engine(server: Server) -> None:
     client = server.client()
     rows = [{"prompt": "It was", "answer": LONG[:16_300]} for _ in range(16)]

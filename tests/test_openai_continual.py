@@ -333,7 +333,7 @@ def test_many_files_and_feedback_for_a_job_that_has_ended(servers: Servers) -> N
     )
     wait_for(client, job.id, "running", step=1)
     with server.http() as http:
-        for number in range(200):
+        for number in range(60):
             rows = jsonl(reviews(2, seed=1000 + number))
             answer = http.post(f"/v1/fine_tuning/jobs/{job.id}/examples", content=rows)
             assert answer.json()["total"] == 2 * (number + 1), answer.text

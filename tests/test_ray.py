@@ -43,8 +43,9 @@ def two_cpus() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "disabled")  # else it writes a token into the home directory
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        before = psutil.Process().children(recursive=True)  # other tests' servers
         ray.init(num_cpus=2, **SMALL)
-        started = psutil.Process().children(recursive=True)
+        started = set(psutil.Process().children(recursive=True)) - set(before)
         yield
         ray.shutdown()
         wait_until(lambda: all(ended(process) for process in started))

@@ -106,7 +106,7 @@ def usual(engines: Engines) -> dict[str, Any]:
     return dict(results(engines.get("opt", **ENGINE)))
 
 
-@pytest.fixture(scope="module", params=ROADS)
+@pytest.fixture(scope="module", params=["v2-runner", pytest.param("tensor-parallel", marks=pytest.mark.slow)])
 def other(request: pytest.FixtureRequest, engines: Engines) -> dict[str, Any]:
     child = Child("train_another_way", str(engines.model("opt")), request.param, **ROADS[request.param])
     return {report["name"]: report["result"] for report in child.finish()}

@@ -55,6 +55,7 @@ def check_triton(device: str) -> None:
     check(make, torch.bfloat16, device, rounding=2.0**-7 if device == "cpu" else 0.0)
 
 
+@pytest.mark.slow
 def test_the_triton_kernel_writes_the_same_in_the_interpreter() -> None:
     in_interpreter(IN_A_CHILD)
 

@@ -140,6 +140,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         sys.modules.pop(name, None)
 
 
+@pytest.mark.slow
 def test_one_of_each_trains_resumes_and_replays_in_an_engine_of_another_process(
     engines: Engines, site: Path, tmp_path: Path
 ) -> None:
