@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The tests. Arguments go to pytest: bash ci/test.sh tests/test_noise.py -x
 #
-# WORKERS=2 runs the whole suite in two processes, a core each. Most of its time goes into starting engines and servers,
-# which uses one core.
+# WORKERS=2 runs the whole suite in two processes. Most of its time goes into starting engines and servers, which uses
+# one core.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

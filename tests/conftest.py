@@ -16,31 +16,18 @@ if TYPE_CHECKING:
     from tests.openai_server import Servers
 
 
-WORKER = os.environ.get("PYTEST_XDIST_WORKER")
-"""The name of this worker of pytest-xdist, "gw0"; None where one process runs all tests."""
-
-
-def cores() -> str:
-    """The cores for engines, in vLLM's notation: the first two that this process may use ("0-1"), or one a worker."""
-    usable = sorted(os.sched_getaffinity(0))
-    if WORKER is not None:
-        return str(usable[int(WORKER.removeprefix("gw")) % len(usable)])
-    adjacent = len(usable) >= 2 and usable[1] == usable[0] + 1
-    return f"{usable[0]}-{usable[1]}" if adjacent else ",".join(map(str, usable[:2]))
-
-
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # engine core in process: starts in seconds, fails with its own traceback
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; the default takes a share of the machine's memory
-    "VLLM_CPU_OMP_THREADS_BIND": cores(),  # the default leaves a core of two idle
-    "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
+    # One thread, wherever the system puts it. Models are tiny, and two threads wait for each other at every operator:
+    # beside any other program they took ten times as long.
+    "OMP_NUM_THREADS": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_NO_USAGE_STATS": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_OFFLINE": "1",  # models are made in the tests; a download is a mistake
 }
-if WORKER is not None:
-    ENVIRONMENT["OMP_NUM_THREADS"] = "1"  # workers share the cores; torch reads it at import
 for name, value in ENVIRONMENT.items():
     os.environ.setdefault(name, value)
 leash.hold()
