@@ -57,6 +57,7 @@ class Server:
     """`vllm-zo serve MODEL`. A log of what it prints is shown when something fails.
 
     Args:
+        name: of the model, for clients.
         plain: start vLLM's own server instead, with what `--zo-print-flags` says.
         patched: start `vllm serve MODEL --zo-training` instead.
     """
@@ -66,6 +67,7 @@ class Server:
         model: str,
         state_dir: Path,
         *flags: str,
+        name: str = "tiny",
         plain: bool = False,
         patched: bool = False,
         **environment: str,
@@ -73,7 +75,7 @@ class Server:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = state_dir.with_suffix(".log")
-        self.model = "tiny"
+        self.model = name
         training = [f"--zo-training={json.dumps({'state_dir': str(state_dir)})}"]
         command = [
             *(PATCHED if patched else OURS),

@@ -16,8 +16,11 @@ from typing import Any
 
 import pytest
 
-from tests.engines import reviews
-from tests.openai_server import KEY, PREFIX, Server, Servers, create, jsonl, upload_reviews, wait_for
+from tests.openai_server import FLAGS as SERVER_FLAGS
+from tests.openai_server import KEY, PREFIX, Server, Servers, create, upload_reviews, wait_for
+from tests.test_openai_continual import create as create_continual
+from tests.test_openai_rollouts import play, rollout_job
+from tests.test_rollout_remote import program, score
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
 StaleElementReferenceException = pytest.importorskip("selenium.common").exceptions.StaleElementReferenceException
@@ -29,12 +32,21 @@ FLAGS = (
     "--disable-background-networking",
     "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage", "--window-size=1100,1000",
 )  # fmt: skip
-WAIT_S = 30
+WAIT_S = 60
+DEMO = Path(__file__).parents[1] / "examples" / "demo"
 
 
 @pytest.fixture
 def server(servers: Servers) -> Server:
     return servers.running()
+
+
+@pytest.fixture
+def demo(tmp_path: Path) -> Iterator[Server]:
+    """A server of its own with the demo's model, which learns something."""
+    server = Server(str(DEMO / "model"), tmp_path / "state", *SERVER_FLAGS, name="demo").wait_until_ready()
+    yield server
+    server.kill()
 
 
 @pytest.fixture
@@ -120,12 +132,52 @@ def test_what_users_name_is_text_and_never_markup(server: Server, browser: Any) 
     assert browser.title == "Fine-tuning" and not browser.find_elements("css selector", f"#{job.id} img")
 
 
+@pytest.mark.slow
+def test_the_page_shows_what_rollouts_said_and_promotes_a_version(server: Server, browser: Any) -> None:
+    client = server.client()
+    data, held_out = upload_reviews(client, 8), upload_reviews(client, 3, seed=2)
+    with program(lambda number, asked: score(play(asked))) as (url, _):
+        job = rollout_job(client, data, url, steps=1, validation_file=held_out)
+        wait_for(client, job.id, "succeeded")
+    said: Any = client.get(f"/fine_tuning/jobs/{job.id}/transcripts", cast_to=object)
+    browser.get(f"{server.url}/fine-tuning#{job.id}")
+    log_in(browser, KEY)
+    shown = f'#{job.id} section[aria-label="Example transcripts"]'
+    until(lambda: "after step 1" in text(browser, shown) and "the base model" in text(browser, shown), "both parts")
+    for rollout in [one for part in ("base", "newest") for one in said[part]["rollouts"]]:
+        assert f"row {rollout['row'] + 1}: reward {rollout['reward']}" in text(browser, shown)
+        for turn in rollout["said"]:
+            assert f"{turn['role']}: {turn['text']}" in text(browser, shown)
+
+    job = create_continual(client, data)
+    until(lambda: len(client.fine_tuning.jobs.checkpoints.list(job.id).data) >= 2, "two versions")
+    client.fine_tuning.jobs.pause(job.id)
+    wait_for(client, job.id, "paused")
+    oldest = client.fine_tuning.jobs.checkpoints.list(job.id).data[-1].fine_tuned_model_checkpoint
+    browser.get(f"{server.url}/fine-tuning#{job.id}")
+    promote = f"[aria-label='Promote {oldest}']"
+    until(lambda: find(browser, promote), "the button")
+    browser.execute_script("window.confirm = () => true; document.querySelector(arguments[0]).click()", promote)
+    rows = "return [...document.querySelectorAll(arguments[0] + ' tbody tr')].map(r => r.innerText)"
+    versions = f"#{job.id} section[aria-label='Versions']"
+    until(lambda: oldest in (row := browser.execute_script(rows, versions)[-1]) and "live" in row, "the live one")
+    assert client.completions.create(model=f"live:{job.id}", prompt="a", max_tokens=1).model == oldest
+    client.fine_tuning.jobs.cancel(job.id)
+
+
 # --- a job from the form to its versions ------------------------------------------------------------------------------
 
 
 def screenshot(browser: Any, name: str) -> None:
+    """The whole page, however long it is."""
     if directory := os.environ.get("VLLM_ZO_SCREENSHOTS"):
+        before = browser.get_window_size()
+        height = browser.execute_script(
+            "return outerHeight - innerHeight + document.querySelector('main').scrollHeight"
+        )
+        browser.set_window_size(before["width"], height + 40)
         browser.save_screenshot(str(Path(directory) / name))
+        browser.set_window_size(before["width"], before["height"])
 
 
 def values(browser: Any, selector: str) -> list[float]:
@@ -153,15 +205,11 @@ def look_for_nameless(browser: Any) -> list[str]:
     return [one.get_attribute("outerHTML")[:200] for one in found if one.is_displayed() and not one.accessible_name]
 
 
-@pytest.mark.slow
-def test_a_job_is_made_watched_asked_and_tidied_up_on_the_page_behind_a_prefix(
-    server: Server, browser: Any, tmp_path: Path
-) -> None:
-    client = server.client()
-    train, validation = tmp_path / "train.jsonl", tmp_path / "validation.jsonl"
-    train.write_bytes(jsonl(reviews(64, seed=1)))
-    validation.write_bytes(jsonl(reviews(16, seed=2)))
-    browser.get(f"{server.url}{PREFIX}/fine-tuning")
+@pytest.mark.slow  # a server of its own, and some minutes of training
+@pytest.mark.timeout(900)
+def test_a_job_is_made_watched_asked_and_tidied_up_on_the_page_behind_a_prefix(demo: Server, browser: Any) -> None:
+    client = demo.client()
+    browser.get(f"{demo.url}{PREFIX}/fine-tuning")
     log_in(browser, KEY)
     until(lambda: not find(browser, "#login").is_displayed(), "the list")
 
@@ -169,24 +217,22 @@ def test_a_job_is_made_watched_asked_and_tidied_up_on_the_page_behind_a_prefix(
     find(browser, "#new").send_keys("\n")
     until(lambda: find(browser, "#create").is_displayed(), "the form")
     assert browser.switch_to.active_element.get_attribute("id") == "train", "it takes the focus"
-    until(lambda: text(browser, "#model option") == "tiny", "the model")
+    until(lambda: text(browser, "#model option") == "demo", "the model")
     assert not find(browser, "#grader").is_displayed() and nameless(browser) == []
-    find(browser, "#train").send_keys(str(train))
-    find(browser, "#validation").send_keys(str(validation))
+    find(browser, "#train").send_keys(str(DEMO / "reviews" / "train.jsonl"))
+    find(browser, "#validation").send_keys(str(DEMO / "reviews" / "validation.jsonl"))
     find(browser, "#suffix").send_keys("form")
     find(browser, "#task").send_keys("Classification")
     until(lambda: find(browser, "#template").is_displayed(), "the fields of the task")
     find(browser, "#recipe").send_keys("A quick look")
     assert find(browser, "#hyperparameters").get_attribute("value") == '{"steps":100}'
+    screenshot(browser, "fine-tuning-form.png")
     find(browser, "#hyperparameters").clear()
     find(browser, "#hyperparameters").send_keys('{"steps": 1}{')
     find(browser, "#start").send_keys("\n")
     until(lambda: "Hyperparameters:" in text(browser, "#create-error"), "the reason, before anything is uploaded")
     find(browser, "#hyperparameters").clear()
-    find(browser, "#hyperparameters").send_keys(
-        '{"steps": 1000, "eps": 0.01, "learning_rate": 0.01, "bases": 1, "eval_interval": 100}'
-    )
-    screenshot(browser, "fine-tuning-form.png")
+    find(browser, "#hyperparameters").send_keys('{"steps": 400}')
     find(browser, "#start").send_keys("\n")
     job_id = until(lambda: browser.current_url.partition("#")[2], "the job's own view")
     card = f"#{job_id}"
@@ -207,16 +253,17 @@ def test_a_job_is_made_watched_asked_and_tidied_up_on_the_page_behind_a_prefix(
     assert bar.accessible_name and int(bar.get_attribute("aria-valuenow")) > 0
 
     # It has ended: configuration, evaluations, versions, events, and two answers side by side.
-    job = wait_for(client, job_id, "succeeded")
+    job = wait_for(client, job_id, "succeeded", timeout_s=270)
     until(lambda: text(browser, f"{card} .status") == "succeeded", "the end")
-    assert (job.model, job.suffix) == ("tiny", "form")
+    assert (job.model, job.suffix) == ("demo", "form")
     rows = (
         "return [...document.querySelectorAll(arguments[0] + ' tbody tr')].map(r => [...r.cells].map(c => c.innerText))"
     )
     configuration = dict(browser.execute_script(rows, f"{card} [role=region][aria-label=Configuration]"))
-    assert configuration["steps"] == "1000" and configuration["training_file"] == job.training_file
+    assert configuration["steps"] == "400" and configuration["training_file"] == job.training_file
     evaluations = browser.execute_script(rows, f"{card} .evaluations")
-    assert [row[0] for row in evaluations] == [str(step) for step in range(1000, -1, -100)]
+    assert [row[0] for row in evaluations] == ["400", "300", "200", "100", "0"]
+    assert max(float(row[2]) for row in evaluations[:-1]) > float(evaluations[-1][2]), "it has learnt something"
     versions = f'{card} section[aria-label="Versions"]'
     until(lambda: len(browser.execute_script(rows, versions)) == 4, "the versions")
     prompt = find(browser, f"{card} section textarea")
@@ -224,7 +271,7 @@ def test_a_job_is_made_watched_asked_and_tidied_up_on_the_page_behind_a_prefix(
     find(browser, f"{card} section form button").send_keys("\n")
     until(lambda: len(text(browser, f"{card} .said.newest").strip(" .")) > 3, "an answer")
     said = [text(browser, f"{card} .said.{which}") for which in ("base", "newest")]
-    for model, shown in zip(("tiny", f"job:{job_id}"), said, strict=True):
+    for model, shown in zip(("demo", f"job:{job_id}"), said, strict=True):
         again = client.completions.create(
             model=model, prompt="a warm and clever story It was", max_tokens=64, temperature=0
         )

@@ -29,10 +29,14 @@ def play(asked: Any) -> float:
     return len(set(text)) / 10
 
 
-def rollout_job(client: OpenAI, data: str, url: str, steps: int = 4, **more: Any) -> Any:
+def rollout_job(
+    client: OpenAI, data: str, url: str, steps: int = 4, validation_file: str | None = None, **more: Any
+) -> Any:
     objective = {"name": "rollout", "url": url, **more}
     hyperparameters = {"steps": steps, "batch_size": 4, "eps": 0.3}
-    return create(client, data, objective=objective, seed=3, hyperparameters=hyperparameters)
+    return create(
+        client, data, objective=objective, validation_file=validation_file, seed=3, hyperparameters=hyperparameters
+    )
 
 
 def test_a_program_plays_against_the_probes_of_a_job(client: OpenAI) -> None:
