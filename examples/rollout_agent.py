@@ -16,23 +16,27 @@ from typing import Any
 from pydantic_ai import Agent, ModelRetry, RunContext, UnexpectedModelBehavior
 from pydantic_ai.models.openai import OpenAIChatModel, OpenAIChatModelSettings
 from pydantic_ai.providers.openai import OpenAIProvider
+from rollout_game import ASK, VERDICTS, WORTH
 from rollout_training import learn
 
-VERDICTS, ASK = ("terrible", "great"), "hard to say"
-TEMPLATE = "{% for message in messages %}{{ message.content }} {% endfor %}It was "
+TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message.role == 'assistant' %}It was{% endif %}{{ message.content }} "
+    "{% endfor %}It was"
+)
 """The demo model has no chat template of its own. Most models have one."""
 
 
 @dataclass
 class Review:
     verdict: str
-    worth: float = 1.0
+    worth: float = WORTH["alone"]
 
 
 critic = Agent(
     deps_type=Review,
     model_settings=OpenAIChatModelSettings(
-        temperature=1.0, max_tokens=8, extra_body={"structured_outputs": {"choice": [*VERDICTS, ASK]}}
+        temperature=0, max_tokens=8, extra_body={"structured_outputs": {"choice": [*VERDICTS, ASK]}}
     ),
     retries=1,
 )
@@ -41,8 +45,8 @@ critic = Agent(
 @critic.output_validator
 def check(run: RunContext[Review], output: str) -> str:
     if output == ASK:
-        run.deps.worth = 0.9
-        raise ModelRetry(f"Others say it was {run.deps.verdict} .")
+        run.deps.worth = WORTH["asked"]
+        raise ModelRetry(f"Others say it was{run.deps.verdict} .")
     return output
 
 
@@ -58,4 +62,5 @@ async def play(client: Any, model: str, row: dict[str, Any]) -> float:
 
 
 if __name__ == "__main__":
-    learn(play, "the agent's score", server={"chat_template": TEMPLATE})
+    settings = {"shaping": "none", "pass_reward": WORTH["asked"]}
+    learn(play, "the agent's score", **settings, server={"chat_template": TEMPLATE})

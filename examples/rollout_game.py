@@ -2,9 +2,9 @@
 
     python examples/rollout_game.py [steps]
 
-The model reads a review and guesses its verdict, or says that it is hard to say. Then the environment asks its tool,
-which knows what others have said, and the model guesses again. The score is 1 for a right guess without the tool, 0.9
-for one with it, and 0 for a wrong one. `play` is the whole agent: a loop around the unmodified OpenAI client, without a
+The model reads a review and guesses its verdict, or asks "like what ?". Then the environment calls its tool, which
+knows what others have said, and the model guesses again. The score is 1 for a right guess without the tool, 0.9 for
+one with it, and 0 for a wrong one. `play` is the whole agent: a loop around the unmodified OpenAI client, without a
 gradient in sight. The engine trains the model to score higher: when to ask, and to believe the answer.
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 from rollout_training import learn
 
 VERDICTS = [" terrible", " great"]
-ASK = " hard to say"
+ASK = " like what"
 WORTH = {"alone": 1.0, "asked": 0.9}
 """The score of a right guess, without the tool and with it."""
 
@@ -30,7 +30,7 @@ class Game:
 
     def ask(self) -> None:
         """The tool: what others have said. It is right, and not free."""
-        self.text += f"{ASK} . Others say it was{self.verdict} . It was"
+        self.text += f"{ASK} ? Others say it was{self.verdict} . It was"
         self.worth = WORTH["asked"]
 
     def score(self, guess: str) -> float:
@@ -52,11 +52,12 @@ async def say(client: Any, model: str, prompt: str, choices: list[str]) -> str:
         model=model,
         prompt=prompt,
         max_tokens=8,  # the grammar ends an answer; it may be written in several tokens
-        temperature=1.0,
+        temperature=0,
         extra_body={"structured_outputs": {"choice": choices}},
     )
     return str(answer.choices[0].text)
 
 
 if __name__ == "__main__":
-    learn(play, "score")
+    # Not z-scored: that would make the tool's price weigh as much as a wrong guess, in every game that all probes win.
+    learn(play, "score", shaping="none", pass_reward=WORTH["asked"])

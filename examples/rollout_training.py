@@ -17,7 +17,7 @@ def learn(play: Any, what: str, **settings: Any) -> Any:
 
     Args:
         what: the name of its score.
-        settings: of `Rollout`.
+        settings: of `Rollout`, in place of those below.
     """
     from vllm_zo import apply_cpu_defaults
 
@@ -29,7 +29,7 @@ def learn(play: Any, what: str, **settings: Any) -> Any:
     run = llm.finetune(
         train=REVIEWS / "train.jsonl",
         validation=REVIEWS / "validation.jsonl",
-        objective=Rollout(play, concurrency=64, shaping="zscore", **settings),
+        objective=Rollout(play, **{"concurrency": 64, "shaping": "zscore", **settings}),
         method=EGGROLL(queries=4, eps=3e-2),
         update_space="bank",
         bases=1,
