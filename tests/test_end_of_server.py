@@ -34,9 +34,13 @@ MOMENTS: dict[str, Callable[[Server], bool]] = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("moment", MOMENTS)
-def test_while_the_model_is_loading(engines: Engines, tmp_path: Path, moment: str) -> None:
-    server = Server(str(engines.model("opt")), tmp_path / "state", *FLAGS)
+@pytest.mark.parametrize(
+    ("moment", "plain"),
+    [*((moment, False) for moment in MOMENTS), ("worker", True)],
+    ids=[*MOMENTS, "plain vllm serve"],
+)
+def test_while_the_model_is_loading(engines: Engines, tmp_path: Path, moment: str, plain: bool) -> None:
+    server = Server(str(engines.model("opt")), tmp_path / "state", *FLAGS, plain=plain)
     try:
         deadline = time.monotonic() + START_S
         while not MOMENTS[moment](server):

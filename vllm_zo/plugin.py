@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import logging
+import sys
 
 from vllm_zo.compat.registry import PatchConflictError
 from vllm_zo.entrypoints.llm.requirements import require_patches
 
 logger = logging.getLogger("vllm.zo.compat")
+
+SERVER = "vllm.entrypoints.launchers.api_server.entry"
+"""What a process that becomes a server has imported before it loads its plugins."""
 
 
 def install() -> None:
@@ -18,5 +22,9 @@ def install() -> None:
     """
     try:
         require_patches()
+        if SERVER in sys.modules:
+            from vllm_zo.entrypoints.server.patches import bound_the_start
+
+            bound_the_start()
     except PatchConflictError as error:
         logger.warning("vllm-zo cannot train with this vLLM: %s", error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,7 +25,7 @@ SHUTDOWN = Patch(
 STARTING = Patch(
     target="vllm.entrypoints.launchers.api_server.entry:setup_server",
     why="SIGTERM while the model loads: the server waits for its engine, which notes the signal and loads on",
-    how="bounds the end of the process from here on, where vLLM has just set its handler; only in `vllm-zo serve`",
+    how="bounds the end of the process from here on, where vLLM has just set its handler; only if the engine trains",
     upstream="none",
     remove_when="an engine that is loading ends when its front end does",
     series="none: upstream would rather end the loading engine itself",
@@ -43,16 +44,18 @@ ROUTES = Patch(
 
 
 def bound_the_start() -> None:
-    """Let SIGTERM end the server that this process is about to start, also while its model is loading."""
+    """Let SIGTERM end the training server that this process is about to start, also while its model is loading."""
     if STARTING.unneeded():
         return
     from vllm.entrypoints.launchers.api_server import entry
 
     setup_server = entry.setup_server
 
-    def set_up_server(*args: Any, **kwargs: Any) -> Any:
-        end_in_time_while_starting()
-        return setup_server(*args, **kwargs)
+    def set_up_server(args: Namespace, *more: Any, **kwargs: Any) -> Any:
+        # The second is the flag of a vLLM with `patches/`.
+        if "zo_training" in (args.additional_config or {}) or getattr(args, "zo_training", False):
+            end_in_time_while_starting()
+        return setup_server(args, *more, **kwargs)
 
     STARTING.apply(entry, "setup_server", set_up_server)
 
