@@ -24,6 +24,9 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_LOGGING_LEVEL": "WARNING",
+    # Not sys.stdout: that is a test's own where it captures output, closed after it, and vLLM keeps what it finds when
+    # it is imported.
+    "VLLM_LOGGING_STREAM": "ext://sys.__stderr__",
     "VLLM_NO_USAGE_STATS": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_OFFLINE": "1",  # models are made in the tests; a download is a mistake
