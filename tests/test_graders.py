@@ -374,7 +374,7 @@ def test_a_python_grader_ends_with_its_engine_also_where_that_is_killed(isolatio
         assert time.monotonic() < deadline
     engine.kill()
     engine.wait()
-    grader.wait(10)
+    grader.wait(30)
 
 
 def _session(pid: int) -> int:

@@ -90,10 +90,15 @@ def reward(**fields: Any) -> dict[str, Any]:
 def test_a_number_beyond_what_the_engine_takes_is_refused_with_the_bound(
     app: TestClient, training_file: str, hyperparameters: dict[str, Any], objective: Any, bound: str
 ) -> None:
-    started = time.process_time()  # the app runs in a thread of this process; neighbours do not count
-    answer = app.post(JOBS, json=job(training_file, objective, **hyperparameters))
-    assert answer.status_code == 400 and bound in answer.json()["error"]["message"], answer.text
-    assert time.process_time() - started < 1.0
+    took = []
+    for _ in range(3):  # a collection of the garbage of a whole session takes a second, and comes once
+        started = time.process_time()  # the app runs in a thread of this process; other programs do not count
+        answer = app.post(JOBS, json=job(training_file, objective, **hyperparameters))
+        took.append(time.process_time() - started)
+        assert answer.status_code == 400 and bound in answer.json()["error"]["message"], answer.text
+        if took[-1] < 0.1:
+            break
+    assert min(took) < 1.0, took
     assert not app.get(JOBS).json()["data"], "no job is made of it"
 
 
@@ -338,8 +343,15 @@ def test_a_job_needs_trust_again_when_it_starts_again(tmp_path: Path) -> None:
 HEALTH_BOUND_S, SLOWER, ATTEMPTS = 0.1, 2.0, 12
 """What an attack may add to the slowest /health, and how often the usual time a completion may take meanwhile. Both are
 compared with what the same client saw just before, and tried again where they fail: the cores are shared with other
-programs, and what really holds the server up does so every time."""
+programs, and what really holds the server up does so every time. Of a /health the time does not count in which the
+server's loop or the client could have run and had no core."""
 END_BOUND_S = 10.0
+
+
+def without_core(thread: int) -> float:
+    """Seconds in which a thread could have run and other threads had the cores; 0 where the kernel does not count."""
+    counted = Path(f"/proc/{thread}/task/{thread}/schedstat")
+    return int(counted.read_text().split()[1]) / 1e9 if counted.exists() else 0.0
 
 
 class Watch:
@@ -352,18 +364,26 @@ class Watch:
         self.completions: list[float] = []
         completion = {"model": "tiny", "prompt": "It was", "max_tokens": 8, "ignore_eos": True}
         self._threads = [
-            threading.Thread(target=self._ask, args=(self.health, lambda http: http.get("/health"), 0.02)),
-            threading.Thread(
-                target=self._ask, args=(self.completions, lambda http: http.post("/v1/completions", json=completion), 0)
-            ),
+            threading.Thread(target=self._ask_for_health),
+            threading.Thread(target=self._ask_for_completions, args=(completion,)),
         ]
 
-    def _ask(self, times: list[float], ask: Callable[[httpx.Client], httpx.Response], pause_s: float) -> None:
+    def _ask_for_health(self) -> None:
+        def now() -> float:
+            return time.monotonic() - sum(map(without_core, (self._server.process.pid, threading.get_native_id())))
+
         with self._server.http() as http:
-            while not self._stop.wait(pause_s):
+            while not self._stop.wait(0.02):
+                started = now()
+                assert http.get("/health").status_code == 200
+                self.health.append(now() - started)
+
+    def _ask_for_completions(self, completion: dict[str, Any]) -> None:
+        with self._server.http() as http:
+            while not self._stop.is_set():
                 started = time.monotonic()
-                assert ask(http).status_code == 200
-                times.append(time.monotonic() - started)
+                assert http.post("/v1/completions", json=completion).status_code == 200
+                self.completions.append(time.monotonic() - started)
 
     def __enter__(self) -> Watch:
         for thread in self._threads:
@@ -536,5 +556,5 @@ def test_sigterm_ends_the_server_in_time_whatever_its_graders_do(server: Server)
     assert time.monotonic() - started < END_BOUND_S
     for thread in threads:
         thread.join()
-    _, alive = psutil.wait_procs(children, timeout=5)
+    _, alive = psutil.wait_procs(children, timeout=30)
     assert not alive, "graders and engine end with the server"

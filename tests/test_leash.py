@@ -28,5 +28,5 @@ def test_what_a_killed_session_has_started_ends_with_it() -> None:
     assert "VLLM::EngineCore" in {process.cmdline()[0].strip() for process in started}
     session.kill()
     session.wait()
-    _, alive = psutil.wait_procs(started, timeout=10)
+    _, alive = psutil.wait_procs(started, timeout=30)
     assert not alive
