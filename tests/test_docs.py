@@ -88,6 +88,19 @@ def test_the_sentence_on_imports_is_the_contract_that_lint_checks() -> None:
     ]
 
 
+def test_every_promise_of_security_names_a_test_that_is_there() -> None:
+    section = (ROOT / "docs" / "server.md").read_text().partition("\n## Security\n")[2].partition("\n## ")[0]
+    promises = [" ".join(promise.split()) for promise in section.split("\n- ")[1:]]
+    assert len(promises) > 15
+    for promise in promises:
+        named = re.findall(r"`(test_\w+\.py)`((?:,? (?:and )?\*\w+\*)+)", promise)
+        assert named or promise.startswith("vLLM's development mode"), promise
+        for file, words in named:
+            tests = re.findall(r"^def (test_\w+)", (ROOT / "tests" / file).read_text(), flags=re.MULTILINE)
+            for word in re.findall(r"\*(\w+)\*", words):
+                assert any(word in test for test in tests), (file, word)
+
+
 @pytest.mark.slow
 def test_the_first_snippet_of_the_readme_runs_as_printed(tmp_path: Path) -> None:
     snippet = code_blocks(README, "python")[0]

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.engines import Engines, reviews
 from tests.openai_app import BASE, app_client, upload
@@ -54,6 +55,12 @@ def test_the_limit_of_a_container_counts_and_its_copies_of_files_do_not(tmp_path
     assert free_memory(tmp_path) == 700
     (tmp_path / "memory.max").write_text("max\n")
     assert free_memory(tmp_path) > MIB
+
+
+def test_a_devices_memory_that_pytorch_keeps_for_itself_is_free_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, answer in (("mem_get_info", (100, 1000)), ("memory_reserved", 50), ("memory_allocated", 30)):
+        monkeypatch.setattr(torch.cuda, name, lambda device, answer=answer: answer)
+    assert job_memory.free_on(torch.device("cuda")) == 100 + 20
 
 
 def test_a_worker_refuses_a_job_that_does_not_fit_before_any_work(

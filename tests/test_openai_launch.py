@@ -170,6 +170,11 @@ def test_what_cannot_work_is_refused_by_name(model: str, flags: list[str], messa
         launch.parse([model, *flags])
 
 
+def test_the_key_may_come_from_a_file(model: str, tmp_path: Path) -> None:
+    (tmp_path / "server.yaml").write_text("api-key: secret\n")
+    assert launch.parse([model, "--config", str(tmp_path / "server.yaml")]).api_key == ["secret"]
+
+
 def test_engines_of_one_server_share_the_cores(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "environ", dict(os.environ))
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {2, 3, 4, 5, 6})
