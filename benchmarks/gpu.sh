@@ -98,7 +98,7 @@ case $piece in
     mezo-512) core mezo-512 1.3b --method factorized-mezo --space fold --rank 512 --rounds 2 --against dense-mezo ;;
     anatomy-*) program "$piece" step_anatomy.py "$shape" ;;
     memory) program memory memory.py 1.3b --rounds 1 ;;
-    serving) program serving serving.py 13b --slowdowns 1.1,0 --shares 25,75 --rounds 2 --seconds 6 ;;
+    serving) program serving serving.py 13b --slowdowns 1.1,0 --together 256 --shares 25,75 --rounds 2 --seconds 6 ;;
     long-1.3b) program "$piece" long_run.py "$shape" ;;
     long-13b) program "$piece" long_run.py "$shape" --steps 350 --eval-interval 150 ;;
 esac

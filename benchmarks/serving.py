@@ -6,9 +6,10 @@
 
 Each slowdown has a real server (`vllm-zo serve --zo-slowdown`). The client is vLLM's own `vllm bench serve`, called as
 a function in this process, on the cores that serve: streamed completions that arrive at random (Poisson) at shares of
-the rate that saturates the engine without a job. Windows with and without a job take turns, and both windows of a round
-have the same arrivals. TTFT and TPOT are as that program defines them, for each request. A ratio divides the pooled
-percentile with the job by the one without, from the same server.
+the rate at which, without a job, `--together` of them are always under way. Windows with and without a job take turns,
+and both windows of a round have the same arrivals. TTFT and TPOT are as that program defines them, for each request. A
+ratio divides the pooled percentile with the job by the one without, from the same server. The idle share is that of the
+time in the windows without a job during which no request is under way, as the client sees it.
 """
 
 from __future__ import annotations
@@ -119,22 +120,43 @@ def client_args(server: Server, args: argparse.Namespace, requests: int, rate: f
     return parser.parse_args(flags)
 
 
-async def window(server: Server, args: argparse.Namespace, rate: float, seed: int) -> list[tuple[float, float]]:
-    """(TTFT, TPOT) in seconds of the requests of a window. The same seed gives the same requests and pauses."""
+async def window(
+    server: Server, args: argparse.Namespace, rate: float, seed: int
+) -> tuple[list[tuple[float, float]], float]:
+    """(TTFT, TPOT) in seconds of the requests of a window, and the share of its time in which there was none.
+
+    The same seed gives the same requests and pauses.
+    """
     requests = max(round(rate * args.seconds), 1)
     with contextlib.redirect_stdout(io.StringIO()):
         result = await serve.main_async(client_args(server, args, requests, rate, seed))
     if result["completed"] < requests:
         raise SystemExit(f"{requests - result['completed']} of {requests} requests failed: {result['errors'][:1]}")
+    answers = list(zip(result["start_times"], result["ttfts"], result["itls"], strict=True))
+    idle = idle_share([(start, start + ttft + sum(gaps)) for start, ttft, gaps in answers])
     # TPOT as `vllm bench serve` has it: the time after the first token over the number of further tokens.
-    return [(t, sum(gaps) / (args.tokens - 1)) for t, gaps in zip(result["ttfts"], result["itls"], strict=True)]
+    return [(ttft, sum(gaps) / (args.tokens - 1)) for _, ttft, gaps in answers], idle
+
+
+def idle_share(busy: list[tuple[float, float]]) -> float:
+    """The share of the time from the first begin to the last end that lies in none of these (begin, end)."""
+    busy = sorted(busy)
+    idle, until = 0.0, busy[0][0]
+    for begin, end in busy:
+        idle, until = idle + max(begin - until, 0.0), max(until, end)
+    return idle / (until - busy[0][0])
 
 
 async def saturation(server: Server, args: argparse.Namespace) -> float:
-    """Requests a second that the engine answers when all of them are there from the beginning."""
+    """Requests a second that are answered while `--together` of them are always under way.
+
+    With as many as the engine takes the rate would be higher, and three quarters of it more than it could answer as
+    they come: a request that is answered alone takes more of the engine's time than one among a hundred.
+    """
     with contextlib.redirect_stdout(io.StringIO()):
-        await serve.main_async(client_args(server, args, 32, float("inf"), 0))  # warms the server up
-        result = await serve.main_async(client_args(server, args, args.saturating, float("inf"), 0))
+        measured = client_args(server, args, args.saturating, float("inf"), 0)
+        measured.max_concurrency = args.together
+        result = await serve.main_async(measured)
     return float(result["request_throughput"])
 
 
@@ -160,6 +182,8 @@ async def measure(server: Server, args: argparse.Namespace) -> dict[str, Any]:
     """Measure windows without and with the job at each share of the saturating rate. The job pauses during those
     without."""
     async with httpx.AsyncClient(base_url=server.url, timeout=120) as client:
+        with contextlib.redirect_stdout(io.StringIO()):
+            await serve.main_async(client_args(server, args, 32, float("inf"), 0))  # warms the server up
         saturating = args.rate or await saturation(server, args)
         job = await create_job(client, args)
         await status_is(client, job, "running", step=30)
@@ -190,7 +214,7 @@ async def measure_share(
     server: Server, client: httpx.AsyncClient, job: str, args: argparse.Namespace, share: float, saturating: float
 ) -> dict[str, Any]:
     samples: dict[str, list[tuple[float, float]]] = {"without": [], "with": []}
-    speeds, slowdowns = [], []
+    speeds, slowdowns, idle = [], [], []
     for number in range(args.rounds):
         # The order alternates, so that a machine that slows down changes both kinds alike.
         for kind in ("with", "without") if number % 2 else ("without", "with"):
@@ -199,13 +223,17 @@ async def measure_share(
                 await post(client, f"/v1/fine_tuning/jobs/{job}/{verb}")
                 await status_is(client, job, status)
             begin, start = await step_of(client, job), time.perf_counter()
-            samples[kind] += await window(server, args, share * saturating, seed=number + 1)
-            if kind == "with":
+            found, without_any = await window(server, args, share * saturating, seed=number + 1)
+            samples[kind] += found
+            if kind == "without":
+                idle.append(without_any)
+            else:
                 speeds.append((await step_of(client, job) - begin) / (time.perf_counter() - start))
                 slowdowns.append(await measured_slowdown(client))
-            found = {name: percentiles([s[i] for s in samples[kind]]) for i, name in enumerate(("ttft", "tpot"))}
-            say(f"{share:.0%} {kind}: {len(samples[kind])} requests, {found}, steps/s {speeds}, slowdown {slowdowns}")
-    return {"rate": share * saturating, "samples": samples, "steps_per_second": speeds, "slowdowns": slowdowns}
+            so_far = {name: percentiles([s[i] for s in samples[kind]]) for i, name in enumerate(("ttft", "tpot"))}
+            say(f"{share:.0%} {kind}: {len(samples[kind])} requests, {so_far}, steps/s {speeds}, slowdown {slowdowns}")
+    figures = {"rate": share * saturating, "samples": samples, "idle": idle}
+    return figures | {"steps_per_second": speeds, "slowdowns": slowdowns}
 
 
 async def measured_slowdown(client: httpx.AsyncClient) -> float | None:
@@ -234,12 +262,17 @@ def summarise_share(measured: dict[str, Any]) -> dict[str, Any]:
         ratios = {p: found["with"][p] / found["without"][p] for p in ("p50", "p99")}
         out[name] = found | {"ratio": ratios}
     out["steps_per_second"] = statistics.median(measured["steps_per_second"])
+    out["idle"] = statistics.median(measured["idle"])
     return out | {"rate": measured["rate"], "slowdowns": measured["slowdowns"]}
 
 
 def show(results: dict[str, Any]) -> None:
     table = Table(
-        "slowdown", "load", *(f"{n} {p}" for n in ("TTFT", "TPOT") for p in ("p50", "p99")), "steps/s", "alone"
+        "slowdown",
+        "load",
+        *(f"{n} {p}" for n in ("TTFT", "TPOT") for p in ("p50", "p99")),
+        "steps/s",
+        "idle share of alone",
     )
     for slowdown, result in results.items():
         for share, found in result["shares"].items():
@@ -249,7 +282,8 @@ def show(results: dict[str, Any]) -> None:
                 for p in ("p50", "p99")
             ]
             load = f"{float(share):.0%}, {found['rate']:.1f}/s"
-            speeds = (f"{found['steps_per_second']:.1f}", f"{result['steps_per_second_alone']:.1f}")
+            alone = result["steps_per_second_alone"]
+            speeds = (f"{found['steps_per_second']:.1f}", f"{found['idle']:.0%} of {alone:.1f}")
             table.add_row(slowdown if float(slowdown) else "none", load, *cells, *speeds)
     Console(width=180).print(table)
 
@@ -260,6 +294,7 @@ def main() -> None:
     parser.add_argument("--shares", default="25,50,75", help="percent of the saturating rate")
     parser.add_argument("--rate", type=float, help="the saturating rate, if it is known: requests a second")
     parser.add_argument("--saturating", type=int, default=300, help="requests that measure the saturating rate")
+    parser.add_argument("--together", type=int, default=16, help="requests under way at the saturating rate")
     parser.add_argument("--prompt", type=int, default=16, help="tokens of a prompt")
     parser.add_argument("--tokens", type=int, default=32, help="tokens a request generates")
     parser.add_argument("--seconds", type=float, default=20.0, help="length of a window")

@@ -84,6 +84,14 @@ def attach_clock(llm: Any) -> PhaseClock:
     clock = PhaseClock()
     clock.wrap(worker.model_runner, "execute_model", lambda *_: "forward")
     clock.wrap(worker.zo.platform, "forward_alone", lambda *_: "forward")
+    prepare = worker.zo.platform.forward_alone
+
+    def prepared(*args: Any) -> Any:
+        forward = prepare(*args)
+        clock.wrap(forward, "go_on", lambda *_: "forward")
+        return forward
+
+    worker.zo.platform.forward_alone = prepared
     clock.wrap(worker.model_runner, "sample_tokens", lambda *_: "sample")
     clock.wrap(worker.zo, "score", lambda *_: "score")
     updates = ("CloseGroup", "Fold")

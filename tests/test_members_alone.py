@@ -5,15 +5,22 @@ That their losses are those of members that are requests, bit for bit, is in tes
 
 from __future__ import annotations
 
+import itertools
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 from vllm import SamplingParams
 
 from tests.engines import SENTIMENT, Engines, members_as_requests, reviews, scheduler_of, worker_of
+from tests.trajectories import steps_of
 from vllm_zo import JobError, LoZO
 from vllm_zo.commands import COMMANDS_ATTR, ZOCommands
+from vllm_zo.doorbell import Doorbell
 from vllm_zo.worker.cpu import pruned_forward
 
 JOB: dict[str, Any] = {
@@ -54,7 +61,7 @@ def test_a_group_needs_neither_sequences_nor_kv_blocks(engines: Engines, command
     free = manager.block_pool.get_num_free_blocks()
     alone = losses(llm)
     steps = [step for step in told if step.members]
-    assert [(step.alone, len(step.members)) for step in steps] == [(True, 16)] * 4
+    assert [(bool(step.alone), len(step.members)) for step in steps] == [(True, 16)] * 4
     assert manager.block_pool.get_num_free_blocks() == free and not scheduler_of(llm).requests
     told.clear()
     with members_as_requests(llm):
@@ -72,7 +79,7 @@ def test_members_are_requests_beside_a_request_and_alone_again_afterwards(engine
             llm.llm_engine.add_request("beside", "one long string of cliches", params)
 
     losses(llm, steps=6, callbacks=[ask])
-    assert [step.alone for step in told if step.members] == [True, True, False, False, True, True]
+    assert [bool(step.alone) for step in told if step.members] == [True, True, False, False, True, True]
 
 
 def test_a_forward_that_fails_fails_its_job_and_no_request(engines: Engines, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,3 +107,63 @@ def test_a_slot_that_holds_nothing_is_an_error_never_zeros(engines: Engines, mon
     monkeypatch.setattr(pool, "materialise", forgets)
     with pytest.raises(JobError, match="ZO slot 1 is not materialised"):
         losses(llm)
+
+
+# --- a forward that stops for a request -------------------------------------------------------------------------------
+
+
+@contextmanager
+def requests_come(llm: Any, monkeypatch: pytest.MonkeyPatch, *, idle_only: bool) -> Iterator[list[int]]:
+    """In the block a request comes in about every second layer of a forward of members alone.
+
+    Yields the layers at which such forwards have stopped.
+    """
+    scheduler, zo = scheduler_of(llm), worker_of(llm).zo
+    rng, number = random.Random(0), itertools.count()
+    stops: list[int] = []
+    answered = 0
+    go_on, schedule = zo.go_on, scheduler.schedule
+
+    def spy(*args: Any) -> None:
+        go_on(*args)
+        if zo._results.stopped_at is not None:
+            stops.append(zo._results.stopped_at)
+
+    def with_a_request(*args: Any, **kwargs: Any) -> Any:
+        nonlocal answered
+        if len(stops) > answered:
+            answered = len(stops)
+            params = SamplingParams(max_tokens=3, temperature=0.0, ignore_eos=True)
+            llm.llm_engine.add_request(f"comes-{next(number)}", "the story is", params)
+        return schedule(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(worker_of(llm), "_zo_listen", lambda path: lambda: rng.random() < 0.5)
+        patch.setattr(scheduler, "_doorbell", Doorbell())
+        patch.setattr(scheduler._throttle, "_idle_only", idle_only)
+        patch.setattr(zo, "go_on", spy)
+        patch.setattr(scheduler, "schedule", with_a_request)
+        yield stops
+        while llm.llm_engine.has_unfinished_requests():
+            llm.llm_engine.step()
+
+
+@pytest.mark.parametrize("idle_only", [True, False], ids=["between requests", "beside them"])
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [("opt", {}), ("llama", {"target_modules": ".*", "bases": 2}), ("llama", {"target_layers": "last", "steps": 6})],
+)
+def test_a_forward_that_stopped_for_requests_takes_the_steps_of_one_that_did_not(
+    engines: Engines,
+    family: str,
+    options: dict[str, Any],
+    idle_only: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    llm = engines.get(family)
+    alone = losses(llm, output_dir=str(tmp_path / "alone"), **options)
+    with requests_come(llm, monkeypatch, idle_only=idle_only) as stops:
+        assert losses(llm, output_dir=str(tmp_path / "stopped"), **options) == alone
+    assert len(stops) > 3 and 1 in stops, "or this test shows nothing"
+    assert steps_of(tmp_path / "alone") == steps_of(tmp_path / "stopped")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import dataclass, field
 
@@ -25,6 +26,8 @@ class SimulatedEngine:
     Attributes:
         rate: requests a second.
         unit: training tokens that start together; None: there is no job.
+        layers: of the model, if a forward for training only stops after the one in which a request arrives.
+        left: training tokens of the forward that has stopped, of `whole`.
     """
 
     rate: float
@@ -40,8 +43,11 @@ class SimulatedEngine:
     noise: float = 0.1
     seed: int = 0
     steps_ahead: int = 0
+    layers: int = 1
+    left: float = 0.0
+    whole: float = 0.0
     now: float = 0.0
-    trained: int = 0
+    trained: float = 0.0
     first_tokens: list[float] = field(default_factory=list)
     base: float = 0.0
     """Seconds that the steps that served would have taken without training."""
@@ -71,12 +77,7 @@ class SimulatedEngine:
         step = EngineStep(self.now, len(self.running), PROMPT * len(self.waiting), arrived=self.waiting)
         self.waiting = []
         if self.unit is not None:
-            tokens = (
-                self.pacer.beside(first_tokens=bool(step.arrived))
-                if step.serves
-                else self.pacer.alone(self.now, self.unit)
-            )
-            step.training = self.unit * min(int(tokens // self.unit), self.most_units)
+            self._train(step, self.unit)
         self.pacer.begun(step, self.unit or 0)
         base = self.fixed + self.decode * step.decode + self.prefill * step.prefill if step.serves else 0.0
         each = self.training if step.serves else self.alone
@@ -88,6 +89,28 @@ class SimulatedEngine:
         self.trained += step.training
         self.running = [left - 1 for left in self.running if left > 1] + [ANSWER - 1] * len(step.arrived)
         self.first_tokens += [self.now - arrival for arrival in step.arrived]
+
+    def _train(self, step: EngineStep, unit: int) -> None:
+        """Decide what the step trains."""
+        if step.serves:
+            tokens = self.pacer.beside(first_tokens=bool(step.arrived))
+        else:
+            tokens = self.pacer.alone(self.now, unit, self.layers)
+        whole = unit * min(int(tokens // unit), self.most_units)
+        if not self.left and (step.serves or self.layers == 1):
+            step.training = whole
+            return
+        if not self.left:
+            self.left = self.whole = whole
+        if not self.left:
+            return
+        layer, step.left = self.whole / self.layers, round(self.left)
+        count = tokens / layer
+        if not step.serves:
+            count = math.ceil((self.next - self.now - self.alone_fixed) / (self.alone * layer))
+        done = min(max(int(count), 0) * layer, self.left)
+        self.left = max(self.left - done, 0.0) if self.left - done > 1e-6 else 0.0
+        step.training = round(done)
 
     def percentile(self, share: float) -> float:
         return sorted(self.first_tokens)[int(share * len(self.first_tokens))]
@@ -190,6 +213,17 @@ def test_a_request_waits_for_no_more_than_the_shortest_forward_while_others_come
     for quantile in (0.5, 0.9, 0.99):
         assert beside.percentile(quantile) < without.percentile(quantile) + shortest
     assert beside.trained > 0
+
+
+@pytest.mark.parametrize("share", [0.1, 0.25, 0.5])
+def test_a_forward_that_stops_between_layers_uses_the_idle_time_and_a_request_waits_for_one_layer(share: float) -> None:
+    rate = share * saturation()
+    without, beside = (SimulatedEngine(rate, unit=unit, layers=6).run(30) for unit in (None, 34))
+    for quantile in (0.5, 0.9, 0.99):
+        assert beside.percentile(quantile) < without.percentile(quantile) + beside.alone_fixed + 2e-3
+    stats = beside.pacer.stats(beside.now)
+    assert stats["idle_used"] is not None and stats["idle_used"] > 0.7
+    assert stats["stops"] and stats["slowdown"] == pytest.approx(1.08, abs=0.04)
 
 
 def test_long_answers_to_the_first_token_give_room_for_longer_forwards() -> None:

@@ -198,24 +198,43 @@ Command = (
 )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Alone:
+    """vLLM schedules no member in this step. The workers run each member's whole sequence themselves, in one forward
+    outside vLLM's request path. Without members they go on with such a forward that has stopped.
+
+    Attributes:
+        doorbell: where they look between layers whether a request has come (`doorbell.py`). Then the forward stops, and
+            so does what comes after it. None: only `layers` stops it.
+        layers: the most layers that it runs in this step; None: as many as it has.
+    """
+
+    doorbell: str | None = None
+    layers: int | None = None
+
+
 @dataclass
 class ZOCommands:
     """Everything that the workers do for training in one engine step.
 
-    They execute `before` in order, then the forward, score `members`, and execute `after` in order.
+    They execute `before` in order, then the forward, score `members`, and execute `after` in order. A forward that has
+    stopped comes before everything else that they are told.
     """
 
     before: list[Command] = field(default_factory=list)
     members: list[ScoreMember] = field(default_factory=list)
     after: list[Command] = field(default_factory=list)
-    alone: bool = False
-    """vLLM schedules nothing in this step. The workers run each member's whole sequence themselves, in one forward
-    outside vLLM's request path."""
+    alone: Alone | None = None
     generates: bool = False
     """Members that generate have tokens in this step. vLLM samples for them as for any request."""
 
-    def __bool__(self) -> bool:
+    @property
+    def more(self) -> bool:
+        """Whether they are told more than to go on with a forward that has stopped."""
         return bool(self.before or self.members or self.after or self.generates)
+
+    def __bool__(self) -> bool:
+        return self.more or self.alone is not None
 
 
 @dataclass
@@ -289,8 +308,12 @@ class ZOResults:
     digests: list[StateDigest] = field(default_factory=list)
     modules: dict[str, list[ModuleShape]] = field(default_factory=dict)
     """job_id -> modules in scope, once after StartJob: the header of the seed log holds them."""
-    members_alone: bool = False
-    """Whether the worker can run members alone. Valid in an answer that has `modules`."""
+    layers_alone: int = 0
+    """After how many layers a forward of members alone may stop: 1 if only at its end, 0 if the worker cannot run
+    members alone. Valid in an answer that has `modules`."""
+    stopped_at: int | None = None
+    """How many layers the forward has run that stopped in this step; None: none has."""
 
     def __bool__(self) -> bool:
-        return bool(self.groups or self.unpublished or self.drifts or self.failures or self.digests or self.modules)
+        answers = self.groups or self.unpublished or self.drifts or self.failures or self.digests or self.modules
+        return bool(answers) or self.stopped_at is not None

@@ -74,6 +74,15 @@ WAITING = Patch(
     remove_when="a scheduler can tell the loop to wait for something other than a request",
     series="none: of use only to a scheduler that waits for what it has begun itself",
 )
+COMING = Patch(
+    target="vllm.v1.engine.core:EngineCore.preprocess_add_request",
+    why="a request that arrives while the workers run a forward for training only would wait for the end of it",
+    how="tells the scheduler, which rings a bell that the workers hear between layers; in the input thread, because "
+    "the loop itself is busy with the step",
+    upstream="none",
+    remove_when="a scheduler is told of requests when they arrive",
+    series="none: of use only to a scheduler that runs what it can interrupt",
+)
 
 
 def install() -> None:
@@ -151,6 +160,16 @@ def install() -> None:
             self.process_input_queue_block = blocks
 
     WAITING.apply(EngineCoreProc, "_process_input_queue", _process_input_queue)
+
+    original_preprocess = EngineCore.preprocess_add_request
+
+    def preprocess_add_request(self: Any, *args: Any, **kwargs: Any) -> Any:
+        prepared = original_preprocess(self, *args, **kwargs)
+        if (coming := getattr(self.scheduler, "zo_coming", None)) is not None:
+            coming(prepared[0])
+        return prepared
+
+    COMING.apply(EngineCore, "preprocess_add_request", preprocess_add_request)
 
     original_run_busy_loop = EngineCoreProc.run_busy_loop
 

@@ -16,11 +16,12 @@ import itertools
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
 
-from vllm_zo.commands import PROBE_SCHEME, Command, Fold, StopJob, ZOCommands, ZOResults
+from vllm_zo.commands import PROBE_SCHEME, Alone, Command, Fold, Publish, StopJob, ZOCommands, ZOResults
 from vllm_zo.engine.admission import Capacity
 from vllm_zo.engine.group import Member, PerturbationGroup
 from vllm_zo.engine.job import Job
@@ -35,6 +36,31 @@ from vllm_zo.methods.plan import ModuleShape
 logger = logging.getLogger("vllm.zo")
 
 
+@dataclass(frozen=True)
+class ForwardSoFar:
+    """A forward in which the workers run members alone, as far as it has come.
+
+    Attributes:
+        tokens: of its members.
+        layers: after how many layers it may stop (`ZOResults.layers_alone`).
+        reached: how many of them it has run.
+    """
+
+    tokens: int
+    layers: int
+    reached: int = 0
+
+    @property
+    def left(self) -> int:
+        """What the other layers cost, in training tokens: each counts as its share of them."""
+        return self.tokens - self.tokens * self.reached // self.layers
+
+    @property
+    def layer(self) -> int:
+        """What a layer costs, rounded up."""
+        return -(-self.tokens // self.layers)
+
+
 class Controller:
     """Moves the lanes' groups on and collects commands. It needs no lock: only the engine's step loop calls it."""
 
@@ -44,8 +70,12 @@ class Controller:
         """Group id -> (job, group), for closed groups whose results are not back yet."""
         self._commands = ZOCommands()
         self._numbers = itertools.count(1)
-        self._workers_run_members = False
-        """Whether the workers can run members alone. They tell with the modules of a job."""
+        self.layers_alone = 0
+        """See `ZOResults`: the workers tell with the modules of a job."""
+        self.forward = ForwardSoFar(0, 1)
+        """The latest forward of members alone."""
+        self.stopped = False
+        """Whether it has stopped between layers. Then nothing else starts before it has ended."""
         self.folds_since_reset = False
         """Whether a fold has made cached KV of the base stale. The scheduler resets the cache, then this flag."""
 
@@ -63,9 +93,11 @@ class Controller:
         Args:
             may_begin: jobs may begin groups. If not, those that are open are still finished.
         """
+        if self._commands or self.stopped:
+            return True
         if may_begin:
-            return bool(self._commands) or self.queue.has_work()
-        return bool(self._commands) or any(lane.group is not None for lane in self.queue.lanes)
+            return self.queue.has_work()
+        return any(lane.group is not None for lane in self.queue.lanes)
 
     def waits(self, tokens: int) -> bool:
         """Whether training can only wait: for rewards or rollouts, for space on a full disk, or until members may
@@ -74,7 +106,8 @@ class Controller:
         Args:
             tokens: what an engine step without requests may hold.
         """
-        return not self._commands and not self._in_flight and self.queue.waits(tokens)
+        busy = self._commands or self._in_flight or self.stopped
+        return not busy and self.queue.waits(tokens)
 
     def finish_early(self, job_id: str, *, cancel: bool) -> None:
         """Stop a job at the next group boundary: evaluate and publish first, or (cancel) drop what has not run yet.
@@ -168,13 +201,22 @@ class Controller:
     def can_run_alone(self) -> bool:
         """Whether the workers can run all members that may be offered. Members that generate need vLLM's requests."""
         generating = any(lane.job is not None and lane.job.rewarder is not None for lane in self.queue.lanes)
-        return self._workers_run_members and not generating
+        return self.layers_alone > 0 and not generating
 
     def run_alone(self, members: Sequence[Member]) -> None:
-        """Let the workers run whole members in this step, in a forward of their own."""
+        """Let the workers run whole members in a forward of their own: `run_layers` says how far in this step.
+
+        Groups close with their last members, as if the forward could not stop. For what it leaves to later steps the
+        workers keep the order, so nothing has to be taken back.
+        """
         for member in members:
             self.score(member, 0, len(member.token_ids), last_chunk=True)
-        self._commands.alone = True
+        self.forward = ForwardSoFar(sum(len(member.token_ids) for member in members), self.layers_alone)
+
+    def run_layers(self, alone: Alone) -> None:
+        """Let the workers begin the forward of `run_alone`, or go on with the one that has stopped."""
+        if self._commands.members or alone.layers != 0:
+            self._commands.alone = alone
 
     def generated(self, member: Member, token_ids: Sequence[int], *, finished: bool) -> None:
         """Note that a member of an open group has written `token_ids`."""
@@ -255,6 +297,10 @@ class Controller:
             if lane.scored:
                 self._close(lane, after_forward=True)
         commands, self._commands = self._commands, ZOCommands()
+        if any(isinstance(command, Publish) for command in commands.after):
+            commands.alone = commands.alone and Alone()  # a request for the version may be in the next step
+        if commands:
+            self.stopped = False  # unless the results say otherwise
         return commands
 
     def _close(self, lane: Lane, cells: Cells | None = None, *, after_forward: bool = False) -> None:
@@ -277,8 +323,10 @@ class Controller:
 
     def on_results(self, results: ZOResults) -> None:
         """Take in what the workers answered in one engine step, and end the jobs that must end."""
+        if results.stopped_at is not None:
+            self.stopped, self.forward = True, replace(self.forward, reached=results.stopped_at)
         for job_id, modules in results.modules.items():
-            self._workers_run_members = results.members_alone
+            self.layers_alone = results.layers_alone
             self._open_log(self.queue.jobs[job_id], modules)
         for result in results.groups:  # before failures: the update of a group that answered is in the state
             if (closed := self._in_flight.pop(result.group_id, None)) is None:

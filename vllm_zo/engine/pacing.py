@@ -7,7 +7,8 @@ training token adds to it, from the others (`step_cost.py`). Every step that ser
 without training to a credit of seconds; training tokens beside requests are paid from it. So over any stretch of steps
 the time that training adds stays within the target.
 
-*A forward for training only.* A request that arrives meanwhile waits for its end, so it is cut short:
+*A forward for training only.* A request that arrives meanwhile waits for its end; or, where it can stop between layers,
+for the end of one layer. That wait must be short, and so the forward is cut:
 
 - It may take (target - 1) times what the slowest of the latest requests needed from arrival to first token anyway. Then
   the slowest ones, even if all of them met it, stay within the target.
@@ -67,7 +68,8 @@ class EngineStep:
         start: when it was scheduled, in seconds of a clock that never goes back.
         decode: requests that have one token in it.
         prefill: tokens of the other requests.
-        training: training tokens.
+        training: training tokens. Of a forward that stops between layers, each layer that runs counts its share.
+        left: the training tokens of a forward of members alone that are left when the step begins.
         arrived: when the requests arrived whose first tokens it computes, same clock.
     """
 
@@ -75,6 +77,7 @@ class EngineStep:
     decode: int = 0
     prefill: int = 0
     training: int = 0
+    left: int = 0
     arrived: list[float] = field(default_factory=list)
 
     @property
@@ -107,6 +110,7 @@ class Pacer:
         self._ended = self._alone_from = self._alone_to = -math.inf
         self._base, self._real = Recent(SHOWN_S), Recent(SHOWN_S)
         self._served, self._trained, self._passed = Recent(SHOWN_S), Recent(SHOWN_S), Recent(SHOWN_S)
+        self._stops = Recent(SHOWN_S)
         self.budget = 0.0
         """Training tokens that the last step might have held (for the metrics)."""
 
@@ -130,18 +134,21 @@ class Pacer:
         self._held = 0
         return max(self._credit.amount, 0.0) / self.token_s
 
-    def alone(self, now: float, smallest: int) -> float:
+    def alone(self, now: float, smallest: int, parts: int = 1) -> float:
         """Training tokens that a forward without requests may hold.
 
         Args:
             smallest: tokens of the smallest unit that waits.
+            parts: how many equal parts it has, if it stops after the one in which a request arrives.
         """
         self.budget = UNLIMITED
         rate = self._requests.at(now) / RATE_S
         if self._alone.known and rate > QUIET:
             longest_s = max(self.patience_s, EXPECTED / rate) / (1 + self._steps_ahead)
-            self.budget = self._alone.most(longest_s)
-            if self._alone.seconds((1, smallest)) * rate < self._more:
+            # A part has nothing of the fixed cost, which stands before the forward and behind it.
+            fixed = 1 if parts == 1 else 0
+            self.budget = parts * self._alone.most(longest_s, fixed)
+            if self._alone.seconds((fixed, smallest / parts)) * rate < self._more:
                 self.budget = max(self.budget, smallest)
         return self.budget
 
@@ -198,6 +205,8 @@ class Pacer:
             self._trained.add(seconds, now)
             self._alone.learn((1, step.training), seconds)
             self._alone_from, self._alone_to = begin, now
+        if not step.serves and step.training < step.left:
+            self._stops.add(1, now)
         for arrival in step.arrived:
             # Without the time that it waited for training only: the target is about the time without training.
             waited = max(self._alone_to - max(arrival, self._alone_from), 0.0)
@@ -226,10 +235,12 @@ class Pacer:
             budget_tokens: training tokens that the last step might have held; None where nothing limits them.
             slowdown: how many times as long as without training the steps that served took; None: none did.
             idle_used: the share of the time without requests in which training ran; None: there was no such time.
+            stops: how often training stopped between two layers because a request came.
         """
         base, idle = self._base.at(now), self._passed.at(now) - self._served.at(now)
         return {
             "budget_tokens": None if self.budget >= UNLIMITED else self.budget,
             "slowdown": self._real.at(now) / base if base > 0 else None,
             "idle_used": min(self._trained.at(now) / idle, 1.0) if idle > 1e-3 else None,
+            "stops": self._stops.at(now),
         }

@@ -42,9 +42,11 @@ from vllm_zo.commands import (
     RESULTS_ATTR,
     SLOT_LORA_ID_BASE,
     UTILITY_METHODS,
+    Alone,
 )
 from vllm_zo.compat import engine_core
 from vllm_zo.config import ZOTrainingConfig
+from vllm_zo.doorbell import Doorbell
 from vllm_zo.engine.admission import UNLIMITED, Capacity, Demand, capacity_for_training
 from vllm_zo.engine.controller import Controller
 from vllm_zo.engine.group import Member, Phase
@@ -88,9 +90,22 @@ _Base: Any = object
 """Stands for Scheduler or AsyncScheduler: the mixin precedes either one in the order of base classes."""
 
 
+def _is_of_probe(request: Request) -> bool:
+    """Whether a rollout of training asks."""
+    return request.lora_request is not None and request.lora_request.lora_path.startswith(PROBE_SCHEME)
+
+
 def _is_directory(path: Path) -> bool:
     """Whether a LoRA path names a directory, as vLLM reads it: anything else is the name of a Hub repository."""
     return path.is_absolute() or path.exists()
+
+
+def _workers_can_stop(vllm_config: VllmConfig) -> bool:
+    """Whether there is one worker, on this machine, and no step is scheduled before the one that runs has ended.
+    Several would stop at different layers, and wait for each other for ever."""
+    parallel = vllm_config.parallel_config
+    here = parallel.world_size == 1 and parallel.distributed_executor_backend in ("uni", "mp")
+    return here and not vllm_config.scheduler_config.async_scheduling and Doorbell.possible
 
 
 class Seats(Protocol):
@@ -126,6 +141,8 @@ class ZOSchedulerMixin(_Base):
         self._zo_tokens = {"training": 0, "serving": 0}
         # With async scheduling vLLM schedules a step before the one that runs has ended.
         self._throttle = Throttle(self.zo_config, steps_ahead=int(vllm_config.scheduler_config.async_scheduling))
+        self._doorbell = Doorbell() if self._throttle.yields and _workers_can_stop(vllm_config) else None
+        """Rings while a request comes; None where the workers could not stop for it."""
         self._steps: deque[tuple[SchedulerOutput, EngineStep]] = deque()
         """Scheduled steps that have not ended."""
         # The workers stack the user's slots and ours. vLLM's scheduler limits serving adapters by this `max_loras`, so
@@ -147,7 +164,14 @@ class ZOSchedulerMixin(_Base):
         self._abort_orphans()
         self._end_probe_requests()
         may_start = self._pause_state == PauseState.UNPAUSED and not self.zo_draining
-        offered = self._offer_members(step) if may_start else []
+        offered: list[Member] = []
+        if self.zo.stopped and not may_start:
+            step.training = step.left = self.zo.forward.left
+            self.zo.run_layers(Alone())  # nothing may stay under way in an engine that pauses or ends
+        elif self.zo.stopped:
+            self._run_layers(step, self._credit_beside(self._demand()[0]))
+        elif may_start:
+            offered = self._offer_members(step)
         self._forget_stale_kv()  # before vLLM looks up the prefix of any new request
         output = super().schedule(*args, **kwargs)
         self._withdraw(m for m in offered if m.req_id not in output.num_scheduled_tokens)
@@ -190,9 +214,8 @@ class ZOSchedulerMixin(_Base):
             step.arrived.append(step.start - (time.time() - request.arrival_time))
 
     def _begin_step(self, step: EngineStep, output: SchedulerOutput) -> None:
-        self._zo_tokens["training"] += step.training
         self._zo_tokens["serving"] += step.decode + step.prefill
-        self._throttle.begun(step, self.zo.largest_unit + self._promised())
+        self._throttle.begun(step, self._largest_unit() + self._promised())
         self._steps.append((output, step))
 
     def _end_step(self, output: SchedulerOutput) -> None:
@@ -200,6 +223,9 @@ class ZOSchedulerMixin(_Base):
         while self._steps:
             scheduled, step = self._steps.popleft()
             if scheduled is output:
+                if step.left:
+                    step.training = step.left - (self.zo.forward.left if self.zo.stopped else 0)
+                self._zo_tokens["training"] += step.training
                 self._throttle.ended(step)
                 return
 
@@ -214,40 +240,76 @@ class ZOSchedulerMixin(_Base):
 
     def _offer_members(self, step: EngineStep) -> list[Member]:
         serving, members_left = self._demand()
-        is_empty = not serving.requests and not members_left
+        credit = self._credit_beside(serving)
         # `_zo_members` holds preempted members, too: run alone, such a member would leave its request in vLLM for ever.
-        alone = is_empty and not self.running and not self._zo_members and self.zo.can_run_alone
+        alone = self.zo.can_run_alone and not members_left and not self._zo_members
+        if not self._stops:
+            alone = alone and not serving.requests and not self.running
         tokens = self.max_num_scheduled_tokens - members_left
-        if serving.requests:
-            credit = self._throttle.beside(
-                promised=self._promised(), largest=self.zo.largest_unit, first_tokens=serving.first_tokens
-            )
+        if alone or not serving.requests:
+            tokens = min(tokens, self._most_alone() - members_left)
+        if alone:
+            # They use neither vLLM's sequences nor its KV blocks, and the credit pays for them layer by layer.
+            begins = credit >= max(self.zo.smallest_unit, 1)
+            capacity = Capacity(UNLIMITED, tokens, UNLIMITED, UNLIMITED if begins else 0)
         else:
-            credit, tokens = UNLIMITED, min(tokens, self._throttle.alone(self.zo.smallest_unit) - members_left)
-        # Members that the workers run alone use neither vLLM's sequences nor its KV blocks.
-        total = Capacity(
-            sequences=UNLIMITED if alone else self.max_num_active_reqs - len(self.running),
-            tokens=tokens,
-            kv_blocks=UNLIMITED if alone else self._blocks_left(),
-            credit=credit,
-        )
-        in_chunks_beyond = UNLIMITED if members_left else self.max_num_scheduled_tokens
-        capacity = capacity_for_training(total, serving)
+            total = Capacity(self.max_num_active_reqs - len(self.running), tokens, self._blocks_left(), credit)
+            capacity = capacity_for_training(total, serving)
         offered = self.zo.offer(
             capacity,
-            in_chunks_beyond=in_chunks_beyond,
+            in_chunks_beyond=UNLIMITED if members_left else self.max_num_scheduled_tokens,
             serving=serving.requests > 0,
             may_begin=self._throttle.closed is None,
         )
         # A unit that is too large for one step goes to vLLM instead, which prefills it in chunks.
-        offered_tokens = sum(len(member.token_ids) for member in offered)
-        if alone and offered and offered_tokens <= tokens:
+        if alone and offered and sum(len(member.token_ids) for member in offered) <= tokens:
             self.zo.run_alone(offered)
-            step.training += offered_tokens
+            self._run_layers(step, credit)
             return []
         for member in offered:
             self._enqueue(member)
         return offered
+
+    def _credit_beside(self, serving: Demand) -> int:
+        """Training tokens that may begin in this step."""
+        if not serving.requests:
+            return UNLIMITED
+        largest, promised = self._largest_unit(), self._promised()
+        return self._throttle.beside(promised=promised, largest=largest, first_tokens=serving.first_tokens)
+
+    def _largest_unit(self) -> int:
+        """Tokens of the largest unit that waits: a layer of a forward that has stopped is one."""
+        return max(self.zo.largest_unit, self.zo.forward.layer if self.zo.stopped else 0)
+
+    def _run_layers(self, step: EngineStep, credit: int) -> None:
+        """Let the workers run a forward of members alone, or go on with it, by as many layers as the credit pays for.
+
+        Args:
+            credit: UNLIMITED: to its end, unless a request comes.
+        """
+        forward = self.zo.forward
+        step.training = step.left = forward.left
+        layers = None
+        if credit < UNLIMITED:
+            layers = min(credit // forward.layer, forward.layers - forward.reached)
+            step.training = min(layers * forward.layer, forward.left)
+        self.zo.run_layers(Alone(self._listening(), layers))
+
+    def _listening(self) -> str | None:
+        """Where the workers look whether a request has come, in the step that is about to begin."""
+        if self._doorbell is None:
+            return None
+        self._doorbell.renew()
+        return self._doorbell.path
+
+    def _most_alone(self) -> int:
+        """Tokens that an engine step without requests may hold, or a forward that stops between layers."""
+        return self._throttle.alone(self.zo.smallest_unit, self.zo.layers_alone if self._stops else 1)
+
+    @property
+    def _stops(self) -> bool:
+        """Whether a forward of the members that may be offered stops between layers."""
+        return self._doorbell is not None and self.zo.can_run_alone and self.zo.layers_alone > 1
 
     def _demand(self) -> tuple[Demand, int]:
         """What serving requests want from this step, and how many tokens members and rollouts still want."""
@@ -421,8 +483,9 @@ class ZOSchedulerMixin(_Base):
     # --- the engine loop's questions ------------------------------------------------------------------------------
 
     def has_requests(self) -> bool:
-        """Keep the engine loop stepping for training. Not while paused: vLLM waits for a paused engine to be idle."""
-        if super().has_requests():
+        """Keep the engine loop stepping for training. Not while paused, but for a forward that has stopped: vLLM waits
+        for a paused engine to be idle."""
+        if super().has_requests() or self.zo.stopped:
             return True
         may_train = self._pause_state == PauseState.UNPAUSED and not self.zo_draining
         return may_train and self.zo.has_work(may_begin=self._throttle.closed is None) and not self.zo_waits
@@ -433,17 +496,25 @@ class ZOSchedulerMixin(_Base):
         start: the rate of requests that holds them back falls with time."""
         if not self.zo_loop_waits or super().has_requests():
             return False
-        return self.zo.waits(self._throttle.alone(self.zo.smallest_unit))
+        return self.zo.waits(self._most_alone())
 
     def zo_wait(self) -> None:
         """Wait `IDLE_POLL_S` at most, while training can only wait."""
         self.zo.wait_idle(IDLE_POLL_S)
 
+    def zo_coming(self, request: Request) -> None:
+        """Tell the workers that a request comes. The engine's input thread calls this, before `add_request`."""
+        if self._doorbell is not None and not _is_of_probe(request):
+            self._doorbell.ring()
+
     def add_request(self, request: Request) -> None:
-        if (adapter := request.lora_request) is not None and adapter.lora_path.startswith(PROBE_SCHEME):
+        adapter = request.lora_request
+        if adapter is not None and _is_of_probe(request):
             # No `check_servable`: a `fold` job lets no other requests in, but those of its own rollouts.
             self._zo_probes.take(request, *self.zo.find_probe(adapter.lora_path))
         else:
+            if self._doorbell is not None:
+                self._doorbell.answer()
             self.check_servable(adapter)
             self._throttle.arrived()
         super().add_request(request)

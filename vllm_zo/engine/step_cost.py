@@ -56,7 +56,7 @@ class StepCost:
         """Seconds of a step that does so much; not below 0."""
         return max(float(np.dot(self._of, amounts)), 0.0)
 
-    def most(self, seconds: float) -> float:
-        """How many tokens a step with the amounts (1, tokens) may have to end within `seconds`; 0: not even one."""
-        fixed, each = (float(of) for of in self._of)
-        return max((seconds - fixed) / max(each, 1e-9), 0.0)
+    def most(self, seconds: float, fixed: int = 1) -> float:
+        """How many tokens a step with the amounts (fixed, tokens) may have to end within `seconds`; 0: not even one."""
+        fixed_s, each_s = (float(of) for of in self._of)
+        return max((seconds - fixed * fixed_s) / max(each_s, 1e-9), 0.0)

@@ -50,9 +50,14 @@ class Throttle:
             tokens = min(tokens, self._pacer.beside(first_tokens=first_tokens))
         return UNLIMITED if tokens >= UNLIMITED else int(tokens) - promised
 
-    def alone(self, smallest: int) -> int:
-        """Tokens that an engine step without requests may hold. Args: smallest: see `Pacer.alone`."""
-        return UNLIMITED if self._pacer is None else int(self._pacer.alone(time.monotonic(), smallest))
+    def alone(self, smallest: int, parts: int) -> int:
+        """Tokens that an engine step without requests may hold. Args: see `Pacer.alone`."""
+        return UNLIMITED if self._pacer is None else int(self._pacer.alone(time.monotonic(), smallest, parts))
+
+    @property
+    def yields(self) -> bool:
+        """Whether a forward for training only should make way for a request that comes."""
+        return self._pacer is not None or self._idle_only
 
     def arrived(self) -> None:
         """Note that a request has arrived."""

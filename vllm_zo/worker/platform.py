@@ -46,6 +46,23 @@ Chunks = Callable[[Sequence[str]], list[Chunk]]
 """Gives the rows of an engine step, from the request ids in the order of vLLM's batch."""
 
 
+class ForwardAlone(Protocol):
+    """A forward of whole sequences that uses neither vLLM's batch nor its KV cache."""
+
+    reached: int
+    """How many layers it has run."""
+
+    def go_on(self, stop: Callable[[], bool]) -> Tensor | None:
+        """Run it, or go on where it stopped.
+
+        Args:
+            stop: is asked before each layer whether the forward stops there.
+
+        Returns:
+            (T, D) final hidden states, sequence after sequence; None: it has stopped.
+        """
+
+
 class Platform(Protocol):
     """What a worker asks of its hardware, and the state that this needs from step to step.
 
@@ -85,24 +102,21 @@ class Platform(Protocol):
     # --- an engine step -----------------------------------------------------------------------------------------------
 
     @property
-    def runs_members_alone(self) -> bool:
-        """Whether `forward_alone` works with this model."""
+    def layers_alone(self) -> int:
+        """After how many layers a `forward_alone` of this model may stop: 1 if only at its end, 0 if there is none."""
 
     def sharing_rows(self, chunks: Chunks) -> AbstractContextManager[None]:
         """In the block, vLLM's forward may leave out rows of members whose result is not read."""
 
-    def forward_alone(self, chunks: Sequence[Chunk], slots: Sequence[int]) -> Tensor:
-        """Run whole sequences in a forward that uses neither vLLM's batch nor its KV cache.
+    def forward_alone(self, chunks: Sequence[Chunk], slots: Sequence[int]) -> ForwardAlone:
+        """Prepare a forward of whole sequences. Slots and base weights must stay as they are until it has ended.
 
         Args:
             chunks: one for each sequence.
             slots: for each chunk, the slot of its adapter, among all of vLLM's.
 
-        Returns:
-            (T, D) final hidden states, sequence after sequence.
-
         Raises:
-            NotImplementedError: the platform has no such forward (`runs_members_alone` is False).
+            NotImplementedError: the platform has no such forward (`layers_alone` is 0).
         """
 
     def forget_states(self, job_id: str | None = None) -> None:

@@ -1,8 +1,11 @@
 """Executes the scheduler's training commands on one tensor-parallel rank. A step of the engine runs in this order:
 
 run(before)         make jobs, fold, open groups, materialise slots        -- then vLLM's own forward runs
-score(...)          hidden rows -> cells of the loss tables                -- or score_alone, which runs its own forward
+score(...)          hidden rows -> cells of the loss tables
 run(after)          close groups: losses -> coefficients -> update; publish, snapshot
+
+Where members run alone, `run_alone` does what follows `run(before)`. Its forward may stop between layers; `go_on` in a
+later step does the rest.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ import functools
 import itertools
 import logging
 import sys
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,7 +65,7 @@ from vllm_zo.worker.head import Head
 from vllm_zo.worker.host_copy import Pending, PendingCells, PendingGroup
 from vllm_zo.worker.lora_targets import ModuleNames, Target, find_targets
 from vllm_zo.worker.loss_table import LossTable
-from vllm_zo.worker.platform import Chunk, Platform
+from vllm_zo.worker.platform import Chunk, ForwardAlone, Platform
 from vllm_zo.worker.published import VersionStore, serve_versions
 from vllm_zo.worker.scoring import Present, score_members
 from vllm_zo.worker.slots import SlotPool
@@ -103,6 +106,17 @@ class OpenedGroup:
     """Probe -> index among the pool's slots."""
 
 
+@dataclass
+class Unfinished:
+    """Members in a forward of their own that has not ended, and what comes after it."""
+
+    members: Sequence[ScoreMember]
+    num_tokens: dict[str, int]
+    """Request id -> tokens, in the order of the rows."""
+    forward: ForwardAlone
+    after: Sequence[Command]
+
+
 class Trainer:
     """Training state of one worker: jobs, open groups, slots, published versions, base weights.
 
@@ -128,6 +142,7 @@ class Trainer:
         self._failed: set[str] = set()
         """Jobs with a command that failed. The scheduler learns of a failure a step later. Groups that close before are
         dropped, or the state would hold an update that no log has."""
+        self._unfinished: Unfinished | None = None
         self._pending: list[Pending] = []
         self._results = ZOResults()
         serve_versions(lora_manager, self.versions)
@@ -368,21 +383,49 @@ class Trainer:
             with self._failing("scoring", members):
                 score_members(self.head, hidden, present)
 
-    def score_alone(self, members: Sequence[ScoreMember]) -> None:
-        """Run the whole sequences of members in a forward of their own, and fill their cells."""
+    def run_alone(self, members: Sequence[ScoreMember], after: Sequence[Command], stop: Callable[[], bool]) -> None:
+        """Run the whole sequences of members in a forward of their own, fill their cells, then execute `after`.
+
+        Args:
+            stop: is asked before each layer whether the forward stops there, for `go_on`.
+        """
+        assert self._unfinished is None
         members = [m for m in members if m.job_id not in self._failed and m.group_id in self.groups]
-        if not members:
-            return
         with self._failing("the forward of members", members):
-            slots = [self._slot_of(m) for m in members]
-            for slot in set(slots):
-                self.pool.check_materialised(slot)
-            # Dictionaries keep their order, so request ids, chunks, slots and rows all follow `members`.
-            num_tokens = {m.req_id: len(self.groups[m.group_id].table.sequences[m.sequence].token_ids) for m in members}
+            if members:
+                self._unfinished = self._forward_of(members, after)
+        if self._unfinished is None:
+            self.run(after)
+        self.go_on(stop)
+
+    def _forward_of(self, members: Sequence[ScoreMember], after: Sequence[Command]) -> Unfinished:
+        slots = [self._slot_of(m) for m in members]
+        for slot in set(slots):
+            self.pool.check_materialised(slot)
+        # Dictionaries keep their order, so request ids, chunks and slots all follow `members`.
+        num_tokens = {m.req_id: len(self.groups[m.group_id].table.sequences[m.sequence].token_ids) for m in members}
+        chunks = self._chunks(members, num_tokens, list(num_tokens))
+        forward = self.platform.forward_alone(chunks, [self.pool.first + slot for slot in slots])
+        return Unfinished(members, num_tokens, forward, after)
+
+    def go_on(self, stop: Callable[[], bool] = bool) -> None:
+        """Go on with the forward that has stopped, if there is one, and do what comes after it once it has ended.
+
+        Args:
+            stop: see `run_alone`; by default nothing stops it.
+        """
+        unfinished, self._unfinished = self._unfinished, None
+        if unfinished is None:
+            return
+        with self._failing("the forward of members", unfinished.members):
+            hidden = unfinished.forward.go_on(stop)
+            if hidden is None:
+                self._unfinished, self._results.stopped_at = unfinished, unfinished.forward.reached
+                return
+            num_tokens = unfinished.num_tokens
             first_row = dict(zip(num_tokens, itertools.accumulate(num_tokens.values(), initial=0), strict=False))
-            chunks = self._chunks(members, num_tokens, list(num_tokens))
-            hidden = self.platform.forward_alone(chunks, [self.pool.first + slot for slot in slots])
-            self.score(members, hidden, first_row, num_tokens)
+            self.score(unfinished.members, hidden, first_row, num_tokens)
+        self.run(unfinished.after)
 
     @contextmanager
     def _failing(self, what: str, members: Sequence[ScoreMember]) -> Iterator[None]:

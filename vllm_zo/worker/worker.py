@@ -7,6 +7,9 @@ the hidden states that the runner kept, closes groups, and then lets vLLM sample
 
 from __future__ import annotations
 
+import functools
+import itertools
+from collections.abc import Callable
 from copy import copy
 from dataclasses import astuple
 from typing import Any, ClassVar
@@ -18,8 +21,9 @@ from vllm.distributed.parallel_state import get_tp_group
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 
-from vllm_zo.commands import COMMANDS_ATTR, RESULTS_ATTR, ZOCommands, ZOResults
+from vllm_zo.commands import COMMANDS_ATTR, RESULTS_ATTR, Alone, ZOCommands, ZOResults
 from vllm_zo.config import ZOTrainingConfig
+from vllm_zo.doorbell import listen
 from vllm_zo.worker.find_head import find_head
 from vllm_zo.worker.host_copy import Pending
 from vllm_zo.worker.lora_targets import all_targets
@@ -72,6 +76,7 @@ class ZOWorkerMixin(_Base):
         """Commands of the current step, from `execute_model` to `sample_tokens`."""
         self._zo_batch: Any = None
         """The V2 runner's batch of the current step, from `sample_tokens` until the next step that has commands."""
+        self._zo_listen = functools.cache(listen)
 
     def compile_or_warm_up_model(self, *args: Any, **kwargs: Any) -> Any:
         times = super().compile_or_warm_up_model(*args, **kwargs)
@@ -109,6 +114,8 @@ class ZOWorkerMixin(_Base):
             return super().execute_model(scheduler_output)
         self._zo_num_tokens = scheduler_output.num_scheduled_tokens
         self._zo_batch = None
+        if commands.more:
+            self.zo.go_on()  # a forward that has stopped comes first: the scheduler has told of it before
         self.zo.run(commands.before)
         # Before the forward: the V1 runner computes logits in `execute_model`, the V2 runner in `sample_tokens`.
         members = [] if commands.alone else commands.members
@@ -119,9 +126,7 @@ class ZOWorkerMixin(_Base):
             return None
         # vLLM had nothing scheduled: it answers at once and does not call `sample_tokens`, so the step ends here.
         self._zo_commands = None
-        if commands.alone:
-            self.zo.score_alone(commands.members)
-        self.zo.run(commands.after)
+        self._run_after(commands)
         return self._with_results(output)
 
     @torch.inference_mode()
@@ -132,13 +137,33 @@ class ZOWorkerMixin(_Base):
         # The runner's `sample_tokens` drops `execute_model_state`, which has the hidden states and, in the V2 runner,
         # the batch: members are scored before it. The V1 runner has one batch for good.
         self._zo_batch = getattr(self.model_runner.execute_model_state, "input_batch", None)
+        if commands.alone:
+            # A forward alone sets the adapters of its rows. So vLLM samples first.
+            output = super().sample_tokens(*args, **kwargs)
+            self._run_after(commands)
+            return self._with_results(output)
         if commands.members:
             first_row, hidden = self._rows_of_requests()
             self.zo.score(commands.members, hidden, first_row, self._zo_num_tokens)
         if commands.members or commands.generates:
             self.zo.platform.after_forward(self.model_runner.execute_model_state.hidden_states)
-        self.zo.run(commands.after)
+        self._run_after(commands)
         return self._with_results(super().sample_tokens(*args, **kwargs))
+
+    def _run_after(self, commands: ZOCommands) -> None:
+        """Do what follows vLLM's forward: run members alone where the scheduler says so, and the commands after it."""
+        if commands.alone is None:
+            self.zo.run(commands.after)
+        elif commands.more:
+            self.zo.run_alone(commands.members, commands.after, self._stop(commands.alone))
+        else:
+            self.zo.go_on(self._stop(commands.alone))
+
+    def _stop(self, alone: Alone) -> Callable[[], bool]:
+        """A function that is asked before each layer whether the forward stops there."""
+        rung: Callable[[], bool] = bool if alone.doorbell is None else self._zo_listen(alone.doorbell)
+        layers = itertools.count(1)
+        return lambda: rung() or (alone.layers is not None and next(layers) > alone.layers)
 
     def _rows_of_requests(self) -> tuple[dict[str, int], Tensor]:
         """First row of each request, by request id, and the hidden states (T, D) of the step that just ran."""
@@ -157,7 +182,7 @@ class ZOWorkerMixin(_Base):
         if not pending and not results:
             return output
         # Set last, because this flag alone is no reason to answer: ZOResults does not count it.
-        results.members_alone = self.zo.platform.runs_members_alone
+        results.layers_alone = self.zo.platform.layers_alone
         if isinstance(output, AsyncModelRunnerOutput):
             return WithResults(output, pending, results)
         return attach(output, pending, results)

@@ -246,11 +246,12 @@ def _publish(directory: JobDir, command: Publish) -> None:
 
 
 def _together(paces: Iterable[Mapping[str, float | None]]) -> dict[str, float]:
-    """The pace of all engines: their budgets together, the worst slowdown, the mean share of idle time."""
+    """The pace of all engines: their budgets and stops together, the worst slowdown, the mean share of idle time."""
     known: dict[str, list[float]] = defaultdict(list)
     for pace in paces:
         for key, value in pace.items():
             if value is not None:
                 known[key].append(value)
-    join: dict[str, Callable[[list[float]], float]] = {"budget_tokens": sum, "slowdown": max, "idle_used": fmean}
+    join: dict[str, Callable[[list[float]], float]]
+    join = {"budget_tokens": sum, "slowdown": max, "idle_used": fmean, "stops": sum}
     return {key: join[key](values) for key, values in known.items()}

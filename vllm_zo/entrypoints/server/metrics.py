@@ -31,6 +31,7 @@ PACE = {
     "budget_tokens": "Training tokens that the last engine step might have held.",
     "slowdown": "How many times as long as without training the steps that served took, over the last minute.",
     "idle_used": "Share of the time without requests in which training ran, over the last minute.",
+    "stops": "How often training stopped between two layers because a request came, over the last minute.",
 }
 """Key of the pace in `zo_stats` -> help of the gauge vllm_zo:<key>."""
 

@@ -40,6 +40,8 @@ class DecoderLayers:
 
 
 def _no_rows(output: Any) -> Any:
+    if output is None:
+        return None
     if isinstance(output, Tensor):
         return output.new_empty((0, *output.shape[1:]))
     return tuple(_no_rows(part) for part in output)

@@ -12,6 +12,7 @@ from torch import Tensor
 from vllm_zo import compat
 from vllm_zo.config import ZOTrainingConfig
 from vllm_zo.worker.cpu import linear, patches
+from vllm_zo.worker.cpu.alone import AloneForward
 from vllm_zo.worker.cpu.memory import TRIM_INTERVAL, give_back_freed_memory
 from vllm_zo.worker.cpu.packed_weights import PackedWeights
 from vllm_zo.worker.cpu.pruned_forward import RowPruner
@@ -48,14 +49,16 @@ class CPUPlatform:
         return PackedWeights()
 
     @property
-    def runs_members_alone(self) -> bool:
-        return not self.rows.not_alone
+    def layers_alone(self) -> int:
+        if self.rows.not_alone:
+            return 0
+        return 1 if self.rows.decoder is None else len(self.rows.decoder.layers)
 
     def sharing_rows(self, chunks: Chunks) -> AbstractContextManager[None]:
         return self.rows.step(chunks)
 
-    def forward_alone(self, chunks: Sequence[Chunk], slots: Sequence[int]) -> Tensor:
-        return self.rows.forward_alone(chunks, slots)
+    def forward_alone(self, chunks: Sequence[Chunk], slots: Sequence[int]) -> AloneForward:
+        return AloneForward(self.rows, chunks, slots)
 
     def forget_states(self, job_id: str | None = None) -> None:
         if job_id is None:

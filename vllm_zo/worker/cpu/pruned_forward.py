@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 from vllm.config import CompilationMode
 from vllm.distributed.parallel_state import get_pp_group
-from vllm.forward_context import set_forward_context
 from vllm.logger import init_logger
 from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
 from vllm.model_executor.layers.attention import Attention
@@ -161,24 +160,6 @@ class RowPruner:
         taken, self.last_attention = self.last_attention, None
         return [] if taken is None else [taken]
 
-    def forward_alone(self, chunks: Sequence[Chunk], slots: Sequence[int]) -> Tensor:
-        """See `Platform.forward_alone`."""
-        plan = self._plan(chunks)
-        token_ids = torch.tensor([token for chunk in chunks for token in chunk.token_ids])
-        positions = torch.cat([torch.arange(chunk.rows) for chunk in chunks])
-        slots_T = torch.tensor(slots).repeat_interleave(torch.tensor([chunk.rows for chunk in chunks]))
-        # Private: vLLM skips `update_metadata` if the batch's mapping is that of the step before, and would leave the
-        # slots of this forward in the wrappers.
-        self.runner.lora_manager._adapter_manager._last_mapping = None
-        # No attention metadata: `_attention` answers every layer without vLLM's attention.
-        context = set_forward_context(None, self.runner.vllm_config, num_tokens=len(plan.keep_U))
-        with context, Forward(self, plan, slots_T) as running:
-            # By name, as vLLM's runner calls it: some models take the first two by position only.
-            hidden = self.runner.model(
-                input_ids=token_ids[running.keep], positions=positions[running.keep], intermediate_tensors=None
-            )
-        return running.expand(hidden)
-
     def plan(self, rows: int) -> RowPlan | None:
         """The plan of the step that is about to run; None if all its rows have to be computed.
 
@@ -190,12 +171,13 @@ class RowPruner:
         chunks = self.chunks(self.runner.input_batch.req_ids)
         if sum(chunk.rows for chunk in chunks) != rows:  # vLLM has padded the batch: rows may lie elsewhere
             return None
-        plan = self._plan(chunks)
+        plan = self.plan_of(chunks)
         if self.needs_cache:
             plan = plan.through_cache()
         return plan if plan.shares or plan.prunes or plan.repeats or plan.buckets or plan.below else None
 
-    def _plan(self, chunks: Sequence[Chunk]) -> RowPlan:
+    def plan_of(self, chunks: Sequence[Chunk]) -> RowPlan:
+        """The plan of a forward with these rows."""
         return plan_rows(chunks, 0 if self.decoder is None else len(self.decoder.layers), self.kept)
 
 
@@ -226,7 +208,8 @@ class Forward:
         """(wrapper, slots of the T rows)."""
         self._entered: dict[int, tuple[Tensor, Tensor]] = {}
         """id of a tensor that the model passes to its layers -> that tensor, and it on the kept rows."""
-        self._attentions_before: int | None = None if plan.below else 0
+        self.first_attentions: int | None = None if plan.below else 0
+        self._attentions_before = self.first_attentions
         """Attention layers before the first linear layer that is on the kept rows; None when that has run, or is not
         yet next."""
 
@@ -266,21 +249,24 @@ class Forward:
     # --- from the rows below the first trained layer to the kept rows -------------------------------------------------
 
     def layer(self, index: int, original: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """The forward of decoder layer number `index`."""
-        decoder, below = self.pruner.decoder, self.plan.below
-        if below is None:
-            return original(*args, **kwargs)
-        assert decoder is not None
-        if index < below.layer and not len(below.rows_B):
-            self.attentions += decoder.attentions[index]
-            return decoder.of_no_rows
-        if index < below.layer:
-            return decoder.note(original(*args, **kwargs))
-        if index == below.layer:
-            self._enter(below, {**dict(enumerate(args)), **kwargs})
+        """The forward of decoder layer number `index`, from the first one on."""
+        if self.below is not None and index == self.below.layer:
+            self._enter(self.below, {**dict(enumerate(args)), **kwargs})
+        elif self.below is not None and not len(self.below.rows_B):
+            assert self.pruner.decoder is not None
+            self.attentions += self.pruner.decoder.attentions[index]
+            return self.pruner.decoder.of_no_rows
         # Hidden states come from the layer before, but positions from the model, for the rows that it began with.
         args = [self._on_kept_rows(value) for value in args]
-        return original(*args, **{name: self._on_kept_rows(value) for name, value in kwargs.items()})
+        kwargs = {name: self._on_kept_rows(value) for name, value in kwargs.items()}
+        return self.run_layer(index, original, args, kwargs)
+
+    def run_layer(
+        self, index: int, original: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> Any:
+        """Run a layer on the rows that layers get now."""
+        output = original(*args, **kwargs)
+        return output if self.pruner.decoder is None else self.pruner.decoder.note(output)
 
     def _enter(self, below: Below, arguments: Mapping[Any, Any]) -> None:
         """Go over to the kept rows. arguments: of the first trained layer, by place or name."""

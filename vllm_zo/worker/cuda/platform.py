@@ -17,14 +17,14 @@ from vllm_zo.worker.cuda.host_copy import CopyStream
 from vllm_zo.worker.cuda.triton_slots import OneLaunchWriter
 from vllm_zo.worker.head import Head
 from vllm_zo.worker.host_copy import HostCopy
-from vllm_zo.worker.platform import Chunk, Chunks
+from vllm_zo.worker.platform import Chunk, Chunks, ForwardAlone
 from vllm_zo.worker.slot_writers import Piece, SlotWriter
 
 
 class CUDAPlatform:
     """See `Platform`. Forwards compute every row, in vLLM's CUDA graphs, and all members are requests of vLLM."""
 
-    runs_members_alone = False
+    layers_alone = 0
 
     def __init__(self, runner: Any, wrappers: Sequence[Any], device: torch.device) -> None:
         self.device = device
@@ -51,8 +51,8 @@ class CUDAPlatform:
     def sharing_rows(self, chunks: Chunks) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def forward_alone(self, chunks: Sequence[Chunk], slots: Sequence[int]) -> Tensor:
-        """Never called, because `runs_members_alone` is False.
+    def forward_alone(self, chunks: Sequence[Chunk], slots: Sequence[int]) -> ForwardAlone:
+        """Never called, because `layers_alone` is 0.
 
         Raises:
             NotImplementedError: always.
