@@ -148,7 +148,8 @@ async def one_window(
         return int(neighbour.steps.value) if neighbour is not None else await serving.step_of(client, job)
 
     begin, start = await taken(), time.perf_counter()
-    into["samples"] += await serving.window(server, args, rate, seed=number + 1)
+    samples, _ = await serving.window(server, args, rate, seed=number + 1)
+    into["samples"] += samples
     steps = (await taken() - begin) / (time.perf_counter() - start)
     into["steps_per_s"].append(steps)
     if name == "one":
