@@ -104,6 +104,7 @@ class Pacer:
         self._beside = [0.0, 0.0]
         """Seconds that training tokens have added to steps that serve, and those tokens; the latest count most."""
         self._credit = Credit()
+        self._apart = False
         self._held = self._mixed = 0
         self._requests = Recent(RATE_S)
         self._first_tokens: deque[float] = deque(maxlen=LATEST)
@@ -116,12 +117,14 @@ class Pacer:
 
     # --- how much may run ---------------------------------------------------------------------------------------------
 
-    def beside(self, *, first_tokens: bool) -> float:
+    def beside(self, *, first_tokens: bool, apart: bool = False) -> float:
         """Training tokens that this step may hold beside requests.
 
         Args:
             first_tokens: a request waits for its first token in this step.
+            apart: training tokens run in a forward of their own, and not in one with those of requests.
         """
+        self._apart = apart
         self.budget = self._beside_tokens(first_tokens)
         return self.budget
 
@@ -164,7 +167,10 @@ class Pacer:
         """Seconds that a training token adds to a step that serves."""
         guess = self._guess_token_s()
         seconds, tokens = self._beside
-        return max(seconds / tokens if tokens else guess, guess / 10)
+        # In a forward of its own a token costs what it costs alone. What steps with training seem to take longer is
+        # less: of steps that serve only there are few then, and most of them follow training, with cold caches.
+        least = guess if self._apart else guess / 10
+        return max(seconds / tokens if tokens else guess, least)
 
     def _guess_token_s(self) -> float:
         """What a training token may add, before there is a step that shows it."""

@@ -275,7 +275,9 @@ class ZOSchedulerMixin(_Base):
         if not serving.requests:
             return UNLIMITED
         largest, promised = self._largest_unit(), self._promised()
-        return self._throttle.beside(promised=promised, largest=largest, first_tokens=serving.first_tokens)
+        return self._throttle.beside(
+            promised=promised, largest=largest, first_tokens=serving.first_tokens, apart=self._stops
+        )
 
     def _largest_unit(self) -> int:
         """Tokens of the largest unit that waits: a layer of a forward that has stopped is one."""

@@ -32,13 +32,13 @@ class Throttle:
             return None
         return f"zo_training.window={self._window}: jobs run at those hours"
 
-    def beside(self, *, promised: int, largest: int, first_tokens: bool) -> int:
+    def beside(self, *, promised: int, largest: int, first_tokens: bool, apart: bool) -> int:
         """Tokens that members which start in this step may use beside requests.
 
         Args:
             promised: tokens that running members may still use.
             largest: tokens of the largest unit that waits.
-            first_tokens: a request waits for its first token in this step.
+            first_tokens, apart: see `Pacer.beside`.
         """
         if self._idle_only:
             return 0
@@ -47,7 +47,7 @@ class Throttle:
             self._credit.accrue(self._budget, largest + promised)
             tokens = self._credit.amount
         if self._pacer is not None:
-            tokens = min(tokens, self._pacer.beside(first_tokens=first_tokens))
+            tokens = min(tokens, self._pacer.beside(first_tokens=first_tokens, apart=apart))
         return UNLIMITED if tokens >= UNLIMITED else int(tokens) - promised
 
     def alone(self, smallest: int, parts: int) -> int:
