@@ -105,12 +105,12 @@ def test_a_job_that_pauses_in_the_middle_of_a_step_goes_on_where_it_was(engines:
         for _ in range(engine_steps):
             llm.llm_engine.step()
         scheduler = scheduler_of(llm)
-        scheduler.zo_pause(run.job_id)
+        scheduler.zo_calls.zo_pause(run.job_id)
         while scheduler.has_requests():
             llm.llm_engine.step()
         run.poll()
         assert run.status == "paused"
-        scheduler.zo_resume(run.job_id)
+        scheduler.zo_calls.zo_resume(run.job_id)
         assert Trajectory.of(llm, run.wait()) == expected, f"paused after {engine_steps} engine steps"
 
 

@@ -140,7 +140,7 @@ def requests_come(llm: Any, monkeypatch: pytest.MonkeyPatch, *, idle_only: bool)
     with monkeypatch.context() as patch:
         patch.setattr(worker_of(llm), "_zo_listen", lambda path: lambda: rng.random() < 0.5)
         patch.setattr(scheduler, "_doorbell", Doorbell())
-        patch.setattr(scheduler._throttle, "_idle_only", idle_only)
+        patch.setattr(scheduler.zo_throttle, "_idle_only", idle_only)
         patch.setattr(zo, "go_on", spy)
         patch.setattr(scheduler, "schedule", with_a_request)
         yield stops

@@ -21,7 +21,7 @@ from tests.children import Child, first_logprob
 from tests.engines import Engines
 from tests.openai_server import Server, create, upload_reviews, wait_for
 from tests.trajectories import steps_of, train
-from vllm_zo.compat.engine_core import WAITING
+from vllm_zo.compat.engine_core import COMING, WAITING
 from vllm_zo.entrypoints.server.patches import STARTING
 from vllm_zo.worker.cpu.patches import (
     ATTENTION,
@@ -35,7 +35,9 @@ from vllm_zo.worker.patches import COMPUTE_LOGITS
 
 ROOT = Path(__file__).parents[1]
 SERIES = sorted((ROOT / "patches").glob("*.patch"))
-OF_CLASSES = {WAITING.target} | ({WIDENED_LINEAR.target, PACKED_WEIGHT.target} if current_platform.is_cpu() else set())
+OF_CLASSES = {COMING.target, WAITING.target} | (
+    {WIDENED_LINEAR.target, PACKED_WEIGHT.target} if current_platform.is_cpu() else set()
+)
 OF_OBJECTS = {COMPUTE_LOGITS.target, *(p.target for p in (MODEL_FORWARD, DECODER_LAYER, ATTENTION, LORA_LINEAR))}
 """What the series does not cover: the run-time patches that are left in every process, and on a worker's objects."""
 ENGINE_TESTS = ("tests/test_seams.py", "tests/test_serving.py", "tests/test_multiprocess.py")

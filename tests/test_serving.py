@@ -129,7 +129,7 @@ def test_a_job_whose_rows_are_longer_than_the_token_budget_moves_beside_traffic(
     """There is never a step without a request, and every pair costs several times the budget."""
     budget = 20
     llm = engines.get(zo_training={"token_budget": budget})
-    tokens = scheduler_of(llm).zo_stats
+    tokens = scheduler_of(llm).zo_calls.zo_stats
     long = [{"sentence": "a great film " * 12, "label": i % 2} for i in range(4)]
     with traffic(llm) as step:
         step()
@@ -170,10 +170,10 @@ def test_a_target_paces_a_job_by_the_time_that_its_tokens_take(engines: Engines)
     run.poll()
     assert len(run.history) >= 28, "without requests every engine step is a whole one (the first sets the job up)"
     with traffic(llm) as step:
-        before = scheduler.zo_stats()["tokens"]
+        before = scheduler.zo_calls.zo_stats()["tokens"]
         for _ in range(600):
             step()
-        after = scheduler.zo_stats()
+        after = scheduler.zo_calls.zo_stats()
         run.cancel()
     run.poll()
     assert len(run.history) > 30, "it moves"
@@ -189,13 +189,13 @@ def test_idle_only_keeps_a_job_out_of_every_step_that_serves(engines: Engines) -
     llm.llm_engine.step()
     with traffic(llm) as step:
         step()
-        before = scheduler_of(llm).zo_stats()["tokens"]
+        before = scheduler_of(llm).zo_calls.zo_stats()["tokens"]
         for _ in range(30):
             step()
-        after = scheduler_of(llm).zo_stats()["tokens"]
+        after = scheduler_of(llm).zo_calls.zo_stats()["tokens"]
     assert after["training"] == before["training"] and after["serving"] - before["serving"] >= 60
     llm.llm_engine.step()
-    assert scheduler_of(llm).zo_stats()["tokens"]["training"] > before["training"], "the engine is idle"
+    assert scheduler_of(llm).zo_calls.zo_stats()["tokens"]["training"] > before["training"], "the engine is idle"
     run.cancel()
 
 

@@ -183,10 +183,10 @@ def install() -> None:
 
 
 def _call_of_scheduler(name: str) -> Callable[..., Any]:
-    """A method of EngineCore that calls the scheduler's method `name` with the same arguments."""
+    """A method of EngineCore that makes the scheduler's call `name` with the same arguments."""
 
     def call(self: Any, *args: Any) -> Any:
-        return getattr(self.scheduler, name)(*args)
+        return self.scheduler.utility_methods()[name](*args)
 
     # vLLM asserts that a utility method has a parameter for each argument, and counts *args as one parameter.
     call.__signature__ = inspect.signature(lambda self, first=None, second=None: None)  # type: ignore[attr-defined]

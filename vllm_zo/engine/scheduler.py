@@ -15,10 +15,9 @@ import copy
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from vllm.config import VllmConfig
 from vllm.config.lora import LoRAConfig
@@ -48,19 +47,16 @@ from vllm_zo.compat import engine_core
 from vllm_zo.config import ZOTrainingConfig
 from vllm_zo.doorbell import Doorbell
 from vllm_zo.engine.admission import UNLIMITED, Capacity, Demand, capacity_for_training
+from vllm_zo.engine.calls import Calls
 from vllm_zo.engine.controller import Controller
 from vllm_zo.engine.group import Member, Phase
-from vllm_zo.engine.job import Job
-from vllm_zo.engine.load_job import EngineFacts, load_job
+from vllm_zo.engine.load_job import EngineFacts
 from vllm_zo.engine.pacing import EngineStep
 from vllm_zo.engine.patches import CACHE_BLOCKS, keep_out_of_prefix_cache
 from vllm_zo.engine.probe_requests import ProbeRequests
-from vllm_zo.engine.rollouts import Answer
 from vllm_zo.engine.throttle import Throttle
 from vllm_zo.engine.writing import Writing
 from vllm_zo.errors import ConfigError
-from vllm_zo.jobs.directory import JobDir
-from vllm_zo.jobs.status import JobStatus
 from vllm_zo.objectives.base import ScoringSequence
 
 logger = init_logger("vllm.zo.scheduler")
@@ -108,14 +104,6 @@ def _workers_can_stop(vllm_config: VllmConfig) -> bool:
     return here and not vllm_config.scheduler_config.async_scheduling and Doorbell.possible
 
 
-class Seats(Protocol):
-    """Carries messages between coordinators and their jobs here; what they say is no business of the scheduler's."""
-
-    def tell(self, messages: bytes) -> None: ...
-
-    def hear(self) -> Future[bytes]: ...
-
-
 class ZOSchedulerMixin(_Base):
     """Adds perturbation groups to whichever scheduler vLLM would have used."""
 
@@ -134,15 +122,16 @@ class ZOSchedulerMixin(_Base):
         self._zo_ended: list[tuple[int, EngineCoreOutput]] = []
         """(client, output) of requests that this scheduler has ended, until they ride on the outputs of a step."""
         self.zo_draining = False
-        self.zo_seats: Seats | None = None
-        """Where coordinators of the front end have their jobs; None where every job is this engine's own."""
         self.zo_loop_waits = False
         """Whether the engine loop waits by itself while `zo_waits` (compat/engine_core.py WAITING)."""
-        self._zo_tokens = {"training": 0, "serving": 0}
+        self.zo_tokens = {"training": 0, "serving": 0}
+        """Scheduled since the engine started."""
         # With async scheduling vLLM schedules a step before the one that runs has ended.
-        self._throttle = Throttle(self.zo_config, steps_ahead=int(vllm_config.scheduler_config.async_scheduling))
-        self._doorbell = Doorbell() if self._throttle.yields and _workers_can_stop(vllm_config) else None
+        self.zo_throttle = Throttle(self.zo_config, steps_ahead=int(vllm_config.scheduler_config.async_scheduling))
+        self._doorbell = Doorbell() if self.zo_throttle.yields and _workers_can_stop(vllm_config) else None
         """Rings while a request comes; None where the workers could not stop for it."""
+        self.zo_calls = Calls(self)
+        """What a front end may ask."""
         self._steps: deque[tuple[SchedulerOutput, EngineStep]] = deque()
         """Scheduled steps that have not ended."""
         # The workers stack the user's slots and ours. vLLM's scheduler limits serving adapters by this `max_loras`, so
@@ -214,8 +203,8 @@ class ZOSchedulerMixin(_Base):
             step.arrived.append(step.start - (time.time() - request.arrival_time))
 
     def _begin_step(self, step: EngineStep, output: SchedulerOutput) -> None:
-        self._zo_tokens["serving"] += step.decode + step.prefill
-        self._throttle.begun(step, self._largest_unit() + self._promised())
+        self.zo_tokens["serving"] += step.decode + step.prefill
+        self.zo_throttle.begun(step, self._largest_unit() + self._promised())
         self._steps.append((output, step))
 
     def _end_step(self, output: SchedulerOutput) -> None:
@@ -225,8 +214,8 @@ class ZOSchedulerMixin(_Base):
             if scheduled is output:
                 if step.left:
                     step.training = step.left - (self.zo.forward.left if self.zo.stopped else 0)
-                self._zo_tokens["training"] += step.training
-                self._throttle.ended(step)
+                self.zo_tokens["training"] += step.training
+                self.zo_throttle.ended(step)
                 return
 
     def _forget_stale_kv(self) -> None:
@@ -259,7 +248,7 @@ class ZOSchedulerMixin(_Base):
             capacity,
             in_chunks_beyond=UNLIMITED if members_left else self.max_num_scheduled_tokens,
             serving=serving.requests > 0,
-            may_begin=self._throttle.closed is None,
+            may_begin=self.zo_throttle.closed is None,
         )
         # A unit that is too large for one step goes to vLLM instead, which prefills it in chunks.
         if alone and offered and sum(len(member.token_ids) for member in offered) <= tokens:
@@ -275,7 +264,7 @@ class ZOSchedulerMixin(_Base):
         if not serving.requests:
             return UNLIMITED
         largest, promised = self._largest_unit(), self._promised()
-        return self._throttle.beside(
+        return self.zo_throttle.beside(
             promised=promised, largest=largest, first_tokens=serving.first_tokens, apart=self._stops
         )
 
@@ -306,7 +295,7 @@ class ZOSchedulerMixin(_Base):
 
     def _most_alone(self) -> int:
         """Tokens that an engine step without requests may hold, or a forward that stops between layers."""
-        return self._throttle.alone(self.zo.smallest_unit, self.zo.layers_alone if self._stops else 1)
+        return self.zo_throttle.alone(self.zo.smallest_unit, self.zo.layers_alone if self._stops else 1)
 
     @property
     def _stops(self) -> bool:
@@ -490,7 +479,7 @@ class ZOSchedulerMixin(_Base):
         if super().has_requests() or self.zo.stopped:
             return True
         may_train = self._pause_state == PauseState.UNPAUSED and not self.zo_draining
-        return may_train and self.zo.has_work(may_begin=self._throttle.closed is None) and not self.zo_waits
+        return may_train and self.zo.has_work(may_begin=self.zo_throttle.closed is None) and not self.zo_waits
 
     @property
     def zo_waits(self) -> bool:
@@ -518,7 +507,7 @@ class ZOSchedulerMixin(_Base):
             if self._doorbell is not None:
                 self._doorbell.answer()
             self.check_servable(adapter)
-            self._throttle.arrived()
+            self.zo_throttle.arrived()
         super().add_request(request)
 
     def check_servable(self, lora_request: LoRARequest | None) -> None:
@@ -551,26 +540,11 @@ class ZOSchedulerMixin(_Base):
         self.zo.queue.close()  # an engine in this process ends without `finish_shutdown`
         super().shutdown()
 
-    # --- calls from the front end (EngineCore utility calls) ------------------------------------------------------
+    # --- jobs that come ---------------------------------------------------------------------------------------------
 
     def utility_methods(self) -> dict[str, Callable[..., Any]]:
         """Name -> method, for every method that a front end may call."""
-        return {name: getattr(self, name) for name in UTILITY_METHODS}
-
-    def zo_start(self, job_dir: str, paused: bool = False) -> dict[str, Any]:
-        """Queue the job that the front end wrote to `job_dir`; returns its summary.
-
-        Args:
-            paused: the job rests until it is resumed.
-
-        Raises:
-            ConfigError: the job cannot run on this engine (`load_job`), or its id is in use.
-            CorruptLogError: the header of its seed log cannot be read.
-        """
-        directory = JobDir(Path(job_dir))
-        job: Job = load_job(directory, self.zo_facts, self.zo_read)
-        self.zo.add_job(job, paused=paused)
-        return job.summary()
+        return {name: getattr(self.zo_calls, name) for name in UTILITY_METHODS}
 
     @property
     def zo_facts(self) -> EngineFacts:
@@ -585,85 +559,6 @@ class ZOSchedulerMixin(_Base):
     def zo_read(self, continued: ScoringSequence, completion: Sequence[int]) -> str:
         """The text of a member's completion; the reward threads call it."""
         return self._zo_writing.text(continued, completion)
-
-    def zo_status(self, job_id: str, since: int = 0) -> dict[str, Any]:
-        """Summary and metric records from number `since` on. Raises ConfigError: the job is unknown."""
-        status = self.zo.queue.status(job_id, since)
-        if status["status"] == JobStatus.RUNNING and status["waits_for"] is None:
-            status["waits_for"] = self._throttle.closed
-        return status
-
-    def zo_stop(self, job_id: str, cancel: bool) -> None:
-        """Cancel a job, or let it finish early. Raises ConfigError: the job is unknown."""
-        self.zo.finish_early(job_id, cancel=cancel)
-
-    def zo_pause(self, job_id: str) -> str:
-        """Pause a job; returns its status, which is "paused" at once if none of its groups was open or in flight.
-
-        Raises:
-            ConfigError: see `JobQueue.pause`.
-        """
-        self.zo.queue.pause(job_id)
-        return self.zo.queue.get(job_id).status.value
-
-    def zo_resume(self, job_id: str) -> None:
-        """Let a paused job go on. Raises ConfigError: the job is unknown or not paused."""
-        self.zo.queue.resume(job_id)
-
-    def zo_extend(self, job_id: str, size: int) -> None:
-        """Let a continual job draw from appended rows: the disk has `size` bytes of them (`jobs/appended.py`).
-
-        Raises:
-            ConfigError: the job is unknown, has ended, or is none whose rows may grow.
-        """
-        self.zo.queue.growing(job_id).extend(size)
-
-    def zo_forget(self, job_id: str, key: str) -> None:
-        """Draw no row any more that the call `key` has appended. Raises ConfigError as `zo_extend`."""
-        self.zo.queue.growing(job_id).delete(key)
-
-    def zo_rollouts(self, job_id: str, answers: Sequence[Sequence[Any]] = ()) -> dict[str, Any]:
-        """Take in answers of rollouts (the fields of `Answer`), and hand out the next ones.
-
-        Raises:
-            ConfigError: the job is unknown.
-        """
-        return self.zo.exchange_rollouts(job_id, [Answer(*answer) for answer in answers])
-
-    def zo_tell(self, messages: bytes) -> None:
-        """Take messages of coordinators. Raises ConfigError: this engine has no seats for them."""
-        self._seats().tell(messages)
-
-    def zo_hear(self) -> Future[bytes]:
-        """What the engine has to say to coordinators, as soon as there is something; to be asked again after that.
-
-        Raises:
-            ConfigError: this engine has no seats for them.
-        """
-        return self._seats().hear()
-
-    def _seats(self) -> Seats:
-        if self.zo_seats is None:
-            raise ConfigError(
-                "this engine takes no part in jobs of a coordinator: `vllm-zo serve` starts one that does."
-            )
-        return self.zo_seats
-
-    def zo_stats(self) -> dict[str, Any]:
-        """The figures of `JobQueue.stats`, the tokens scheduled since the engine started, and `Throttle.stats`."""
-        return {**self.zo.queue.stats(), "tokens": dict(self._zo_tokens), "pace": self._throttle.stats()}
-
-    def zo_restore_base(self, job_id: str) -> None:
-        """Bring back the base weights as they were before the `fold` job.
-
-        Raises:
-            ConfigError: requests are unfinished, or a `fold` job writes the base.
-        """
-        if self.zo.queue.exclusive is None and self.get_num_unfinished_requests():
-            raise ConfigError(
-                "restore_base changes the weights under unfinished requests: wait for them, or abort them."
-            )
-        self.zo.request_restore(job_id)
 
 
 class ZOScheduler(ZOSchedulerMixin, Scheduler):

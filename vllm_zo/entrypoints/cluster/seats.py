@@ -21,7 +21,7 @@ def make_scheduler(*args: Any, **kwargs: Any) -> Any:
     from vllm_zo.engine import scheduler
 
     made: Any = scheduler.make_scheduler(*args, **kwargs)
-    made.zo_seats = Seats(made)
+    made.zo_calls.seats = Seats(made)
     return made
 
 
