@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests import tiny
 from vllm_zo import noise
+from vllm_zo.checkpoint import snapshot
 from vllm_zo.checkpoint.compress import truncate
 from vllm_zo.checkpoint.export import export_merged, export_peft
 from vllm_zo.checkpoint.hf_checkpoint import base_fingerprint
@@ -229,6 +230,22 @@ def test_a_snapshot_of_another_job_names_what_differs(tmp_path: Path) -> None:
     for header, message in cases:
         with pytest.raises(ConfigError, match=message):
             load_snapshot(path, header.new_state())
+
+
+def test_a_snapshot_that_is_removed_while_it_is_read_is_one_that_cannot_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """safetensors opens a file twice, and raises another error where only the second time finds nothing."""
+    path, header = tmp_path / "s.safetensors", header_of(LoZO(rank=2), "bank", 2)
+    save_snapshot(path, header.new_state(), 3)
+
+    def removed(path: Path, framework: str) -> Any:
+        raise RuntimeError(f"unable to open file <{path}> in read-only mode: No such file or directory (2)")
+
+    monkeypatch.setattr(snapshot, "safe_open", removed)
+    assert snapshot.snapshot_step(path) is None
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_snapshot(path, header.new_state())
 
 
 def test_a_snapshot_knows_which_bases_hold_an_update(tmp_path: Path) -> None:

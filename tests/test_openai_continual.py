@@ -353,7 +353,7 @@ def test_a_job_far_from_the_base_pauses_with_the_reason(servers: Servers) -> Non
     client = servers.running().client()
     job = create(client, upload_reviews(client, 16), hyperparameters={"max_drift": 1e-6})
     wait_for(client, job.id, "paused")
-    events = [event.message for event in client.fine_tuning.jobs.list_events(job.id, limit=20).data]
+    events = [event.message for event in client.fine_tuning.jobs.list_events(job.id, limit=100).data]
     assert any("above max_drift=1e-06" in event for event in events), events
     client.fine_tuning.jobs.cancel(job.id)
 

@@ -18,6 +18,8 @@ from vllm_zo.registry import settings
 
 FORMAT = "vllm_zo snapshot 2"
 METADATA_KEY = "vllm_zo"
+UNREADABLE = (SafetensorError, OSError, RuntimeError)
+"""What safetensors raises. The last one: a file that is removed between its two looks at it."""
 """The only key of a file's metadata; its value is a JSON object with sorted keys. Equal runs must write equal bytes,
 but safetensors writes several keys in an order that changes from process to process."""
 
@@ -62,7 +64,7 @@ def load_snapshot(path: Path | str, state: AdapterState) -> int:
                 raise ConfigError(f"snapshot {path} is of another job: {'; '.join(differing)}. Use its job, or {fix}.")
             for name, tensor in state.tensors().items():
                 tensor.copy_(file.get_tensor(name))
-    except (SafetensorError, OSError) as error:
+    except UNREADABLE as error:
         raise ConfigError(f"snapshot {path}: cannot be read ({error}); {fix}.") from error
     state.last_basis = metadata["last_basis"]
     state.mark_touched(metadata["bases"])
@@ -74,7 +76,7 @@ def snapshot_step(path: Path | str) -> int | None:
     try:
         with safe_open(path, framework="pt") as file:
             return int(_metadata_of(file)["step"])
-    except (SafetensorError, OSError, KeyError, ValueError):
+    except (*UNREADABLE, KeyError, ValueError):
         return None
 
 

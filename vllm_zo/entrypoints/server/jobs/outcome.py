@@ -19,7 +19,7 @@ from vllm_zo.entrypoints.server.state.directory import StateDir
 from vllm_zo.entrypoints.server.state.files import Files
 from vllm_zo.entrypoints.server.state.job_record import JobRecord
 from vllm_zo.entrypoints.server.state.store import Store
-from vllm_zo.errors import CorruptLogError, ZOError
+from vllm_zo.errors import ConfigError, CorruptLogError, ZOError
 from vllm_zo.jobs.directory import JobDir
 from vllm_zo.jobs.records import given_back
 from vllm_zo.methods import drift
@@ -114,10 +114,16 @@ class Outcome:
     def _state(self, job: JobRecord, step: int) -> AdapterState:
         """The state of a version: from its file, or from the seed log where the file is gone."""
         directory = self.job_dir(job)
-        if snapshot_step(directory.version(step)) == step:
-            state = read_header(directory.log).new_state()
-            load_snapshot(directory.version(step), state)
-            return state
+        file = directory.version(step)
+        try:
+            if snapshot_step(file) == step:
+                state = read_header(directory.log).new_state()
+                load_snapshot(file, state)
+                return state
+        except ConfigError:
+            # The engine keeps the newest versions of a continual job, and may have removed this one just now.
+            if file.exists():
+                raise
         return rebuild_state(read_seed_log(directory.log), step)
 
     def _distances(self, job: JobRecord, step: int) -> dict[str, float | None]:
