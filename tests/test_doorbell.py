@@ -22,6 +22,20 @@ def test_a_bell_that_rang_is_heard_until_the_request_is_answered() -> None:
     assert not rung()
 
 
+def test_one_that_the_engine_refuses_on_its_way_is_forgotten() -> None:
+    bell = Doorbell()
+    rung = listen(bell.path)
+    bell.ring()
+    bell.renew()
+    assert rung()
+    bell.renew()
+    assert not rung(), "the engine has taken in what came before the last step"
+    bell.answer()  # late: it counts once
+    bell.ring()
+    bell.renew()
+    assert rung()
+
+
 def test_another_process_hears_it() -> None:
     bell = Doorbell()
     bell.ring()

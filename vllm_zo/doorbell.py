@@ -31,7 +31,7 @@ class Doorbell:
         self._file.truncate(1)
         self._byte = mmap.mmap(self._file.fileno(), 1)
         self.path = f"/proc/{os.getpid()}/fd/{self._file.fileno()}"
-        self._rung = self._answered = 0
+        self._rung = self._answered = self._renewed = 0
 
     def ring(self) -> None:
         """Note that a request comes. Any thread may call it, but always the same one."""
@@ -40,10 +40,15 @@ class Doorbell:
 
     def answer(self) -> None:
         """Note that a request that has rung is with the scheduler now."""
-        self._answered += 1
+        self._answered = min(self._answered + 1, self._rung)
 
     def renew(self) -> None:
-        """Let the byte say whether a request has rung that is not answered. To be called before a forward begins."""
+        """Let the byte say whether a request has rung that is not answered. To be called before a forward begins.
+
+        Between two steps the engine takes in all that has come. So one that rang before the last call and is not
+        answered will never be: vLLM has refused it on its way. It must not stop every forward from now on.
+        """
+        self._answered, self._renewed = max(self._answered, self._renewed), self._rung
         self._byte[0] = 0  # first: one that rings from here on is heard
         if self._rung > self._answered:
             self._byte[0] = 1
