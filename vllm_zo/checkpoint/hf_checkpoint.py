@@ -127,7 +127,7 @@ def locate(modules: Iterable[ModuleShape], directory: Path) -> dict[str, ModuleS
     for module in modules:
         full = f"{module.name}.weight"
         found = next((key for key in (full, full.partition(".")[2]) if key in keys), None)
-        if packed := {f"{module.name}.{end}" for end in PACKED_WEIGHTS} & keys:
+        if found is None and (packed := {f"{module.name}.{end}" for end in PACKED_WEIGHTS} & keys):
             raise ConfigError(f"{directory}: it has {packed.pop()} in place of a weight; {QUANTISED}.")
         if found is None:
             raise ConfigError(

@@ -18,10 +18,10 @@ from vllm_zo.registry import settings
 
 FORMAT = "vllm_zo snapshot 2"
 METADATA_KEY = "vllm_zo"
-UNREADABLE = (SafetensorError, OSError, RuntimeError)
-"""What safetensors raises. The last one: a file that is removed between its two looks at it."""
 """The only key of a file's metadata; its value is a JSON object with sorted keys. Equal runs must write equal bytes,
 but safetensors writes several keys in an order that changes from process to process."""
+UNREADABLE = (SafetensorError, OSError, RuntimeError)
+"""What safetensors raises. The last one: a file that is removed between its two looks at it."""
 
 
 def save_snapshot(path: Path | str, state: AdapterState, step: int) -> None:

@@ -1,4 +1,4 @@
-"""Patches of vLLM for CPU workers. `install` is for every process, `choose_wrapper` for a training worker."""
+"""Patches of vLLM for CPU workers. `install` is for every process, the rest for a training worker."""
 
 from __future__ import annotations
 
@@ -105,7 +105,6 @@ def install() -> None:
     _widen_linear_layers()
     _group_lora()
     _survive_kernel_scan()
-    _keep_int8_weights()
 
 
 def choose_wrapper() -> None:
@@ -115,6 +114,28 @@ def choose_wrapper() -> None:
         from vllm.lora.punica_wrapper.punica_selector import choose_punica_wrapper
 
         choose_punica_wrapper(WRAPPER)
+
+
+def keep_int8_weights() -> None:
+    """Let LoRA find the device of int8 layers. To be called before the model is loaded, and in its process only: vLLM's
+    kernels take more than half a second to import.
+
+    Raises:
+        PatchConflictError: the patch does not fit the installed vLLM.
+    """
+    if PACKED_WEIGHT.unneeded():
+        return
+    from vllm.model_executor.kernels.linear.scaled_mm.cpu import CPUInt8ScaledMMLinearKernel as Kernel
+
+    original = Kernel.process_weights_for_onednn
+
+    def process_weights_for_onednn(self: Any, layer: Any) -> None:
+        original(self, layer)
+        name = self.layer_param_names[0]
+        if getattr(layer, name) is None:
+            setattr(layer, name, torch.nn.Parameter(torch.empty(0, dtype=torch.int8), requires_grad=False))
+
+    PACKED_WEIGHT.apply(Kernel, "process_weights_for_onednn", process_weights_for_onednn)
 
 
 def _widen_linear_layers() -> None:
@@ -146,22 +167,6 @@ def _group_lora() -> None:
         return WRAPPER
 
     GROUPED_LORA.apply(CpuPlatform, "get_punica_wrapper", classmethod(get_punica_wrapper))
-
-
-def _keep_int8_weights() -> None:
-    if PACKED_WEIGHT.unneeded():
-        return
-    from vllm.model_executor.kernels.linear.scaled_mm.cpu import CPUInt8ScaledMMLinearKernel as Kernel
-
-    original = Kernel.process_weights_for_onednn
-
-    def process_weights_for_onednn(self: Any, layer: Any) -> None:
-        original(self, layer)
-        name = self.layer_param_names[0]
-        if getattr(layer, name) is None:
-            setattr(layer, name, torch.nn.Parameter(torch.empty(0, dtype=torch.int8), requires_grad=False))
-
-    PACKED_WEIGHT.apply(Kernel, "process_weights_for_onednn", process_weights_for_onednn)
 
 
 def _survive_kernel_scan() -> None:

@@ -35,7 +35,7 @@ class CPUPlatform:
     @staticmethod
     def before_load() -> None:
         # Here too, although the plugin applies them: VLLM_PLUGINS may leave the plugin out of this process.
-        compat.require(patches.install)
+        compat.require(patches.install, patches.keep_int8_weights)
         patches.choose_wrapper()
         linear.keep_plain_weights()
 
