@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 from torch import Tensor
 from transformers import AutoConfig
 
@@ -35,6 +35,8 @@ from vllm_zo.slot_fit import SLOT_RANKS
 from vllm_zo.validation import check_int
 
 MERGE_STREAM = "merge"
+PEFT_PREFIX = "base_model.model."
+"""What `peft` puts before the name of a module."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ def export_peft(
         if rank is not None:
             u_OR, v_IR, module_dropped, module_total = truncate(u_OR, v_IR, rank)
             dropped, total = dropped + module_dropped, total + module_total
-        a, b = (f"base_model.model.{module.name}.{key}" for key in _peft_keys(module))
+        a, b = (f"{PEFT_PREFIX}{module.name}.{key}" for key in _peft_keys(module))
         tensors[a], tensors[b] = v_IR.T.to(dtype).contiguous(), u_OR.to(dtype).contiguous()
     width = exact_rank if rank is None else rank
     warnings = _rank_warnings(width)
@@ -98,6 +100,15 @@ def export_peft(
     # Last: without it neither peft nor vLLM takes the directory for an adapter, so an interrupted export does not load.
     write_atomically(directory / CONFIG, _adapter_config(state, base_model, width).encode())
     return report
+
+
+def read_peft(directory: Path) -> dict[str, tuple[Tensor, Tensor]]:
+    """Read back what `export_peft` wrote: module -> U (O, R) and V (I, R)."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in load_file(directory / WEIGHTS).items():
+        module, _, factor = key.removeprefix(PEFT_PREFIX).rpartition(".lora_")
+        found.setdefault(module, {})["A" if "A" in factor else "B"] = tensor
+    return {module: (factors["B"], factors["A"].T) for module, factors in found.items()}
 
 
 def _peft_keys(module: ModuleShape) -> tuple[str, str]:

@@ -54,6 +54,7 @@ from vllm_zo.commands import (
 from vllm_zo.errors import JobError, ZOError
 from vllm_zo.job_memory import check_state, free_on
 from vllm_zo.methods import drift
+from vllm_zo.methods.adapter import whole_adapter
 from vllm_zo.methods.decide import decide
 from vllm_zo.methods.fold import fold_into
 from vllm_zo.methods.layers import layer_of
@@ -331,7 +332,8 @@ class Trainer:
         else:
             self.versions.publish(command.job_id, command.version, job.state, command.path)
         if command.measure:
-            self._results.drifts.append(Drift(command.job_id, command.version, drift.norm(job.state)))
+            norm = drift.norm((u_OR, v_IR) for _, u_OR, v_IR in whole_adapter(job.state))
+            self._results.drifts.append(Drift(command.job_id, command.version, norm))
 
     @execute.register
     def _unpublish(self, command: Unpublish) -> None:

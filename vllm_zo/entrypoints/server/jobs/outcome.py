@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from vllm_zo.checkpoint.adapter_files import CONFIG
-from vllm_zo.checkpoint.export import export_merged, export_peft
+from vllm_zo.checkpoint.export import export_merged, export_peft, read_peft
 from vllm_zo.checkpoint.replay import rebuild_state
 from vllm_zo.checkpoint.seed_log.reader import logged_steps, read_header, read_seed_log
 from vllm_zo.checkpoint.snapshot import load_snapshot, snapshot_step
@@ -42,8 +42,6 @@ class Outcome:
     files: Files
     names: ModelNames
     live: LiveVersions
-    _live_states: dict[str, tuple[int, AdapterState]] = field(default_factory=dict)
-    """Job -> step and state of its live version: its file may be gone when a much later version is compared."""
 
     def job_dir(self, job: JobRecord) -> JobDir:
         return JobDir(self.state.job(job.id))
@@ -77,8 +75,6 @@ class Outcome:
                     events += await self.live.consider(job, progress, step)
         if job.continual:
             await self.live.prune(job)
-        if ended:
-            self._live_states.pop(job.id, None)
         return events
 
     async def _announce(self, job: JobRecord, progress: Progress, step: int, refused: set[int]) -> dict[str, Any]:
@@ -101,18 +97,24 @@ class Outcome:
         return event(f"Checkpoint created at step {step}: {name}")
 
     def _export_adapter(self, job: JobRecord, step: int) -> bool:
-        """Write the PEFT directory of a step, unless it is there. Returns False if the seed log has not that step yet:
-        a thread of the engine writes it."""
+        """Write the PEFT directory of a step, unless it is there. Returns False if there is nothing to write it from:
+        the seed log has not that step yet (a thread of the engine writes it), or the version is gone."""
         target = self.state.checkpoint(job.id, step)
         if (target / LAST_FILE).exists():
             return True
         if logged_steps(self.job_dir(job).log) < step:
             return False
-        export_peft(self._state(job, step), job.model_path, target)
-        return True
+        state = self._state(job, step)
+        if state is not None:
+            export_peft(state, job.model_path, target)
+        return state is not None
 
-    def _state(self, job: JobRecord, step: int) -> AdapterState:
-        """The state of a version: from its file, or from the seed log where the file is gone."""
+    def _state(self, job: JobRecord, step: int) -> AdapterState | None:
+        """The state of a version: from its file, or from the seed log where the file does not hold it.
+
+        None: the job is continual, and the engine, which keeps its newest versions only, has removed this one since it
+        was listed. Newer ones are there, and a log without end takes too long to replay.
+        """
         directory = self.job_dir(job)
         file = directory.version(step)
         try:
@@ -121,20 +123,21 @@ class Outcome:
                 load_snapshot(file, state)
                 return state
         except ConfigError:
-            # The engine keeps the newest versions of a continual job, and may have removed this one just now.
             if file.exists():
                 raise
+        if job.continual and not file.exists():
+            return None
         return rebuild_state(read_seed_log(directory.log), step)
 
     def _distances(self, job: JobRecord, step: int) -> dict[str, float | None]:
         """How far a version of a continual job is from the base and from the live version. It blocks."""
         if not job.continual:
             return {}
-        live, state = self.store.job(job.id).live.get("step"), self._state(job, step)
-        if live is not None and self._live_states.get(job.id, (None,))[0] != live:
-            self._live_states[job.id] = live, self._state(job, live)
-        away = None if live is None else drift.distance(state, self._live_states[job.id][1])
-        return {"update_norm": drift.norm(state), "distance_from_live": away}
+        # From the adapters: the engine may have removed the state of the live version, and replaying a log takes long.
+        update = read_peft(self.state.checkpoint(job.id, step))
+        live = self.store.job(job.id).live.get("step")
+        away = None if live is None else drift.distance(update, read_peft(self.state.checkpoint(job.id, live)))
+        return {"update_norm": drift.norm(update.values()), "distance_from_live": away}
 
     def last_checkpoint(self, job: JobRecord) -> str | None:
         """Name of the newest checkpoint, or None. It blocks."""
