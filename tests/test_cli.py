@@ -202,6 +202,9 @@ def test_a_ready_made_task_is_trained_and_tested(
     assert metrics["test_accuracy"] * 6 == pytest.approx(round(metrics["test_accuracy"] * 6))
     assert {"loss", "accuracy", "macro_f1", "test_loss", "initial_accuracy"} <= metrics.keys()
     assert f"test_accuracy {metrics['test_accuracy']:.4f}" in ended.out
+    last = ended.out.splitlines()[-1]
+    assert last.startswith("sst2, 6 test rows, the state that the run gives back: loss ")
+    assert f"accuracy {metrics['test_accuracy']:.4f}" in last
 
 
 def test_a_time_limit_ends_a_run_which_then_is_a_result_like_any_other(

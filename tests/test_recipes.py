@@ -270,6 +270,13 @@ def test_the_command_starts_the_engine_as_recipe_and_flags_say(
     model, zo, engine, recipe, named = seen
     assert (model, zo) == ("m", ZOTrainingConfig(slots=4, slot_rank=32)) and isinstance(recipe, Recipe)
     assert (engine, named) == ({"dtype": "float32", "max_model_len": 99}, {"quiet": True})
+    seen.clear()
+    assert vllm_zo(capsys, "train", "--recipe", "reviews", "--model", "m", "--train", "train.jsonl",
+                   "--validation", "train.jsonl", "--batch-size", 4).error == "vllm-zo: seen"  # fmt: skip
+    assert seen[3].document.name == str(RECIPES / "reviews.yaml")
+    two = vllm_zo(capsys, "train", path, "--recipe", "reviews")
+    assert two.error == f"vllm-zo: --recipe reviews: {path} is a recipe already; give one of them."
+    assert "unknown recipe 'review': did you mean 'reviews'?" in vllm_zo(capsys, "train", "--recipe", "review").error
     bad = vllm_zo(capsys, "train", write("steps: 1\nstep: 2"))
     assert bad.status == 2 and bad.error.startswith(f"vllm-zo: {path}, line 2: unknown key 'step': did you mean 'st")
 

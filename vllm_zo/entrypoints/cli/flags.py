@@ -98,6 +98,8 @@ def _flags() -> dict[str, Parameter]:
 def _in_order() -> Iterator[Parameter]:
     file = typer.Argument(help="YAML or TOML file with any of these options; flags win.", metavar="[RECIPE]")
     yield _argument(file)
+    ours = "A recipe of this package in place of a file: one of `vllm-zo recipes ls`."
+    yield _flag("packaged_recipe", str, DATA, ours, "--recipe", metavar="NAME")
     run = [(setting, _flag_of_option(setting, "")) for setting in options_of(RunOptions).values()]
     yield from (flag for setting, flag in run if setting.option.panel == DATA)
     yield _flag("objective", str, DATA, f"{' or '.join(OBJECTIVES)}; the first where there are --option.")

@@ -30,6 +30,7 @@ from vllm_zo.entrypoints.cli.flags import (
 )
 from vllm_zo.entrypoints.cli.hub import check_hub, push
 from vllm_zo.entrypoints.cli.model_card import CURVE, Card
+from vllm_zo.entrypoints.cli.recipes.packaged import packaged_file
 from vllm_zo.entrypoints.cli.recipes.recipe import EMPTY, RUN, Recipe, read_recipe, repeated_by, resolved_recipe
 from vllm_zo.entrypoints.cli.terminal_logging import quiet_vllm, show_ours
 from vllm_zo.entrypoints.llm.callbacks.report import report_to
@@ -113,7 +114,7 @@ def plan_run(params: Params) -> Plan:
     Raises:
         ConfigError: a setting or the data cannot work.
     """
-    recipe = EMPTY if params["recipe"] is None else read_recipe(params["recipe"]).under(params)
+    recipe = _recipe(params)
     params = {**params, **recipe.run, **_given(params, RUN)}
     started = _description(params["resume_from"])
     task = _task(params)
@@ -135,6 +136,16 @@ def plan_run(params: Params) -> Plan:
     validation = None if validation is None else load_examples(validation, "validation")
     config.check_evaluates(validation is not None)
     return Plan(params, recipe, config, zo, _engine_options(params, recipe), task, train, validation, chat)
+
+
+def _recipe(params: Params) -> Recipe:
+    """The recipe in the file that is given, or the packaged one that --recipe names, under the flags."""
+    file, name = params["recipe"], params["packaged_recipe"]
+    if name is not None:
+        if file is not None:
+            raise ConfigError(f"--recipe {name}: {file} is a recipe already; give one of them.")
+        file = packaged_file(name)
+    return EMPTY if file is None else read_recipe(file).under(params)
 
 
 def run_training(params: Params) -> None:
@@ -168,6 +179,9 @@ def run_training(params: Params) -> None:
             test = llm.evaluate(task.test, task.final_objective, run=run) if task else {}
             lines, saved = save_results(run, plan, test)
             lines.append(kept.command())
+            if task:
+                shown = ", ".join(f"{name} {_short(value)}" for name, value in test.items())
+                lines.append(f"{task.name}, {len(task.test)} test rows, the state that the run gives back: {shown}")
         except JobError as error:
             left = f" To use what it learnt: vllm-zo export {directory} OUT"
             raise JobError(f"{error}{left if JobDir(directory).log.exists() else ''}") from error

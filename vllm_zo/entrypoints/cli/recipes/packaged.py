@@ -16,6 +16,16 @@ def packaged() -> dict[str, str]:
     return {file.name.removesuffix(".yaml"): file.read_text(encoding="utf-8") for file in sorted(files, key=str)}
 
 
+def packaged_file(name: str) -> Path:
+    """The file of a recipe.
+
+    Raises:
+        ConfigError: there is no such recipe.
+    """
+    check_known("recipe", name, packaged())
+    return Path(str(resources.files(__package__) / f"{name}.yaml"))
+
+
 def listing() -> str:
     """A line for each recipe: its name and the first line of its file, which says what it does."""
     recipes = packaged()
@@ -29,13 +39,12 @@ def copy(name: str, to: Path | None) -> Path:
     Raises:
         ConfigError: there is no such recipe, or a file is there already.
     """
-    recipes = packaged()
-    check_known("recipe", name, recipes)
+    text = packaged_file(name).read_text(encoding="utf-8")
     path = to or Path(f"{name}.yaml")
     path = path / f"{name}.yaml" if path.is_dir() else path
     try:
         with path.open("x", encoding="utf-8") as file:
-            file.write(recipes[name])
+            file.write(text)
     except FileExistsError:
         raise ConfigError(f"{path}: exists already; give another name, or remove it.") from None
     except OSError as error:
