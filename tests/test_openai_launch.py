@@ -110,14 +110,16 @@ def test_the_printed_command_gives_the_same_engine(
     model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # `serve` is free to set what it likes; the tests' own settings must not count as a user's
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("VLLM_CPU_")}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("VLLM_CPU_", "GOMP_"))}
     monkeypatch.setattr(os, "environ", environment)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
     launch.serve([model, "--port", "9000", "--zo-print-flags", "--zo-state-dir", str(tmp_path)])
     words = shlex.split(capsys.readouterr().out)
     start = words.index("vllm")
     variables, (_, serve, *flags) = dict(word.split("=", 1) for word in words[:start]), words[start:]
     assert "zo_server" in variables.pop("VLLM_PLUGINS") and serve == "serve"
     assert "VLLM_CPU_KVCACHE_SPACE" in variables, "vLLM's own default is nearly all memory"
+    assert "GOMP_SPINCOUNT" in variables, "threads that wait would keep both cores from the engine's process"
     assert variables.items() <= os.environ.items()
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser

@@ -141,7 +141,9 @@ def serve(argv: Sequence[str]) -> None:
     args = parse(argv)
     if args.zo_print_flags:
         chosen = {
-            name: value for name, value in os.environ.items() if name.startswith("VLLM_CPU_") and name not in given
+            name: value
+            for name, value in os.environ.items()
+            if name.startswith(("VLLM_CPU_", "GOMP_")) and name not in given
         }
         print(as_command(args, argv, chosen))
         return
