@@ -121,13 +121,16 @@ def client_args(server: Server, args: argparse.Namespace, requests: int, rate: f
 
 
 async def window(
-    server: Server, args: argparse.Namespace, rate: float, seed: int
+    server: Server, args: argparse.Namespace, rate: float, seed: int, requests: int | None = None
 ) -> tuple[list[tuple[float, float]], float]:
     """(TTFT, TPOT) in seconds of the requests of a window, and the share of its time in which there was none.
 
     The same seed gives the same requests and pauses.
+
+    Args:
+        requests: how many; None: what comes in `--seconds`.
     """
-    requests = max(round(rate * args.seconds), 1)
+    requests = requests or max(round(rate * args.seconds), 1)
     with contextlib.redirect_stdout(io.StringIO()):
         result = await serve.main_async(client_args(server, args, requests, rate, seed))
     if result["completed"] < requests:
@@ -223,7 +226,8 @@ async def measure_share(
                 await post(client, f"/v1/fine_tuning/jobs/{job}/{verb}")
                 await status_is(client, job, status)
             begin, start = await step_of(client, job), time.perf_counter()
-            found, without_any = await window(server, args, share * saturating, seed=number + 1)
+            each = args.requests and -(-args.requests // args.rounds)
+            found, without_any = await window(server, args, share * saturating, number + 1, each)
             samples[kind] += found
             if kind == "without":
                 idle.append(without_any)
@@ -298,6 +302,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=16, help="tokens of a prompt")
     parser.add_argument("--tokens", type=int, default=32, help="tokens a request generates")
     parser.add_argument("--seconds", type=float, default=20.0, help="length of a window")
+    parser.add_argument("--requests", type=int, help="of each kind at each share, in place of --seconds")
     parser.add_argument("--rounds", type=int, default=2, help="windows of each kind")
     parser.add_argument("--json", type=Path, help="write every figure to this file")
     parser.add_argument("--shape", choices=SHAPES, help="an OPT of random weights instead of the demo model")

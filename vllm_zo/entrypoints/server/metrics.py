@@ -38,9 +38,9 @@ PACE = {
 
 def kv_cache_usage() -> float | None:
     """Share of the KV cache in use as vLLM last reported it; None with --disable-log-stats."""
-    for metric in REGISTRY.collect():
-        if metric.name == "vllm:kv_cache_usage_perc":
-            return float(metric.samples[0].value) if metric.samples else None
+    # This metric only: all of them take 6 ms, five times a second, and no answer gets on meanwhile.
+    for metric in REGISTRY.restricted_registry(["vllm:kv_cache_usage_perc"]).collect():
+        return float(metric.samples[0].value) if metric.samples else None
     return None
 
 
