@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import threading
 import time
@@ -40,7 +41,9 @@ MOMENTS: dict[str, Callable[[Server], bool]] = {
     ids=[*MOMENTS, "plain vllm serve"],
 )
 def test_while_the_model_is_loading(engines: Engines, tmp_path: Path, moment: str, plain: bool) -> None:
-    server = Server(str(engines.model("opt")), tmp_path / "state", *FLAGS, plain=plain)
+    # A worker has a process of its own only where its threads are bound.
+    bound = {"VLLM_CPU_OMP_THREADS_BIND": str(min(os.sched_getaffinity(0)))} if moment == "worker" else {}
+    server = Server(str(engines.model("opt")), tmp_path / "state", *FLAGS, plain=plain, **bound)
     try:
         deadline = time.monotonic() + START_S
         while not MOMENTS[moment](server):

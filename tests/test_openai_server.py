@@ -586,6 +586,8 @@ def test_a_crash_of_the_engine_fails_its_jobs_with_the_reason(servers: Servers, 
     client = server.client()
     (job,) = [job for job in client.fine_tuning.jobs.list(limit=100) if job.status in ("queued", "running")]
     wait_for(client, job.id, "running", step=60)
+    while not client.fine_tuning.jobs.checkpoints.list(job.id).data:  # it follows the steps
+        time.sleep(0.1)
     server.engine.kill()
     deadline = time.monotonic() + 30
     while server.process.poll() is None and time.monotonic() < deadline:

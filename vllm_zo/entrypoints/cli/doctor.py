@@ -193,7 +193,7 @@ def _cpu_environment() -> Iterator[Check]:
         yield Check("KV cache", OK, f"{kv_cache_gib(free_memory())} GiB; VLLM_CPU_KVCACHE_SPACE sets another")
     bind = os.environ.get("VLLM_CPU_OMP_THREADS_BIND")
     if bind is None and len(cores) <= FEW_CORES:
-        yield Check("threads", OK, f"on cores {','.join(map(str, cores))}; VLLM_CPU_OMP_THREADS_BIND sets others")
+        yield Check("threads", OK, f"{len(cores)}, bound to no core; VLLM_CPU_OMP_THREADS_BIND names cores")
     else:
         yield Check("threads", OK, f"VLLM_CPU_OMP_THREADS_BIND={bind or 'auto'}")
     # Containers and batch systems often set it to 1, and torch takes it as its number of threads without any message.

@@ -22,12 +22,13 @@ MAX_KV_CACHE_GIB = 8
 """Largest KV cache. A group of 32 sequences of a few hundred tokens needs well under this, with models of up to some
 billion parameters."""
 FEW_CORES = 4
-"""With at most so many cores the model gets all of them. vLLM would keep one free for its scheduler, which only waits
-while the model runs."""
-ALL_CORES = {"VLLM_CPU_NUM_OF_RESERVED_CPU": "0", "GOMP_SPINCOUNT": "2000"}
-"""How the model gets all cores. Its threads must then give them up between two products: those of GNU OpenMP look for
-more work 300,000 times before they sleep, for milliseconds, and meanwhile the engine's process cannot take an answer
-from its worker (docs/performance.md). Only a process that is started after this sees it: a worker of a server is."""
+"""With at most so many cores the model gets all of them, and the system places its threads. vLLM would keep a core free
+for its scheduler, which only waits while the model runs, and bind one thread to each other: beside another program, all
+of them would wait at every operator for the one whose core is taken. And the worker needs no process of its own."""
+SLEEP_SOON = {"GOMP_SPINCOUNT": "2000"}
+"""Threads that have all cores must give them up between two products: those of GNU OpenMP look for more work 300,000
+times before they sleep, for milliseconds, and meanwhile the server cannot take an answer from its engine
+(docs/performance.md). Only a process that is started after this sees it: the engine of a server is."""
 
 
 def is_cpu_build() -> bool:
@@ -58,7 +59,7 @@ def apply_cpu_defaults(
     chosen = {"VLLM_CPU_KVCACHE_SPACE": str(share)} if kv_cache else {}
     cores = sorted(os.sched_getaffinity(0))
     if engines > 1:
-        chosen |= ALL_CORES
+        chosen |= {"VLLM_CPU_NUM_OF_RESERVED_CPU": "0", **SLEEP_SOON}
         given = os.environ.get("VLLM_CPU_OMP_THREADS_BIND")
         if given is None:
             chosen["VLLM_CPU_OMP_THREADS_BIND"] = _shares_of(cores, engines, world_size)
@@ -71,9 +72,7 @@ def apply_cpu_defaults(
         if in_process:
             chosen["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         if len(cores) <= FEW_CORES:
-            # A list, not vLLM's "auto": on x86 that takes one of the two hardware threads of a core only.
-            chosen["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cores))
-            chosen |= ALL_CORES
+            chosen |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", **SLEEP_SOON}
     chosen = {name: value for name, value in chosen.items() if name not in os.environ}
     os.environ.update(chosen)
     return chosen

@@ -237,7 +237,7 @@ def _switch_training_on(args: Namespace, given: set[str]) -> None:
     options: dict[str, Any] = {name: getattr(args, name) for name in given & engine}
     options.setdefault("max_loras", DEFAULT_MAX_LORAS)
     if is_cpu_build() and args.tensor_parallel_size == 1:
-        # Asks for a worker in the engine's own process. vLLM 0.32 starts one of its own on a CPU all the same.
+        # vLLM itself may choose Ray, where this process is one of Ray's.
         options.setdefault("distributed_executor_backend", "uni")
     if (args.data_parallel_size or 1) > 1:
         args.api_server_count = 1  # vLLM's command would start one for each engine

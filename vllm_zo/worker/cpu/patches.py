@@ -32,6 +32,15 @@ GROUPED_LORA = Patch(
     series="0005-cpu-grouped-lora.patch",
     built_in="vllm.lora.punica_wrapper.punica_selector:choose_punica_wrapper",
 )
+ONE_PROCESS = Patch(
+    target="vllm.platforms.cpu:CpuPlatform.check_and_update_config",
+    why="an engine in a process of its own starts another for its only worker, since OpenMP reads only when it starts "
+    "which cores its threads are bound to: six seconds of each start, 0.4 GiB, a message there and back a step",
+    how="where VLLM_CPU_OMP_THREADS_BIND=nobind says that nothing is bound, the worker stays in the engine's process",
+    upstream="none yet",
+    remove_when="vLLM keeps the worker there if nothing is bound",
+    series="none: a line for a report of its own, it has nothing to do with training",
+)
 SAFE_VARS = Patch(
     target="vllm.triton_utils.dispatcher:vars",
     why="every new CPU engine scans all modules for Triton kernels; once llvmlite is loaded (numba loads it), the scan "
@@ -104,6 +113,7 @@ def install() -> None:
     """
     _widen_linear_layers()
     _group_lora()
+    _keep_worker_in_engine()
     _survive_kernel_scan()
 
 
@@ -167,6 +177,22 @@ def _group_lora() -> None:
         return WRAPPER
 
     GROUPED_LORA.apply(CpuPlatform, "get_punica_wrapper", classmethod(get_punica_wrapper))
+
+
+def _keep_worker_in_engine() -> None:
+    from vllm import envs
+    from vllm.platforms.cpu import CpuPlatform
+
+    original = CpuPlatform.check_and_update_config.__func__
+
+    def check_and_update_config(cls: type, vllm_config: Any) -> None:
+        parallel = vllm_config.parallel_config
+        asked = parallel.distributed_executor_backend
+        original(cls, vllm_config)
+        if asked == "uni" and envs.VLLM_CPU_OMP_THREADS_BIND == "nobind":
+            parallel.distributed_executor_backend = "uni"
+
+    ONE_PROCESS.apply(CpuPlatform, "check_and_update_config", classmethod(check_and_update_config))
 
 
 def _survive_kernel_scan() -> None:
