@@ -335,6 +335,20 @@ def test_the_records_of_an_ended_run_are_read_from_disk(llm: Any) -> None:
     assert client_of(llm).call("zo_status", run.job_id, 9)["records"] == answer["records"][9:]
 
 
+def test_a_job_that_has_ended_can_be_dropped_and_its_files_stay(llm: Any) -> None:
+    call = client_of(llm).call
+    run = llm.finetune(reviews(16), steps=3, **RUN)
+    llm.generate(["a warm story"], lora_request=run.lora_request, use_tqdm=False)
+    call("zo_drop", run.job_id)
+    with pytest.raises(ConfigError, match="is unknown"):
+        call("zo_status", run.job_id, 0)
+    with pytest.raises(ConfigError, match="is not published on this engine"):
+        llm.generate(["another story"], lora_request=run.lora_request, use_tqdm=False)
+    llm.generate(["a third"], use_tqdm=False)  # a step, with which the worker gets the command
+    assert run.job_id not in {job_id for job_id, _ in worker_of(llm).zo.versions._versions}
+    assert run.directory.joinpath("seeds.log").exists() and run.version_file.exists()
+
+
 def test_unknown_engine_options_name_the_field() -> None:
     from vllm_zo import ZOTrainingConfig
 

@@ -99,6 +99,9 @@ class Engine:
             raise ConfigError(f"job {job_id} is {job.status}, not paused.")
         job.status = JobStatus.QUEUED if job.status == JobStatus.PAUSED else JobStatus.RUNNING
 
+    def zo_drop(self, job_id: str) -> None:
+        assert self.jobs.pop(job_id).status.ended
+
     def work(self) -> None:
         """One step of the jobs in the lanes."""
         for job in self.jobs.values():

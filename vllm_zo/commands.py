@@ -21,7 +21,7 @@ plain attributes."""
 UTILITY_METHODS = (
     "zo_start", "zo_status", "zo_stop", "zo_pause", "zo_resume", "zo_stats", "zo_restore_base", "zo_rollouts",
     "zo_tell", "zo_hear",
-    "zo_extend", "zo_forget",
+    "zo_extend", "zo_forget", "zo_drop",
 )  # fmt: skip
 """Names of scheduler methods that a front end calls, as EngineCore utility calls."""
 ADAPTER_SCHEME = "zo://"
@@ -176,6 +176,13 @@ class Unpublish:
 
 
 @dataclass(frozen=True)
+class ForgetVersions:
+    """Serve no version of a job any more. Their files stay."""
+
+    job_id: str
+
+
+@dataclass(frozen=True)
 class Snapshot:
     """Write the float32 accumulators and the optimizer's state to `path`, atomically."""
 
@@ -194,7 +201,7 @@ class ReportDigest:
 
 Command = (
     StartJob | StopJob | Fold | OpenGroup | Materialise | CloseGroup | ReportCells | ApplyRecord | DropGroup | Publish
-    | Unpublish | Snapshot | ReportDigest
+    | Unpublish | ForgetVersions | Snapshot | ReportDigest
 )  # fmt: skip
 
 

@@ -86,6 +86,14 @@ class Calls:
         """Draw no row any more that the call `key` has appended. Raises ConfigError as `zo_extend`."""
         self._scheduler.zo.queue.growing(job_id).delete(key)
 
+    def zo_drop(self, job_id: str) -> None:
+        """Forget a job that has ended, and its versions; its files stay. For a front end that outlives many jobs.
+
+        Raises:
+            ConfigError: the job is unknown, has not ended, or its weights are in the base.
+        """
+        self._scheduler.zo.drop(job_id)
+
     def zo_rollouts(self, job_id: str, answers: Sequence[Sequence[Any]] = ()) -> dict[str, Any]:
         """Take in answers of rollouts (the fields of `Answer`), and hand out the next ones.
 

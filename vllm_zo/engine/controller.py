@@ -21,7 +21,7 @@ from typing import Any
 
 import msgspec
 
-from vllm_zo.commands import PROBE_SCHEME, Alone, Command, Fold, Publish, StopJob, ZOCommands, ZOResults
+from vllm_zo.commands import PROBE_SCHEME, Alone, Command, Fold, ForgetVersions, Publish, StopJob, ZOCommands, ZOResults
 from vllm_zo.engine.admission import Capacity
 from vllm_zo.engine.group import Member, PerturbationGroup
 from vllm_zo.engine.job import Job
@@ -86,6 +86,11 @@ class Controller:
         self.queue.add(job)
         if paused:
             self.queue.pause(job.job_id)
+
+    def drop(self, job_id: str) -> None:
+        """Forget a job that has ended, and its versions. Raises ConfigError: see `JobQueue.drop`."""
+        self.queue.drop(job_id)
+        self._tell([ForgetVersions(job_id)])
 
     def has_work(self, *, may_begin: bool = True) -> bool:
         """Whether the engine loop must keep stepping for training.

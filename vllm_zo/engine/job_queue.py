@@ -73,6 +73,19 @@ class JobQueue:
             lane.leave()
         self.unfinished.remove(job.job_id)
 
+    def drop(self, job_id: str) -> None:
+        """Forget a job that has ended.
+
+        Raises:
+            ConfigError: the job is unknown, has not ended, or its weights are in the base.
+        """
+        job = self.get(job_id)
+        if not job.status.ended:
+            raise ConfigError(f"job {job_id} is {job.status}: only a job that has ended can be forgotten.")
+        if job_id == self.folded_by:
+            raise ConfigError(f"job {job_id}: its weights are in the base; restore the base first.")
+        del self.jobs[job_id]
+
     # --- running, resting, waiting --------------------------------------------------------------------------------
 
     def has_work(self) -> bool:

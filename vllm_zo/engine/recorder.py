@@ -21,7 +21,7 @@ from vllm_zo.methods.plan import ModuleShape
 
 logger = logging.getLogger("vllm.zo")
 
-MAX_IN_MEMORY = 10_000
+MAX_IN_MEMORY = 1_000
 """Most records of a run that are kept in memory: a continual job never stops making some. Older ones are on disk."""
 RETRY_S = 0.5
 """Seconds between two tries to write to a full disk: the flush interval of the seed log's thread."""

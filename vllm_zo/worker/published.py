@@ -71,6 +71,11 @@ class VersionStore:
         self._versions.pop((job_id, version), None)
         self._resident.pop((job_id, version), None)
 
+    def forget_job(self, job_id: str) -> None:
+        """Serve no version of a job any more."""
+        for of, version in [key for key in self._versions if key[0] == job_id]:
+            self.forget(of, version)
+
     def adapter(self, path: str) -> LoRAModel:
         """The adapter that `path`, `zo://<job_id>/<version>`, names.
 

@@ -37,6 +37,7 @@ from vllm_zo.commands import (
     Drift,
     DropGroup,
     Fold,
+    ForgetVersions,
     Materialise,
     OpenGroup,
     Publish,
@@ -340,6 +341,10 @@ class Trainer:
         self.versions.forget(command.job_id, command.version)
         if get_tensor_model_parallel_rank() == 0:
             Path(command.path).unlink(missing_ok=True)
+
+    @execute.register
+    def _forget_versions(self, command: ForgetVersions) -> None:
+        self.versions.forget_job(command.job_id)
 
     @execute.register
     def _report_digest(self, command: ReportDigest) -> None:

@@ -132,6 +132,9 @@ class DataParallelClient:
                 await self._finish(job, JobStatus.CANCELLED)
         self._turn()
 
+    async def zo_drop(self, job_id: str) -> None:
+        self._queue.drop(job_id)
+
     async def zo_stats(self) -> dict[str, Any]:
         engines = [await self._call(name, "zo_stats") for name in self._engines]
         slots = {key: sum(stats["slots"][key] for stats in engines) for key in ("total", "in_use")}

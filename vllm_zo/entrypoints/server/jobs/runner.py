@@ -320,6 +320,9 @@ class JobRunner:
             if job.status == JobStatus.VALIDATING:
                 job = await self._enter(job, await self._validate(job))
             await self._follow(job)
+            if not job.exclusive:  # the base may hold such a job's weights, and get its own back later
+                async with self._lock(job.id):  # not between a client's look at the job and its call to the engine
+                    await self._client.call("zo_drop", job.id)
         except Exception as error:  # the boundary of the job: an unknown failure must not end the server
             if not self._stopping:
                 await self._on_error(job, error)
