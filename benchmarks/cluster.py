@@ -1,6 +1,7 @@
 """What several engines cost and bring, beside one engine.
 
-    python benchmarks/cluster.py --shape 125m                               # log path, and two engines against one
+    python benchmarks/cluster.py --shape 7m --steps 32                      # log path, and two engines against one
+    python benchmarks/cluster.py --shape 125m --steps 8 --parts engines     # one of the parts below alone
     python benchmarks/cluster.py --ray                                      # Ray actors beside child processes
     python benchmarks/cluster.py --simulate --json simulated.json           # up to a thousand engines that are not real
     python benchmarks/cluster.py --plot cluster.png --json simulated.json   # a picture of that, and of bytes a step
@@ -10,8 +11,10 @@ take the same job (LoZO, SST-2's lengths, random weights), turn by turn in one c
 
     paths        ms a step on one engine with both cores: decided on the device; on the log path with 1 and 2 shards; in
                  a process of its own, behind a coordinator
-    engines      ms a step with K=2 directions and 2 shards: one engine with one core, two engines with one core each
-    messages     bytes and number of messages a step of two engines
+    engines      ms a step with K=2 directions and 2 shards: one engine with one core, two engines with one core each.
+                 And what the machine lets two engines do that have nothing to do with each other: one job each, at the
+                 same time, on a core each
+    messages     bytes and number of messages a step of two engines, K=1; and how long they wait between two steps
     recovery     seconds from kill -9 of an engine to its first shard after the restart; steps lost
 
 `--ray`: two engines with one thread each as children, and as Ray actors, on the same two cores: round trip of an empty
@@ -37,6 +40,8 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -48,6 +53,7 @@ from benchmarks.facts import chosen_cores, machine
 from benchmarks.shapes import OPTION_TEXTS, SHAPES, Prompts
 
 DEVICE, ONE = "device path", "K=2: one engine, 1 core"
+PARTS = ("paths", "engines", "messages", "recovery")
 COUNTS = (1, 8, 64, 256, 1000)
 STEPS_S = (0.03, 0.3, 3.0)
 LATENCY_S = {"near": (1e-4, 1e-3), "far": (1e-4, 1e-1)}
@@ -59,6 +65,7 @@ def main() -> None:
     parser.add_argument("--simulate", action="store_true")
     parser.add_argument("--ray", action="store_true")
     parser.add_argument("--shape", choices=SHAPES, default="7m")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="Of the measurement. Default: all.")
     parser.add_argument("--steps", type=int, default=40, help="Steps of a turn.")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--recoveries", type=int, default=5, help="How often an engine is killed.")
@@ -87,7 +94,6 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     from vllm_zo import LLM, Classification, Cluster, LoZO, apply_cpu_defaults
 
     os.sched_setaffinity(0, args.cores)
-    apply_cpu_defaults()
     prompts = Prompts(SHAPES[args.shape].vocab, args.batch)
     job: dict[str, Any] = {
         "train": prompts.records(), "objective": Classification("{sentence}", list(OPTION_TEXTS)), "progress": False,
@@ -99,31 +105,50 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "zo_training": {"slots": 4},
         "num_gpu_blocks_override": 256,
     }
-    both, first, second = [args.cores], args.cores[:1], args.cores[1:2]
-    with tempfile.TemporaryDirectory() as folder:
+    result: dict[str, Any] = {"machine": machine(args.cores), "ms": {}}
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         model = str(write_checkpoint(SHAPES[args.shape], "float32", Path(folder) / "model"))
-        llm: Any = LLM(model, **engine)
-        with (
-            Cluster(model, 1, devices=both, **engine) as one_wide,
-            Cluster(model, 1, devices=[first], **engine) as one,
-            Cluster(model, 2, devices=[first, second], **engine) as two,
-        ):
-            two_directions = LoZO(queries=2)
-            contenders: dict[str, Callable[[], Any]] = {
+
+        def cluster(*devices: list[int]) -> Any:
+            return stack.enter_context(Cluster(model, len(devices), devices=devices, **engine))
+
+        first, second = args.cores[:1], args.cores[1:2]
+        two = cluster(first, second) if set(args.parts) - {"paths"} else None
+        if "engines" in args.parts:
+            one, other = cluster(first), cluster(second)
+            twice = {**job, "method": LoZO(queries=2), "shards": 2}
+            pool = stack.enter_context(ThreadPoolExecutor(2))
+
+            def apart() -> Any:
+                runs = list(pool.map(lambda members: members.finetune(**twice), (one, other)))
+                return max(runs, key=lambda run: run.history[-1]["seconds"])
+
+            contenders = {
+                ONE: lambda: one.finetune(**twice),
+                "K=2: two engines, 1 core each": lambda: two.finetune(**twice),
+                "K=2: two engines, a job each": apart,
+            }
+            result["ms"] |= take_turns(contenders, args.rounds)
+        if "paths" in args.parts:
+            apply_cpu_defaults()
+            # After the others: vLLM binds this process to cores, and it has their coordinators.
+            llm: Any = LLM(model, **engine)
+            one_wide = cluster(args.cores)
+            contenders = {
                 DEVICE: lambda: llm.finetune(**job),
                 "log path, 1 shard": lambda: llm.finetune(**job, shards=1),
                 "log path, 2 shards": lambda: llm.finetune(**job, shards=2),
                 "cluster of one engine, 1 shard": lambda: one_wide.finetune(**job, shards=1),
-                ONE: lambda: one.finetune(**job, method=two_directions, shards=2),
-                "K=2: two engines, 1 core each": lambda: two.finetune(**job, method=two_directions, shards=2),
             }
-            times = take_turns(contenders, args.rounds)
-            report_times(args, times)
-            sent = count_messages(two, lambda: two.finetune(**job, shards=2))
-            report_messages(sent)
-            recovery = recover(two, {**job, "steps": 100_000, "divergence_factor": None}, args.recoveries)
-            print(f"kill -9 to first shard: {', '.join(f'{s:.1f}' for s in recovery)} s, 0 steps lost")
-    result = {"machine": machine(args.cores), "ms": times, "messages": sent, "recovery_s": recovery}
+            result["ms"] |= take_turns(contenders, args.rounds)
+        report_times(args, result["ms"])
+        if "messages" in args.parts:
+            result["messages"] = count_messages(lambda: two.finetune(**job, shards=2))
+            report_messages(result["messages"])
+        if "recovery" in args.parts:
+            endless = {**job, "steps": 100_000, "divergence_factor": None}
+            result["recovery_s"] = recover(two, endless, args.recoveries)
+            print(f"kill -9 to first shard: {', '.join(f'{s:.1f}' for s in result['recovery_s'])} s, 0 steps lost")
     return result
 
 
@@ -160,7 +185,7 @@ def measure_ray(args: argparse.Namespace) -> dict[str, Any]:
             for name, rounds in times.items():
                 print(f"{name:12} {median(rounds):.2f} ms a step ({min(rounds):.2f}-{max(rounds):.2f})")
             print(f"Ray actors / children: {median(ratios):.2f} ({ratios[0]:.2f}-{ratios[-1]:.2f})")
-            report_messages(sent := count_messages(children, contenders["children"]))
+            report_messages(sent := count_messages(contenders["children"]))
     ray.shutdown()
     return {"machine": machine(args.cores), "round_trip_ms": trips, "ms": times, "messages": sent}
 
@@ -187,27 +212,35 @@ def take_turns(contenders: dict[str, Callable[[], Any]], rounds: int) -> dict[st
     return times
 
 
-def count_messages(cluster: Any, run: Callable[[], Any]) -> dict[str, dict[str, float]]:
-    """Kind of message -> number a step and mean bytes, both ways."""
+def count_messages(run: Callable[[], Any]) -> dict[str, Any]:
+    """Of a run of a local cluster: kind of message -> number a step and mean bytes, both ways. And, as `gap_ms`, the
+    median time between the last answer of a step and the first shard of the next."""
     from vllm_zo.entrypoints.cluster.local import LocalEngine
 
     sizes: dict[str, list[int]] = defaultdict(list)
+    times: list[tuple[str, float]] = []
     send, hear = LocalEngine.send, LocalEngine.hear
 
-    def sending(self: Any, message: Any) -> None:
+    def note(message: Any) -> None:
+        times.append((type(message).__name__, time.perf_counter()))
         sizes[type(message).__name__].append(len(pickle.dumps(message)))
+
+    def sending(self: Any, message: Any) -> None:
         send(self, message)
+        note(message)
 
     def hearing(self: Any) -> Any:
-        message = hear(self)
-        sizes[type(message).__name__].append(len(pickle.dumps(message)))
+        note(message := hear(self))
         return message
 
     LocalEngine.send, LocalEngine.hear = sending, hearing  # type: ignore[method-assign]
     steps = len(run().history)
     LocalEngine.send, LocalEngine.hear = send, hear  # type: ignore[method-assign]
+    work = [(kind, at) for kind, at in times if kind in ("Score", "Scored")]
+    gaps = [after - before for (a, before), (b, after) in pairwise(work) if (a, b) == ("Scored", "Score")]
     kinds = ("Score", "Scored", "Commit")
-    return {kind: {"a_step": len(sizes[kind]) / steps, "bytes": sum(sizes[kind]) / len(sizes[kind])} for kind in kinds}
+    sent = {kind: {"a_step": len(sizes[kind]) / steps, "bytes": sum(sizes[kind]) / len(sizes[kind])} for kind in kinds}
+    return {"sent": sent, "gap_ms": 1e3 * median(gaps)}
 
 
 def recover(cluster: Any, job: dict[str, Any], times: int) -> list[float]:
@@ -245,9 +278,10 @@ def report_times(args: argparse.Namespace, times: dict[str, list[float]]) -> Non
         print(f"{name:32} {median(rounds):8.2f} ms   x {spread}", flush=True)
 
 
-def report_messages(sent: dict[str, dict[str, float]]) -> None:
-    for kind, numbers in sent.items():
+def report_messages(messages: dict[str, Any]) -> None:
+    for kind, numbers in messages["sent"].items():
         print(f"{kind:8} {numbers['a_step']:.1f} a step, {numbers['bytes']:.0f} bytes", flush=True)
+    print(f"{messages['gap_ms']:.2f} ms from the last answer of a step to the first shard of the next", flush=True)
 
 
 # --- engines that are not real ----------------------------------------------------------------------------------------

@@ -333,9 +333,7 @@ class ClusterClient:
                         engine.process.kill()
 
     def _turn(self) -> None:
-        by_name = {engine.name: engine for engine in self._engines}
-        for name, message in self._coordinator.messages():
-            by_name[name].send(message)
+        self._send()
         present = [engine for engine in self._engines if not engine.connection.closed]
         for engine in heard(present, TURN_S):
             try:
@@ -349,6 +347,12 @@ class ClusterClient:
                 engine.first_error = engine.first_error or message.error
             else:
                 self._coordinator.receive(engine.name, message)
+        self._send()  # now: engines need not wait until somebody has looked at the records of the step that has ended
+
+    def _send(self) -> None:
+        by_name = {engine.name: engine for engine in self._engines}
+        for name, message in self._coordinator.messages():
+            by_name[name].send(message)
 
     def _died(self, engine: LocalEngine) -> None:
         why = f"{engine.name} {engine.obituary()}"
