@@ -239,8 +239,9 @@ def train_on_nodes(report: Any, model: str) -> None:
 
 
 def train_another_way(report: Any, model: str, road: str) -> None:
-    """Jobs and answers of an engine with vLLM's V2 model runner, or of one on two tensor-parallel workers."""
-    options: dict[str, Any] = {"tensor_parallel_size": 2} if road == "tensor-parallel" else {}
+    """Jobs and answers of an engine with vLLM's V2 model runner, or of one on two workers."""
+    kinds = {"tensor-parallel": "tensor_parallel_size", "pipeline": "pipeline_parallel_size"}
+    options: dict[str, Any] = {kinds[road]: 2} if road in kinds else {}
     if road == "v2-runner":
         _interpret_triton()
     from tests.test_runners_and_ranks import ENGINE, results

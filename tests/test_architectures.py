@@ -31,7 +31,7 @@ from vllm_zo.data import BatchOrder, encode_examples
 from vllm_zo.entrypoints.llm.options import engine_options
 from vllm_zo.errors import ConfigError, JobError
 from vllm_zo.worker.find_head import find_head
-from vllm_zo.worker.lora_targets import find_targets
+from vllm_zo.worker.lora_targets import choose, modules_here
 
 OBJECTIVE = LanguageModeling(prompt_field="sentence", completion_field="sentence")
 """Every token of the whole vocabulary counts, so a soft cap or a scale of the logits shows."""
@@ -225,9 +225,9 @@ def test_a_module_of_which_only_a_part_could_be_trained_is_refused_by_name(engin
         return SimpleNamespace(model=object(), modules={f"model.layers.0.{name}": layer}, packed_modules_mapping={})
 
     with pytest.raises(ConfigError, match=r"in_proj is 1 module\(s\) of the checkpoint and 3 slices of vLLM's layer"):
-        find_targets(manager("in_proj", three), "all-linear")
-    (target,) = find_targets(manager("gate_up_proj", one), "all-linear")
-    assert target.shape.out_features == 64
+        choose(modules_here(manager("in_proj", three)), "all-linear")
+    (shape,) = choose(modules_here(manager("gate_up_proj", one)), "all-linear")
+    assert shape.out_features == 64
     one.tp_size = 2
     with pytest.raises(ConfigError, match=r"gate_up_proj is merged already .* tensor_parallel_size=2 cuts it in piec"):
-        find_targets(manager("gate_up_proj", one), "all-linear")
+        choose(modules_here(manager("gate_up_proj", one)), "all-linear")

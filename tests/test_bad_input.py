@@ -16,10 +16,12 @@ import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from transformers import GPT2Config
+from vllm import platforms
 from vllm.lora.request import LoRARequest
 
 from tests.cli import train_flags, use_engine, vllm_zo, write_jsonl
@@ -203,7 +205,6 @@ def test_an_engine_that_cannot_start_says_why_in_one_line(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"pipeline_parallel_size": 2}, "pipeline_parallel_size=2 with zo_training: .*set pipeline_parallel_size=1"),
         ({"data_parallel_size": 2}, "data_parallel_size=2 with zo_training: .*set data_parallel_size=1"),
         ({"max_num_seqs": 1}, "max_num_seqs=1 with zo_training: a pair of probes runs together; set max_num_seqs >= 2"),
         ({"worker_cls": "a.B"}, "worker_cls='a.B' with zo_training: training brings its own; leave worker_cls unset"),
@@ -217,6 +218,15 @@ def test_an_engine_that_cannot_start_says_why_in_one_line(
 def test_engine_options_that_training_cannot_work_with_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         engine_options("a model that is never looked at", True, options)
+
+
+def test_stages_are_refused_on_a_gpu_as_long_as_nobody_has_tried_them_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = SimpleNamespace(is_cpu=lambda: False, is_cuda_alike=lambda: True, device_type="cuda")
+    for check in ("check_vllm", "require_patches"):  # they look for what a CUDA build has
+        monkeypatch.setattr(f"vllm_zo.entrypoints.llm.options.{check}", lambda: None)
+    monkeypatch.setattr(platforms, "current_platform", gpu)
+    with pytest.raises(ConfigError, match="pipeline_parallel_size=2 with zo_training: it was tried on CPU builds only"):
+        engine_options("a model that is never looked at", True, {"pipeline_parallel_size": 2})
 
 
 def test_a_model_without_lora_support_is_refused_before_its_weights_are_read(tmp_path: Path) -> None:

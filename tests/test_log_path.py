@@ -128,22 +128,22 @@ def letters_written(completions: list[str], **columns: Any) -> list[float]:
 
 
 def test_the_reference_takes_the_same_steps(engines: Engines) -> None:
-    """`tests/reference.py` on plain transformers, with the coefficients of the log: the state must be the log's."""
+    assert_the_reference_takes_the_steps_of(train(engines.get(), shards=3), engines.model("opt"))
+
+
+def assert_the_reference_takes_the_steps_of(run: Any, model: Path) -> None:
+    """`tests/reference.py` on plain transformers must decide the coefficients of the log, to rounding."""
     from tests.reference import ReferenceTrainer
     from vllm_zo.data import BatchOrder
     from vllm_zo.jobs.directory import JobDir
 
-    llm = engines.get()
-    run = train(llm, shards=3)
-    log = read_seed_log(run.directory / "seeds.log")
-    model = AutoModelForCausalLM.from_pretrained(engines.model("opt"), dtype=torch.float32)
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     reference = ReferenceTrainer(
-        model, LOZO, run.config.objective, job_seed=run.config.seed, update_space="bank", num_bases=2
+        loaded, LOZO, run.config.objective, job_seed=run.config.seed, update_space="bank", num_bases=2
     )
     examples = JobDir(run.directory).read_train()
     order = BatchOrder(len(examples), run.config.batch_size, run.config.seed)
-    for record in log.records:
-        _, coefficients = reference.step(
-            record.step, [examples[i] for i in order.batch(record.step)], record.learning_rate
-        )
+    for record in steps_of(run.directory):
+        batch = [examples[i] for i in order.batch(record.step)]
+        _, coefficients = reference.step(record.step, batch, record.learning_rate)
         torch.testing.assert_close(torch.tensor(record.coefficients), coefficients, rtol=1e-3, atol=2e-2)

@@ -154,7 +154,7 @@ def test_plain_vllm_serve_with_the_printed_flags_trains_too(model: str, tmp_path
         (["--data-parallel-address", "10.0.0.1"], "--data-parallel-address=10.0.0.1: this server starts all engines"),
         (["--data-parallel-backend", "ray"], "--data-parallel-backend=ray: expected mp"),
         (["--headless"], "training needs the HTTP server"),
-        (["--pipeline-parallel-size", "2"], "pipeline_parallel_size=2 with zo_training"),
+        (["--pipeline-parallel-size", "2", "--data-parallel-size", "2"], "with pipeline_parallel_size=2 and zo_train"),
         (["--scheduler-cls", "a.b"], "scheduler_cls='a.b' with zo_training"),
         (["--zo-token-budget", "-1"], "zo_training.token_budget=-1"),
         (["--zo-slots", "1"], "zo_training.slots=1"),

@@ -37,17 +37,19 @@ class EngineFacts:
         dtype: of the base weights ("bfloat16").
         quantization: vLLM's name of the base's quantisation; None: the base is not quantised.
         max_sequences: sequences that an engine runs at once.
+        stages: pipeline stages. Only the last one has losses, so with several a step is decided by the host.
     """
 
     zo: ZOTrainingConfig
     dtype: str
     quantization: str | None
     max_sequences: int
+    stages: int = 1
 
     @classmethod
-    def of(cls, zo: ZOTrainingConfig, model: Any, max_sequences: int) -> EngineFacts:
+    def of(cls, zo: ZOTrainingConfig, model: Any, max_sequences: int, stages: int = 1) -> EngineFacts:
         """model: vLLM's `ModelConfig`."""
-        return cls(zo, str(model.dtype).removeprefix("torch."), model.quantization, max_sequences)
+        return cls(zo, str(model.dtype).removeprefix("torch."), model.quantization, max_sequences, stages)
 
 
 def load_job(
@@ -70,7 +72,8 @@ def load_job(
 
     Raises:
         ConfigError: the method cannot run in the update space or does not fit the slots, a `fold` job has a quantised
-            base, the state to evaluate is not on disk, or the reward cannot be loaded.
+            base or an engine with pipeline stages, the state to evaluate is not on disk, or the reward cannot be
+            loaded.
         CorruptLogError: the header of the seed log cannot be read.
     """
     description = directory.read_description()
@@ -81,6 +84,13 @@ def load_job(
             "update_space='fold' writes the base weights, and the base is quantised "
             f"({engine.quantization}): train with update_space='bank', which never writes them."
         )
+    if space == "fold" and engine.stages > 1:
+        raise ConfigError(
+            f"update_space='fold' with pipeline_parallel_size={engine.stages}: every stage would have to write its "
+            "part of the base; train with update_space='bank', or with tensor_parallel_size in place of stages."
+        )
+    if shards is None and engine.stages > 1:
+        shards = 1
     num_bases = resolve_bases(config.method, space, config.steps, engine.zo.slot_rank, config.bases)
     logged = read_seed_log(directory.log).records if directory.log.exists() else None
     records: Sequence[StepRecord] = (logged or ())[:upto]

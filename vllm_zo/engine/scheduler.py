@@ -126,8 +126,10 @@ class ZOSchedulerMixin(_Base):
         """Whether the engine loop waits by itself while `zo_waits` (compat/engine_core.py WAITING)."""
         self.zo_tokens = {"training": 0, "serving": 0}
         """Scheduled since the engine started."""
-        # With async scheduling vLLM schedules a step before the one that runs has ended.
-        self.zo_throttle = Throttle(self.zo_config, steps_ahead=int(vllm_config.scheduler_config.async_scheduling))
+        # With async scheduling vLLM schedules a step before the one that runs has ended, and so it does with stages.
+        self._zo_stages: int = vllm_config.parallel_config.pipeline_parallel_size
+        ahead = max(int(vllm_config.scheduler_config.async_scheduling), self._zo_stages - 1)
+        self.zo_throttle = Throttle(self.zo_config, steps_ahead=ahead)
         self._doorbell = Doorbell() if self.zo_throttle.yields and _workers_can_stop(vllm_config) else None
         """Rings while a request comes; None where the workers could not stop for it."""
         self.zo_calls = Calls(self)
@@ -549,7 +551,7 @@ class ZOSchedulerMixin(_Base):
     @property
     def zo_facts(self) -> EngineFacts:
         """What a job must know of this engine."""
-        return EngineFacts.of(self.zo_config, self.vllm_config.model_config, self.max_num_active_reqs)
+        return EngineFacts.of(self.zo_config, self.vllm_config.model_config, self.max_num_active_reqs, self._zo_stages)
 
     @cached_property
     def _zo_writing(self) -> Writing:

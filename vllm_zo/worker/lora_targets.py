@@ -6,10 +6,13 @@ separate modules.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch.distributed
 from torch import Tensor
+from vllm.distributed.parallel_state import GroupCoordinator
 from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
 from vllm.lora.layers.logits_processor import LogitsProcessorWithLoRA
 from vllm.lora.layers.vocab_parallel_embedding import VocabParallelEmbeddingWithLoRA
@@ -90,42 +93,79 @@ class ModuleNames:
         return f"{new}.{rest}" if dot and first == old else name
 
 
-def find_targets(lora_manager: Any, target_modules: str, target_layers: str | None = None) -> tuple[Target, ...]:
+@dataclass(frozen=True)
+class Module:
+    """A module that a job can choose, as every worker of the engine knows it.
+
+    Attributes:
+        refused: why no job can train it; None if one can.
+    """
+
+    shape: ModuleShape
+    refused: str | None
+
+
+def modules_here(lora_manager: Any) -> list[Module]:
+    """The modules of this pipeline stage, in the model's order."""
+    return [Module(target.shape, _refused(target)) for target in all_targets(lora_manager)]
+
+
+def modules_of_model(here: list[Module], stages: GroupCoordinator) -> tuple[Module, ...]:
+    """The modules of all pipeline stages, in the model's order. The stages call it at the same time.
+
+    Noise, state and log are those of the whole model on every stage, and a job that one refuses must be refused by all.
+    """
+    of_stage: list[Any] = [here]
+    if stages.world_size > 1:
+        of_stage = [None] * stages.world_size
+        torch.distributed.all_gather_object(of_stage, here, group=stages.cpu_group)
+    # By name: the last stage has a copy of embeddings that are the head as well.
+    by_name: dict[str, Module] = {}
+    for module in (module for modules in of_stage for module in modules):
+        by_name.setdefault(module.shape.name, module)
+    return tuple(by_name.values())
+
+
+def choose(modules: Sequence[Module], target_modules: str, target_layers: str | None = None) -> tuple[ModuleShape, ...]:
     """The modules that a job trains, in the model's order: modules of one layer are neighbours.
 
     Raises:
         ConfigError: `target_modules` or `target_layers` selects nothing, or a module that vLLM has in another form
             than the checkpoint.
     """
-    targets = all_targets(lora_manager)
-    chosen = set(select_modules(target_modules, [t.shape.name for t in targets], target_layers))
-    selected = tuple(t for t in targets if t.shape.name in chosen)
-    for target in selected:
-        _check_whole(target, target_modules)
-    return selected
+    chosen = set(select_modules(target_modules, [module.shape.name for module in modules], target_layers))
+    selected = [module for module in modules if module.shape.name in chosen]
+    for module in selected:
+        if module.refused is not None:
+            raise ConfigError(
+                f"target_modules={target_modules!r}: {module.shape.name} {module.refused}, which training cannot "
+                "write; choose an expression that leaves it out."
+            )
+    return tuple(module.shape for module in selected)
 
 
-def _check_whole(target: Target, target_modules: str) -> None:
-    """Refuse a module of which this worker could train a part only. Raises ConfigError."""
-    layer, name = target.module, target.shape.name
+def _refused(target: Target) -> str | None:
+    """Why this worker could train only a part of a module; None if it is whole."""
+    layer = target.module
     if target.kind != LINEAR:
-        return
+        return None
     merged = isinstance(layer.base_layer, MergedColumnParallelLinear | QKVParallelLinear)
     if target.slice_count != layer.n_slices:
-        why = f"is {target.slice_count} module(s) of the checkpoint and {layer.n_slices} slices of vLLM's layer"
-    elif layer.n_slices == 1 and merged and layer.tp_size > 1:
+        return f"is {target.slice_count} module(s) of the checkpoint and {layer.n_slices} slices of vLLM's layer"
+    if layer.n_slices == 1 and merged and layer.tp_size > 1:
         # A rank holds a part of each of the merged weights: no range of the checkpoint's module.
-        why = f"is merged already in the checkpoint, and tensor_parallel_size={layer.tp_size} cuts it in pieces"
-    else:
-        return
-    raise ConfigError(
-        f"target_modules={target_modules!r}: {name} {why}, which training cannot write; choose an expression that "
-        "leaves it out."
-    )
+        return f"is merged already in the checkpoint, and tensor_parallel_size={layer.tp_size} cuts it in pieces"
+    return None
+
+
+def find_targets(lora_manager: Any, shapes: Sequence[ModuleShape]) -> tuple[Target, ...]:
+    """Where the chosen modules are that this pipeline stage has, in the model's order."""
+    chosen = {shape.name for shape in shapes}
+    return tuple(target for target in all_targets(lora_manager) if target.shape.name in chosen)
 
 
 def all_targets(lora_manager: Any) -> list[Target]:
-    """Every module of the model that a job can train, in the model's order."""
+    """Every module of this pipeline stage that a job can train, in the model's order."""
     names = ModuleNames.of_model(lora_manager.model)
     found = {names.of_checkpoint(name): module for name, module in lora_manager.modules.items()}
     return [target for name, module in found.items() for target in _targets(lora_manager, name, module)]

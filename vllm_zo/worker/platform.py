@@ -123,11 +123,11 @@ class Platform(Protocol):
         """Drop the hidden states that are kept for a job that has ended; for None, of all jobs, because the base
         weights are others now."""
 
-    def after_forward(self, hidden: Tensor) -> None:
+    def after_forward(self, hidden: Tensor | None) -> None:
         """Clean up after members, because their parameters may have diverged.
 
         Args:
-            hidden: (T, D) final hidden states of vLLM's forward.
+            hidden: (T, D) final hidden states of vLLM's forward; None on a pipeline stage that is not the last.
         """
 
     def after_update(self, step: int) -> None:

@@ -56,13 +56,14 @@ class SlotWriters:
 
         Args:
             layout: of the job's factors.
-            targets: the job's modules, in the layout's order.
+            targets: the job's modules on this pipeline stage, in the layout's order.
             make: makes the platform's writer from pieces, in the order of their offsets, and the LoRA rank.
         """
         r = layout.rank
         # The flat vectors count all tensor-parallel ranks; `in_slice` and `out_slice` lead to the part of this one.
-        firsts_v = accumulate(layout.v_ranges.counts, initial=0)
-        firsts_u = accumulate(layout.u_ranges.counts, initial=0)
-        a = [Piece(t.a_slots, first + t.in_slice.start * r) for t, first in zip(targets, firsts_v, strict=False)]
-        b = [Piece(t.b_slots, first + t.out_slice.start * r) for t, first in zip(targets, firsts_u, strict=False)]
+        names = [module.name for module in layout.modules]
+        first_v = dict(zip(names, accumulate(layout.v_ranges.counts, initial=0), strict=False))
+        first_u = dict(zip(names, accumulate(layout.u_ranges.counts, initial=0), strict=False))
+        a = [Piece(t.a_slots, first_v[t.shape.name] + t.in_slice.start * r) for t in targets]
+        b = [Piece(t.b_slots, first_u[t.shape.name] + t.out_slice.start * r) for t in targets]
         return cls(make(a, r), make(b, r))

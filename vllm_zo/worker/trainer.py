@@ -1,4 +1,4 @@
-"""Executes the scheduler's training commands on one tensor-parallel rank. A step of the engine runs in this order:
+"""Executes the scheduler's training commands in one worker of an engine. A step of the engine runs in this order:
 
 run(before)         make jobs, fold, open groups, materialise slots        -- then vLLM's own forward runs
 score(...)          hidden rows -> cells of the loss tables
@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
+from vllm.distributed.parallel_state import get_pp_group, get_tensor_model_parallel_rank
 
 from vllm_zo import noise
 from vllm_zo.checkpoint.hf_checkpoint import check_modules
@@ -61,11 +61,11 @@ from vllm_zo.methods.fold import fold_into
 from vllm_zo.methods.layers import layer_of
 from vllm_zo.methods.plan import ProbePlan
 from vllm_zo.methods.state import AdapterState, regenerates
-from vllm_zo.methods.targets import EMBEDDINGS, LINEAR, LM_HEAD
+from vllm_zo.methods.targets import EMBEDDINGS, LINEAR, LM_HEAD, kind_of
 from vllm_zo.worker.base_weights import check_writable
 from vllm_zo.worker.head import Head
 from vllm_zo.worker.host_copy import Pending, PendingCells, PendingGroup
-from vllm_zo.worker.lora_targets import ModuleNames, Target, find_targets
+from vllm_zo.worker.lora_targets import Module, ModuleNames, Target, choose, find_targets
 from vllm_zo.worker.loss_table import LossTable
 from vllm_zo.worker.platform import Chunk, ForwardAlone, Platform
 from vllm_zo.worker.published import VersionStore, serve_versions
@@ -77,7 +77,7 @@ logger = logging.getLogger("vllm.zo.worker")
 
 @dataclass
 class JobState:
-    """What each tensor-parallel rank holds for a job: the whole float32 state, and this rank's part of the modules."""
+    """What each worker holds for a job: the whole float32 state, and its part of the modules."""
 
     start: StartJob
     state: AdapterState
@@ -125,16 +125,25 @@ class Trainer:
     Args:
         lora_manager: vLLM's `LRUCacheWorkerLoRAManager`.
         num_slots: slots of the stacked LoRA tensors that belong to training.
-        head: scores members.
+        modules: of the whole model, those that a job can choose.
+        head: scores members; None on a pipeline stage that is not the last.
         platform: of this worker.
         model: the engine's model, a directory or a name.
     """
 
-    def __init__(self, lora_manager: Any, num_slots: int, head: Head, platform: Platform, model: str) -> None:
+    def __init__(
+        self,
+        lora_manager: Any,
+        num_slots: int,
+        modules: Sequence[Module],
+        head: Head | None,
+        platform: Platform,
+        model: str,
+    ) -> None:
         self.model = model
         self.manager = lora_manager._adapter_manager  # private, and the only way to the LoRA layers
         self.pool = SlotPool(lora_manager, num_slots, platform.slot_writer, platform.forget_states)
-        self.head = head
+        self.modules, self.head = modules, head
         self.platform = platform
         self.device = platform.device
         self.base = platform.base_weights()
@@ -182,13 +191,14 @@ class Trainer:
     def _start(self, command: StartJob) -> None:
         # A job that failed may be started again under its id, to go on from its log.
         self._failed.discard(command.job_id)
-        targets = find_targets(self.manager, command.target_modules, command.target_layers)
+        shapes = choose(self.modules, command.target_modules, command.target_layers)
+        targets = find_targets(self.manager, shapes)
         if command.trains:
-            check_modules((t.shape.name for t in targets if t.kind == LINEAR), self.model)
+            check_modules((shape.name for shape in shapes if kind_of(shape.name) == LINEAR), self.model)
         if command.update_space == "fold":
             for target in targets:
                 check_writable(target.module.base_layer, target.shape.name)
-        layout = command.method.layout(tuple(t.shape for t in targets))
+        layout = command.method.layout(shapes)
         # Before anything is allocated: a process that runs out of memory takes the server with it.
         check_state(
             command.method,
@@ -271,6 +281,7 @@ class Trainer:
         losses, predictions = job.start.objective.loss(opened.table.cells_PC, opened.command.examples)
         coefficients, finite = torch.zeros(0, device=self.device), torch.isfinite(losses).all()
         if command.learning_rate is not None:
+            assert get_pp_group().world_size == 1, "only the last stage has losses: others learn of them from the log"
             coefficients, finite = decide(job.start.method, plan, losses, job.start.max_coefficient)
             job.state.apply(plan, coefficients, command.learning_rate, finite)
             self.platform.after_update(plan.step)
@@ -339,7 +350,7 @@ class Trainer:
     @execute.register
     def _unpublish(self, command: Unpublish) -> None:
         self.versions.forget(command.job_id, command.version)
-        if get_tensor_model_parallel_rank() == 0:
+        if _answers():
             Path(command.path).unlink(missing_ok=True)
 
     @execute.register
@@ -359,7 +370,7 @@ class Trainer:
             logger.warning("job %s: no snapshot at step %d: %s", command.job_id, command.step, error)
 
     def _save(self, job: JobState, path: str, step: int) -> None:
-        if get_tensor_model_parallel_rank() == 0:  # every rank holds the whole float32 state, so one of them writes it
+        if _answers():  # every worker holds the whole float32 state, so one of them writes it
             save_snapshot(path, job.state, step)
 
     # --- scoring ----------------------------------------------------------------------------------------------------
@@ -387,6 +398,7 @@ class Trainer:
             if m.group_id in self.groups
         ]
         if present:
+            assert self.head is not None, "hidden states come out of the last stage"
             with self._failing("scoring", members):
                 score_members(self.head, hidden, present)
 
@@ -499,3 +511,8 @@ class Trainer:
         taken = self._pending, self._results
         self._pending, self._results = [], ZOResults()
         return taken
+
+
+def _answers() -> bool:
+    """Whether this is the worker whose results the scheduler gets: it tells if a file cannot be written."""
+    return get_tensor_model_parallel_rank() == 0 and bool(get_pp_group().is_last_rank)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import astuple
 from typing import Any, ClassVar
@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from vllm.config import VllmConfig
-from vllm.distributed.parallel_state import get_tp_group
+from vllm.distributed.parallel_state import get_pp_group, get_tp_group
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 
@@ -25,8 +25,9 @@ from vllm_zo.commands import COMMANDS_ATTR, RESULTS_ATTR, Alone, ZOCommands, ZOR
 from vllm_zo.config import ZOTrainingConfig
 from vllm_zo.doorbell import listen
 from vllm_zo.worker.find_head import find_head
+from vllm_zo.worker.head import Head
 from vllm_zo.worker.host_copy import Pending
-from vllm_zo.worker.lora_targets import all_targets
+from vllm_zo.worker.lora_targets import modules_here, modules_of_model
 from vllm_zo.worker.platform import Platform
 from vllm_zo.worker.serving_logits import ServingLogits
 from vllm_zo.worker.trainer import Trainer
@@ -77,6 +78,8 @@ class ZOWorkerMixin(_Base):
         self._zo_batch: Any = None
         """The V2 runner's batch of the current step, from `sample_tokens` until the next step that has commands."""
         self._zo_listen = functools.cache(listen)
+        self._logits: ServingLogits | None = None
+        """Of the last pipeline stage."""
 
     def compile_or_warm_up_model(self, *args: Any, **kwargs: Any) -> Any:
         times = super().compile_or_warm_up_model(*args, **kwargs)
@@ -89,20 +92,27 @@ class ZOWorkerMixin(_Base):
         # Private: vLLM's worker manager hands adapters to a model manager, which owns the slots and the kernels.
         wrappers = list(runner.lora_manager._adapter_manager.punica_wrapper_mapping.values())
         platform = self.platform_class(runner, wrappers, self.device)
-        model = runner.get_model()
-        found = find_head(model, self.model_config.get_hidden_size(), self.model_config.dtype, self.device)
-        head = platform.head(found.lm_head, found.processor, get_tp_group())
-        self.zo = Trainer(runner.lora_manager, self.zo_config.total_slots, head, platform, self.model_config.model)
+        # A stage that is not the last has neither a head nor logits: it passes hidden states on.
+        head = self._take_head(platform, wrappers) if get_pp_group().is_last_rank else None
+        modules = modules_of_model(modules_here(runner.lora_manager._adapter_manager), get_pp_group())
+        slots = self.zo_config.total_slots
+        self.zo = Trainer(runner.lora_manager, slots, modules, head, platform, self.model_config.model)
         # The wrappers are of a class of ours: `before_load` named it to vLLM.
         for wrapper in wrappers:
             wrapper.pool = self.zo.pool
+
+    def _take_head(self, platform: Platform, wrappers: Sequence[Any]) -> Head:
+        """Make the head that scores members, and see that vLLM computes logits for other requests only."""
+        model = self.model_runner.get_model()
+        found = find_head(model, self.model_config.get_hidden_size(), self.model_config.dtype, self.device)
         vocab_size = self.model_config.get_vocab_size()
         wrappers = wrappers if hasattr(found.processor, "lora_a_stacked") else []
         self._logits = ServingLogits(model, vocab_size, self._batch, wrappers, platform.sampler_slots_changed)
+        return platform.head(found.lm_head, found.processor, get_tp_group())
 
     def zo_modules(self) -> list[tuple[str, int, int]]:
         """(name, outputs, inputs) of every module that a job can train; a front end asks by `collective_rpc`."""
-        return [astuple(target.shape) for target in all_targets(self.zo.manager)]
+        return [astuple(module.shape) for module in self.zo.modules]
 
     # --- one engine step --------------------------------------------------------------------------------------------
 
@@ -119,7 +129,8 @@ class ZOWorkerMixin(_Base):
         self.zo.run(commands.before)
         # Before the forward: the V1 runner computes logits in `execute_model`, the V2 runner in `sample_tokens`.
         members = [] if commands.alone else commands.members
-        self._logits.expect({member.req_id for member in members})
+        if self._logits is not None:
+            self._logits.expect({member.req_id for member in members})
         with self.zo.sharing_rows(members, self._zo_num_tokens):
             output = super().execute_model(scheduler_output)
         if output is None:
@@ -142,11 +153,11 @@ class ZOWorkerMixin(_Base):
             output = super().sample_tokens(*args, **kwargs)
             self._run_after(commands)
             return self._with_results(output)
-        if commands.members:
+        if commands.members and self.zo.head is not None:
             first_row, hidden = self._rows_of_requests()
             self.zo.score(commands.members, hidden, first_row, self._zo_num_tokens)
         if commands.members or commands.generates:
-            self.zo.platform.after_forward(self.model_runner.execute_model_state.hidden_states)
+            self.zo.platform.after_forward(getattr(self.model_runner.execute_model_state, "hidden_states", None))
         self._run_after(commands)
         return self._with_results(super().sample_tokens(*args, **kwargs))
 

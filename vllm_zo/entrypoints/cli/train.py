@@ -36,7 +36,7 @@ from vllm_zo.entrypoints.cli.terminal_logging import quiet_vllm, show_ours
 from vllm_zo.entrypoints.llm.callbacks.report import report_to
 from vllm_zo.entrypoints.llm.cpu_defaults import apply_cpu_defaults, has_native_bfloat16, is_cpu_build
 from vllm_zo.entrypoints.llm.handle import FineTuneRun
-from vllm_zo.entrypoints.llm.options import check_local_model
+from vllm_zo.entrypoints.llm.options import check_local_model, world_size_of
 from vllm_zo.errors import ConfigError, JobError
 from vllm_zo.jobs.directory import JobDir
 from vllm_zo.methods import LoZO
@@ -399,7 +399,7 @@ def start_engine(
     check_local_model(model, f"--model {model}")
     # Both set environment variables, and vLLM reads some of them while it is imported.
     quiet_vllm()
-    chosen = apply_cpu_defaults(int(options.get("tensor_parallel_size", 1)))
+    chosen = apply_cpu_defaults(world_size_of(options))
     from vllm.engine.arg_utils import EngineArgs
 
     from vllm_zo import LLM

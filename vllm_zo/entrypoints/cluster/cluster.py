@@ -28,7 +28,7 @@ from vllm_zo.entrypoints.cluster.messages import Call, Raised, Started, StartEng
 from vllm_zo.entrypoints.llm.callbacks.progress_bar import with_progress
 from vllm_zo.entrypoints.llm.client import Client, whole_under_ctrl_c
 from vllm_zo.entrypoints.llm.handle import Callback, FineTuneRun
-from vllm_zo.entrypoints.llm.options import check_local_model, sizes_kv_cache
+from vllm_zo.entrypoints.llm.options import check_local_model, sizes_kv_cache, world_size_of
 from vllm_zo.entrypoints.llm.prepare import PreparedJob, check_played, job_config
 from vllm_zo.errors import ConfigError, JobError, ZOError
 from vllm_zo.jobs.directory import JobDir
@@ -107,7 +107,7 @@ class Cluster:
         if zo is None:
             raise ConfigError(f"zo_training={zo_training!r}: a cluster is for training; leave it out, or give options.")
         check_local_model(model, f"model={model!r}")
-        ranks = int(options.get("tensor_parallel_size") or 1)
+        ranks = world_size_of(options)
         # The worker in the engine's own process, or in children of it: vLLM itself may choose Ray for them.
         options.setdefault("distributed_executor_backend", "uni" if ranks == 1 else "mp")
         start = StartEngine(model, {"use_tqdm_on_load": False, **options, "zo_training": zo})

@@ -23,7 +23,7 @@ def environments(
     """The environment of each engine's process: this one's, with its share of the cores or GPUs.
 
     Args:
-        per_engine: tensor-parallel ranks of an engine.
+        per_engine: workers of an engine, tensor-parallel ranks and pipeline stages.
         devices: the cores (on a CPU) or GPUs of each engine; None: equal shares of those that this process may use.
         kv_cache: whether each engine gets a share of the memory for its KV cache; False where its options say how much.
 

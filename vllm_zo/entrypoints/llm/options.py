@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,6 @@ logger = logging.getLogger("vllm.zo")
 # Names, not classes: importing them imports vLLM's engine, and the engine's processes import them by name anyway.
 SCHEDULER = "vllm_zo.engine.scheduler.make_scheduler"
 WORKERS = {"cpu": "vllm_zo.worker.cpu.worker.ZOCPUWorker", "cuda": "vllm_zo.worker.cuda.worker.ZOCUDAWorker"}
-
-_UNSUPPORTED = {
-    "pipeline_parallel_size": "only the last pipeline stage sees the losses",
-    "data_parallel_size": "several engines train one job with vllm_zo.Cluster(engines=...) or in `vllm-zo serve`",
-}
 
 
 _MODEL_OPTIONS = (
@@ -57,13 +52,18 @@ def engine_options(
         return dict(options)
     check_vllm()
     require_patches()  # a conflict raises here; in the engine it would end the process with a traceback only
-    _refuse(options, may_differ=() if scheduler == SCHEDULER else ("data_parallel_size",))
+    _refuse(options, many_engines=scheduler != SCHEDULER)
     from vllm.platforms import current_platform
 
     device = "cpu" if current_platform.is_cpu() else "cuda"
     if device == "cuda" and not current_platform.is_cuda_alike():
         raise ConfigError(
             f"zo_training: platform {current_platform.device_type!r} has no training worker; use CPU or CUDA."
+        )
+    if device == "cuda" and (stages := options.get("pipeline_parallel_size") or 1) > 1:
+        raise ConfigError(
+            f"pipeline_parallel_size={stages} with zo_training: it was tried on CPU builds only; use "
+            "tensor_parallel_size."
         )
     check_local_model(model, f"model={model!r}")
     if device == "cpu":
@@ -86,6 +86,12 @@ def engine_options(
     }
 
 
+def world_size_of(options: Mapping[str, Any]) -> int:
+    """Workers of an engine: tensor-parallel ranks times pipeline stages."""
+    ranks, stages = (int(options.get(f"{kind}_parallel_size") or 1) for kind in ("tensor", "pipeline"))
+    return ranks * stages
+
+
 def _set_cpu_defaults(options: Mapping[str, Any]) -> None:
     """Set those of vLLM's CPU settings that the user has left open.
 
@@ -93,7 +99,7 @@ def _set_cpu_defaults(options: Mapping[str, Any]) -> None:
     makes the next engine, and the engine stays in the process that vLLM chooses. Without it the KV cache would take
     92 % of all memory (vLLM's default), and the engine does not start where less is free.
     """
-    world_size, engines = (int(options.get(f"{kind}_parallel_size") or 1) for kind in ("tensor", "data"))
+    world_size, engines = world_size_of(options), int(options.get("data_parallel_size") or 1)
     kv_cache = not sizes_kv_cache(options)
     if chosen := apply_cpu_defaults(world_size, in_process=False, kv_cache=kv_cache, engines=engines):
         logger.info("on CPU, chosen: %s", ", ".join(f"{name}={value}" for name, value in chosen.items()))
@@ -131,10 +137,18 @@ def check_local_model(model: str, named: str) -> None:
         raise ConfigError(f"{named}: no such directory; give a checkpoint's directory or a Hugging Face name.")
 
 
-def _refuse(options: Mapping[str, Any], may_differ: Collection[str] = ()) -> None:
-    for name, why in _UNSUPPORTED.items():
-        if name not in may_differ and (value := options.get(name) or 1) > 1:
-            raise ConfigError(f"{name}={value} with zo_training: {why}; set {name}=1.")
+def _refuse(options: Mapping[str, Any], *, many_engines: bool) -> None:
+    engines, stages = (options.get(f"{kind}_parallel_size") or 1 for kind in ("data", "pipeline"))
+    if engines > 1 and not many_engines:
+        raise ConfigError(
+            f"data_parallel_size={engines} with zo_training: several engines train one job with "
+            "vllm_zo.Cluster(engines=...) or in `vllm-zo serve`; set data_parallel_size=1."
+        )
+    if engines > 1 and stages > 1:
+        raise ConfigError(
+            f"data_parallel_size={engines} with pipeline_parallel_size={stages} and zo_training: it was not tried; set "
+            "one of the two to 1."
+        )
     if options.get("max_num_seqs") == 1:
         raise ConfigError("max_num_seqs=1 with zo_training: a pair of probes runs together; set max_num_seqs >= 2.")
     for name in ("scheduler_cls", "worker_cls"):

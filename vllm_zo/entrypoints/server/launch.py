@@ -236,7 +236,7 @@ def _switch_training_on(args: Namespace, given: set[str]) -> None:
     engine = {f.name for f in fields(AsyncEngineArgs)} - {"model"}
     options: dict[str, Any] = {name: getattr(args, name) for name in given & engine}
     options.setdefault("max_loras", DEFAULT_MAX_LORAS)
-    if is_cpu_build() and args.tensor_parallel_size == 1:
+    if is_cpu_build() and args.tensor_parallel_size == args.pipeline_parallel_size == 1:
         # vLLM itself may choose Ray, where this process is one of Ray's.
         options.setdefault("distributed_executor_backend", "uni")
     if (args.data_parallel_size or 1) > 1:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from vllm.distributed.parallel_state import get_pp_group
 
 from vllm_zo import compat
 from vllm_zo.config import ZOTrainingConfig
@@ -31,6 +32,18 @@ class CPUPlatform:
         self.runner, self.device = runner, device
         zo = ZOTrainingConfig.of_engine(runner.vllm_config.additional_config)
         self.rows = RowPruner(runner, wrappers, KeptStates(zo.kept_states_mib << 20))
+        self._passed_on: list[Tensor] = []
+        """What the latest forward has given to the next pipeline stage."""
+        if not get_pp_group().is_last_rank:
+            runner.get_model().register_forward_hook(self._note_passed_on)
+        if not get_pp_group().is_first_rank and getattr(runner, "intermediate_tensors", None) is None:
+            # vLLM 0.32 makes these in a warm-up, which a CPU worker leaves out where it compiles nothing.
+            runner.intermediate_tensors = runner.get_model().make_empty_intermediate_tensors(
+                batch_size=runner.max_num_tokens, dtype=runner.model_config.dtype, device=device
+            )
+
+    def _note_passed_on(self, model: Any, inputs: Any, output: Any) -> None:
+        self._passed_on = list(output.tensors.values())
 
     @staticmethod
     def before_load() -> None:
@@ -66,13 +79,15 @@ class CPUPlatform:
         else:
             self.rows.kept.forget(job_id)
 
-    def after_forward(self, hidden: Tensor) -> None:
-        """Clean the KV cache if a member diverged. hidden: (T, D).
+    def after_forward(self, hidden: Tensor | None) -> None:
+        """Clean the KV cache if a member diverged. hidden: (T, D); None: the stage has passed on what it had.
 
         The cache's blocks go to the next request. CPU attention multiplies what a block holds beyond the request's
         tokens by weights of 0, which gives NaN if it is not finite.
         """
-        outputs = [hidden, *self.rows.take_last_attention()]  # `hidden` may lack parts of the last layer
+        passed_on, self._passed_on = self._passed_on, []
+        # `hidden` may lack parts of the last layer.
+        outputs = [*(passed_on if hidden is None else [hidden]), *self.rows.take_last_attention()]
         if self.rows.wrote_kv and not all(torch.isfinite(output).all() for output in outputs):
             for cache in self.runner.kv_caches:
                 cache.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)

@@ -62,7 +62,7 @@ class CUDAPlatform:
     def forget_states(self, job_id: str | None = None) -> None:
         """Do nothing: forwards compute every row, and no states are kept."""
 
-    def after_forward(self, hidden: Tensor) -> None:
+    def after_forward(self, hidden: Tensor | None) -> None:
         """Do nothing: GPU attention reads no keys and values beyond a request's tokens."""
 
     def after_update(self, step: int) -> None:

@@ -98,7 +98,7 @@ def share_of(engines: int, ranks: int) -> Share:
     """What each of `engines` gets of the nodes that are here now.
 
     Args:
-        ranks: tensor-parallel ranks of an engine. All of an engine's are on one node.
+        ranks: workers of an engine, tensor-parallel ranks and pipeline stages. All of them are on one node.
 
     Raises:
         ConfigError: there are fewer GPUs (on a CPU build: CPUs) than the engines need.

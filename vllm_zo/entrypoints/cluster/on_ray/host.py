@@ -80,7 +80,7 @@ class RayHost:
 
     Args:
         address: see `connect.connect`.
-        ranks: tensor-parallel ranks of an engine.
+        ranks: workers of an engine, tensor-parallel ranks and pipeline stages.
         kv_cache: see `CoordinatorActor`.
 
     Raises:
