@@ -15,15 +15,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from vllm import SamplingParams
 
 from tests.children import Child
 from tests.engines import SENTIMENT, Engines, reviews
+from tests.openai_server import Server, create, upload_reviews, wait_for
 from tests.test_seams import job_in_progress
 from vllm_zo import ConfigError, LoZO, Reward
+from vllm_zo.checkpoint.replay import rebuild_state
+from vllm_zo.checkpoint.seed_log.reader import read_seed_log
+from vllm_zo.checkpoint.snapshot import load_snapshot
+from vllm_zo.jobs.directory import JobDir
 
 ENGINE: dict[str, Any] = {"max_num_batched_tokens": 96, "max_num_seqs": 16, "enable_prefix_caching": True}
 """Small: some members are prefilled in chunks, and a group takes several engine steps."""
@@ -138,3 +145,27 @@ def test_the_results_that_should_differ_do(other: dict[str, Any]) -> None:
         assert max(abs(a - b) for a, b in zip(other[name], other["base"], strict=True)) > 50 * LOSS_TOLERANCE
     assert len({round(loss, 4) for loss in other["losses"]}) == len(other["losses"])
     assert len({round(loss, 4) for loss in other["rewards"]}) > len(other["rewards"]) // 2
+
+
+@pytest.mark.slow
+def test_a_server_with_two_stages_trains_and_serves(engines: Engines, tmp_path: Path) -> None:
+    """Its versions are what its log says; a job that it cannot run fails with the reason."""
+    flags = ("--pipeline-parallel-size", "2", "--num-gpu-blocks-override", "512")
+    server = Server(str(engines.model("opt")), tmp_path / "state", *flags, **ROADS["pipeline"])
+    try:
+        client = server.wait_until_ready().client()
+        data = upload_reviews(client, 24)
+        job = create(client, data, hyperparameters={"steps": 20, "eval_interval": 10})
+        fold = create(client, data, hyperparameters={"update_space": "fold", "bases": None})
+        job = wait_for(client, job.id, "succeeded")
+        asked: dict[str, Any] = {"prompt": PROMPTS[0], "max_tokens": 1, "temperature": 0, "logprobs": 1}
+        base, tuned = (client.completions.create(model=m, **asked) for m in ("tiny", job.fine_tuned_model))
+        assert base.choices[0].logprobs != tuned.choices[0].logprobs
+        directory = JobDir(tmp_path / "state" / "jobs" / job.id)
+        log = read_seed_log(directory.log)
+        state = log.header.new_state()
+        assert log.num_steps == 20 and load_snapshot(directory.version(20), state) == 20
+        assert torch.equal(state.acc_BN, rebuild_state(log).acc_BN)
+        assert "pipeline_parallel_size=2: every stage" in wait_for(client, fold.id, "failed").error.message
+    finally:
+        server.kill()
