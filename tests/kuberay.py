@@ -1,9 +1,10 @@
 """What a Kubernetes cluster with the KubeRay operator takes of a `RayJob`, as far as our example goes: a JSON schema.
 
-Fields, types and what is required: KubeRay 1.4, `ray-operator/apis/ray/v1/rayjob_types.go` and `raycluster_types.go`,
-which its CRDs are made from, and the metadata's rules in `controllers/ray/utils/validation.go`; of pods: Kubernetes
-1.33, `PodTemplateSpec`. A field that is not here is an error, also where those would take it: an API server drops
-fields that it does not know, so a name that is spelled wrong would do nothing.
+Fields, types and what is required: KubeRay's API ray.io/v1, of which its CRDs are made (`rayjob_types.go` and
+`raycluster_types.go` in ray-operator/apis/ray/v1), and what the operator itself asks of names (`validation.go` in
+ray-operator/controllers/ray/utils). Of pods: Kubernetes 1.33, `PodTemplateSpec`. A field that is not here is an error,
+also where those would take it: an API server drops fields that it does not know, so a name that is spelled wrong would
+do nothing.
 """
 
 from __future__ import annotations
