@@ -84,27 +84,48 @@ def restore(llm: Any, run: Any) -> None:
         llm.restore_base(run)
 
 
-def train(llm: Any, task: Any, options: dict[str, Any], steps: int, seed: int) -> dict[str, Any]:
-    """Run a job, and measure what it gives back on the test rows."""
+def train(
+    llm: Any,
+    task: Any,
+    options: dict[str, Any],
+    steps: int,
+    seed: int,
+    evaluations: int = EVALUATIONS,
+    cpu_seconds: float = math.inf,
+) -> dict[str, Any]:
+    """Run a job, and measure what it gives back on the test rows, if there are any.
+
+    Args:
+        steps: how many it takes, or about how many it takes in `cpu_seconds`, where it stops. What other programs do
+            to a core changes what a step takes, so without a schedule it may take twice as many.
+        evaluations: on the validation rows, besides the one before the first step.
+    """
     from vllm_zo.errors import JobError
 
     clock = Clock(time.process_time)
+
+    def stop(run: Any, record: dict[str, Any]) -> None:
+        if sum(clock.steps) >= cpu_seconds:
+            run.stop()
+
+    most = steps if math.isinf(cpu_seconds) or "lr_schedule" in options else 2 * steps
     reset_peak()
     try:
         run = llm.finetune(
-            task.train, task.validation, objective=task.objective, steps=steps, seed=seed, callbacks=[clock],
-            eval_interval=max(1, math.ceil(steps / EVALUATIONS)), progress=False, **{"batch_size": BATCH, **options},
+            task.train, task.validation, objective=task.objective, steps=most, seed=seed, callbacks=[clock, stop],
+            eval_interval=max(1, math.ceil(steps / evaluations)), progress=False, **{"batch_size": BATCH, **options},
         )  # fmt: skip
     except JobError as error:  # a run that diverged is a result too
-        return {"diverged": str(error), "steps": steps, "spent": sum(clock.steps)}
+        return {"diverged": str(error), "steps": len(clock.steps), "spent": sum(clock.steps)}
     peak = peak_rss()
     # `fold` can give back no earlier state than its last.
     given_back = run.evaluations[-1] if run.config.space == "fold" else min(run.evaluations, key=validation_loss)
-    test = llm.evaluate(task.test, task.final_objective, run=run)
+    tested = {"test": figures(llm.evaluate(task.test, task.final_objective, run=run))} if task.test else {}
     restore(llm, run)
     return {
-        "steps": steps, "spent": sum(clock.steps), "tokens": run.history[-1]["tokens"], "peak_mib": peak / MIB,
-        "rate": run.history[-1]["learning_rate"], "validation": figures(given_back, "eval_"), "test": figures(test),
+        "steps": len(clock.steps), "spent": sum(clock.steps), "tokens": run.history[-1]["tokens"],
+        "rate": max(step["learning_rate"] for step in run.history), "peak_mib": peak / MIB,
+        "validation": figures(given_back, "eval_"), **tested,
         "curve": [{"step": e["step"], **figures(e, "eval_")} for e in run.evaluations],
     }  # fmt: skip
 
@@ -235,7 +256,7 @@ def engine_child(args: argparse.Namespace, cells: list[tuple[str, str, int]]) ->
             result = prompted(llm, task, PROMPTED[contender])
         else:
             steps = steps_for(llm, task, JOBS[contender], args.cpu_seconds)
-            result = train(llm, task, JOBS[contender], steps, seed)
+            result = train(llm, task, JOBS[contender], steps, seed, cpu_seconds=args.cpu_seconds)
         write(args, name, seed, {"contender": contender, "dtype": args.dtype, **result})
 
 

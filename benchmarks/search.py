@@ -7,8 +7,8 @@
 
 A variant is a place, which says what is trained, and any number of tricks. All get the same passes (a row through all
 layers once; a step that trains the upper third makes a third of one for each row and probe) and the same multiples of
-the step size that learning_rate="auto" measures. The multiple with the lowest validation loss is shown with its test
-accuracy. Every run is a line of --output, so a second call goes on where the first one stopped.
+the step size that learning_rate="auto" measures. What counts is the validation loss of the best multiple; the test rows
+are left to experiment.py. Every run is a line of --output, so a second call goes on where the first one stopped.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ TRICKS: dict[str, dict[str, Any]] = {
     "attention": {"target_modules": "attention"},
     "mlp": {"target_modules": "mlp"},
 }
+EVALUATIONS = 2
 SLOTS = {"slots": 5, "slot_rank": 32}
 """For a whole step of four one-sided directions, and for seven bases of rank 4."""
 KEY = ("model", "task", "variant", "factor", "passes", "seed")
@@ -80,9 +82,9 @@ def child(args: argparse.Namespace, runs: list[tuple[str, str, float, int]]) -> 
     llm: Any = LLM(args.model, dtype=args.dtype, max_model_len=longest(args.model), zo_training=SLOTS)
     layers = llm.llm_engine.model_config.hf_config.num_hidden_layers
     for name, variant, factor, seed in runs:
-        task, options = load(args, name), options_of(variant)
+        task, options = replace(load(args, name), test=[]), options_of(variant)
         steps = steps_within(args.passes, options, layers, len(task.train))
-        result = train(llm, task, {**options, "learning_rate_multiplier": factor}, steps, seed)
+        result = train(llm, task, {**options, "learning_rate_multiplier": factor}, steps, seed, EVALUATIONS)
         key = (Path(args.model).name, name, variant, factor, args.passes, seed)
         line = {**dict(zip(KEY, key, strict=True)), **result}
         with args.output.open("a") as file:
@@ -100,15 +102,14 @@ def report(runs: Iterable[dict[str, Any]]) -> str:
     for (model, task, passes), group in groups.items():
         lines = [
             f"{task}, {model}, {passes} passes a run\n",
-            "| variant | seed | steps | CPU seconds | validation loss by factor | loss | accuracy | test accuracy |",
-            "|---" * 8 + "|",
+            "| variant | seed | steps | CPU seconds | validation loss by factor | loss | accuracy |",
+            "|---" * 7 + "|",
         ]
         for (variant, seed), tried in sorted(group.items(), key=lambda item: loss_of(min(item[1], key=loss_of))):
             best = min(tried, key=loss_of)
             by_factor = ", ".join(f"{run['factor']:g}: {loss_of(run):.3f}" for run in tried)
             cells = [variant, seed, best["steps"], f"{best['spent']:.0f}", by_factor, f"{loss_of(best):.3f}"]
-            if "test" in best:
-                cells += [f"{best[part]['accuracy']:.3f}" for part in ("validation", "test")]
+            cells += [f"{best['validation']['accuracy']:.3f}"] if "validation" in best else []
             lines.append(f"| {' | '.join(map(str, cells))} |")
         parts.append("\n".join(lines))
     return "\n\n".join(parts)

@@ -60,6 +60,11 @@ def test_a_job_is_measured_before_and_after(engines: Engines, task: Task, conten
     assert f"| {contender} | 0 | float32 | 5 |" in experiment.report([line(result, contender)])
 
 
+def test_a_job_stops_when_its_seconds_are_spent(engines: Engines, task: Task) -> None:
+    result = experiment.train(engines.get(), task, {"learning_rate": 1e-3}, 10**5, seed=0, cpu_seconds=0.05)
+    assert 0 < result["steps"] < 10**4 and result["curve"][-1]["step"] == result["steps"]
+
+
 def line(result: dict[str, Any], contender: str) -> dict[str, Any]:
     head = {"model": "tiny", "task": "sst2", "cpu_seconds": 1.0, "seed": 0, "rows": [64, 10, 10], "cpu": "one"}
     return {**head, "contender": contender, "dtype": "float32", **result}
@@ -87,13 +92,12 @@ def test_a_step_of_the_upper_third_costs_a_third_of_the_passes() -> None:
 
 def test_the_search_shows_the_factor_with_the_lowest_validation_loss() -> None:
     head = {"model": "tiny", "task": "sst2", "passes": 100, "seed": 0, "variant": "all", "steps": 3, "spent": 1.0}
-    scores = {"test": {"accuracy": 0.7}}
     runs = [
-        {**head, "factor": 0.3, "validation": {"loss": 0.6, "accuracy": 0.5}, "test": {"accuracy": 0.4}},
-        {**head, "factor": 1.0, "validation": {"loss": 0.5, "accuracy": 0.6}, **scores},
+        {**head, "factor": 0.3, "validation": {"loss": 0.6, "accuracy": 0.5}},
+        {**head, "factor": 1.0, "validation": {"loss": 0.5, "accuracy": 0.6}},
         {**head, "factor": 3.0, "diverged": "why"},
     ]
-    assert "| all | 0 | 3 | 1 | 0.3: 0.600, 1: 0.500, 3: inf | 0.500 | 0.600 | 0.700 |" in search.report(runs)
+    assert "| all | 0 | 3 | 1 | 0.3: 0.600, 1: 0.500, 3: inf | 0.500 | 0.600 |" in search.report(runs)
     assert math.isinf(search.loss_of(runs[2]))
 
 

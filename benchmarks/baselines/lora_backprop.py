@@ -73,7 +73,7 @@ class LoraTrainer:
         loss.backward()  # type: ignore[no-untyped-call]
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-        return float(loss)
+        return float(loss.detach())
 
     def _cells(self, examples: Sequence[EncodedExample]) -> Tensor:
         """(1, cells) float32, as an objective's loss reads them."""
