@@ -118,21 +118,15 @@ def test_the_experiment_runs_from_end_to_end_on_the_demo_model(tmp_path: Path) -
     data.mkdir()
     for part, count in (("train", 110), ("validation", 20)):
         (data / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in reviews(count)))
-    command = [
-        sys.executable, "benchmarks/experiment.py", "--data", str(tmp_path), "--tasks", "sst2", "--cpu-seconds", "1",
-        "--rows", "90", "20", "20", "--dtype", "float32", "--output", str(tmp_path / "results.jsonl"),
-    ]  # fmt: skip
-    subprocess.run(command, cwd=ROOT, check=True, timeout=600)
+    common = ["--data", tmp_path, "--tasks", "sst2", "--rows", 90, 20, 20, "--dtype", "float32", "--output"]
+    run("experiment.py", *common, tmp_path / "results.jsonl", "--cpu-seconds", 1)
     lines = experiment.results(tmp_path / "results.jsonl")
     assert {line["contender"] for line in lines} == {*experiment.CONTENDERS, f"lora, {experiment.LONGER} times as long"}
-    search_for = ["--variants", "top-third, cosine", "--factors", "1", "--passes", "320"]
-    command = [
-        command[0],
-        "benchmarks/search.py",
-        *command[2:6],
-        *command[8:14],
-        str(tmp_path / "s.jsonl"),
-        *search_for,
-    ]
+    variant = ["--variants", "top-third, cosine", "--factors", 1, "--passes", 320]
+    run("search.py", *common, tmp_path / "search.jsonl", *variant)
+    assert len(experiment.results(tmp_path / "search.jsonl")) == 1
+
+
+def run(program: str, *arguments: object) -> None:
+    command = [sys.executable, f"benchmarks/{program}", *map(str, arguments)]
     subprocess.run(command, cwd=ROOT, check=True, timeout=600)
-    assert len(experiment.results(tmp_path / "s.jsonl")) == 1
