@@ -10,7 +10,7 @@ and run this in another:
 
 A client asks the live version about one review after another, and says afterwards what the answer should have been.
 That is all that the job learns from. Half-way the two labels change places, as if somebody had turned the question
-round. With `--neighbour 3` another client asks the base model for some words, about three times a second. How long it
+round. With `--neighbour 6` another client asks the base model for some words, up to six times a second. How long it
 waits is compared with the same reviews at the same times while the job is paused.
 """
 
