@@ -204,12 +204,11 @@ def plot(curve: list[float], turn: int, followed: int | None, path: Path) -> Non
 
     figure, axes = plt.subplots(figsize=(8, 3.2), layout="constrained")
     axes.plot(range(1, len(curve) + 1), curve)
-    marks = {turn: "the labels change places"}
+    axes.axvline(turn, linestyle="--", color="gray")
+    axes.annotate("the labels change places", (turn - 6, 0.05), horizontalalignment="right")
     if followed is not None:
-        marks[turn + followed] = f"{followed} examples later"
-    for at, text in marks.items():
-        axes.axvline(at, linestyle="--", color="gray")
-        axes.annotate(text, (at, 0.05), (at + 6, 0.05))
+        axes.axvline(turn + followed, linestyle="--", color="gray")
+        axes.annotate(f"{followed} examples later", (turn + followed + 6, 0.05))
     axes.set(xlabel="reviews answered", ylabel=f"accuracy, last {WINDOW} answers", ylim=(0, 1.02))
     figure.savefig(path, dpi=110)
 
