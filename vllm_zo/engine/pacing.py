@@ -3,9 +3,12 @@
 A target says how much longer training may make what requests wait for: 1.1 is a tenth. It becomes tokens in two ways.
 
 *A step that serves.* The pacer learns what a step costs without training, from the steps that have none, and what a
-training token adds to it, from the others (`step_cost.py`). Every step that serves adds (target - 1) times its cost
-without training to a credit of seconds; training tokens beside requests are paid from it. So over any stretch of steps
-the time that training adds stays within the target.
+training token adds to it, from the others (`step_cost.py`). Every step that serves adds (target - 1) times the cost of
+a step *with one request* to a credit of seconds; training tokens beside requests are paid from it. Not the cost of the
+step as it is: while steps are longer, more requests are under way at once. A step takes a + b n seconds with n
+requests, and n = r T where r tokens a second are asked for; so T = a / (1 - b r). With (target - 1) a for training in
+each step all of it grows by the target, and so does the time between tokens. A tenth of a + b n would make it
+1.1 (1 - b r) / (1 - 1.1 b r) times as long: 1.22 where b r is one half.
 
 *A forward for training only.* A request that arrives meanwhile waits for its end; or, where it can stop between layers,
 for the end of one layer. That wait must be short, and so the forward is cut:
@@ -40,6 +43,8 @@ LATEST = 128
 """The requests whose time to the first token counts."""
 GUESSED = 500
 """Training tokens that the first guess of their cost counts for beside those measured, to begin with."""
+ONE_REQUEST = (1, 1, 0)
+"""What a step does that has one token of one request in it (`EngineStep.amounts`)."""
 MAX_HELD = 8
 """How many steps in a row training stays out of because a request waits for its first token in them."""
 MAX_MIXED = 16
@@ -195,7 +200,7 @@ class Pacer:
         self._mixed = self._mixed + 1 if step.training else 0
         self._credit.spend(step.training * self.token_s)
         if self._serving.known:
-            self._credit.accrue(self._more * self._serving.seconds(step.amounts), largest * self.token_s)
+            self._credit.accrue(self._more * self._serving.seconds(ONE_REQUEST), largest * self.token_s)
 
     def ended(self, step: EngineStep, now: float) -> None:
         """Note that a step has ended: learn from the time it took."""
