@@ -52,6 +52,7 @@ def test_the_image_serves_as_a_user_with_few_rights_and_keeps_its_state(engines:
     assert (args.host, args.port, args.model) == ("0.0.0.0", 9000, str(engines.model("opt"))), "what is added wins"
 
 
+@pytest.mark.slow
 def test_the_health_check_tells_a_server_from_none(servers: Servers) -> None:
     (check,) = re.findall(r"CMD (\[.*\])", instructions("HEALTHCHECK")[0])
     program, *words = json.loads(check)

@@ -133,6 +133,26 @@ def test_a_full_disk_delays_what_is_told_and_loses_nothing(tmp_path: Path, monke
 # --- wandb ------------------------------------------------------------------------------------------------------------
 
 
+def test_a_job_that_runs_and_pauses_itself_between_two_answers_of_the_engine_has_run(tmp_path: Path) -> None:
+    state, store = StateDir(tmp_path), Store(tmp_path / "db")
+    store.add_job(record := job(status=JobStatus.QUEUED))
+    last = {"error": None, "records": [], "next": 2, "published": [], "learning_rate": None, "waits_for": None}
+    paused = {**last, "status": "paused", "records": [step(1), step(2)], "paused_because": "it is too far away"}
+    answers, found = [paused, {**last, "status": "cancelled"}], []
+
+    class Engine:
+        async def call(self, method: str, *args: Any) -> Any:
+            found.append(store.job(record.id).status)
+            return answers.pop(0)
+
+    (tmp_path / "jobs" / record.id).mkdir(parents=True)
+    nothing: Any = None
+    asyncio.run(Follower(record, Outcome(Engine(), state, store, nothing, nothing, nothing), EventHub()).follow())
+    assert found == [JobStatus.QUEUED, JobStatus.PAUSED]
+    told = [event["message"] for event in store.all("events")]
+    assert told[0] == "Fine-tuning job started" and "it is too far away" in told[1], told
+
+
 def test_a_job_in_weights_and_biases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wandb = pytest.importorskip("wandb", reason="wandb is not installed")
     monkeypatch.setenv("WANDB_MODE", "offline")

@@ -124,9 +124,7 @@ def usual(engines: Engines) -> dict[str, Any]:
     return dict(results(engines.get("opt", **ENGINE)))
 
 
-@pytest.fixture(
-    scope="module", params=["v2-runner", *(pytest.param(road, marks=pytest.mark.slow) for road in list(ROADS)[1:])]
-)
+@pytest.fixture(scope="module", params=[pytest.param(road, marks=pytest.mark.slow) for road in ROADS])
 def other(request: pytest.FixtureRequest, engines: Engines) -> dict[str, Any]:
     child = Child("train_another_way", str(engines.model("opt")), request.param, **ROADS[request.param])
     return {report["name"]: report["result"] for report in child.finish()}

@@ -332,7 +332,8 @@ class Controller:
             self.stopped, self.forward = True, replace(self.forward, reached=results.stopped_at)
         for job_id, modules in results.modules.items():
             self.layers_alone = results.layers_alone
-            self._open_log(self.queue.jobs[job_id], modules)
+            if (job := self.queue.jobs.get(job_id)) is not None:  # cancelled and dropped while it was set up
+                self._open_log(job, modules)
         for result in results.groups:  # before failures: the update of a group that answered is in the state
             if (closed := self._in_flight.pop(result.group_id, None)) is None:
                 continue  # its job has failed meanwhile

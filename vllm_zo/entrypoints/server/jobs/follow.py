@@ -103,7 +103,7 @@ class Follower:
             self.progress = copy.deepcopy(before)
             # One transaction: no client sees a step of a job that is still queued.
             with self._store.transaction():
-                moved = self._move_on(status)
+                moved = self._move_on(status, ran=bool(records))
                 told = self._tell(records, learning_rate)
             return moved or told
 
@@ -112,20 +112,25 @@ class Follower:
         if self._count is not None:
             await self._count(self.job, self.progress.trained_tokens - before.trained_tokens)
 
-    def _move_on(self, status: JobStatus) -> bool:
-        """Move the job's status to the engine's, if the job waits for that. Returns whether it did."""
+    def _move_on(self, status: JobStatus, *, ran: bool) -> bool:
+        """Move the job's status to the engine's, if the job waits for that. Returns whether it did.
+
+        Args:
+            ran: there are new records, so the job runs, or has run since the last answer: a short one may have ended
+                or paused itself meanwhile.
+        """
         step, job = self.progress.step, None
-        if status == JobStatus.RUNNING:
+        if status == JobStatus.RUNNING or ran:
             said = "The job goes on" if step else "Fine-tuning job started"
-            job = self._store.move_job(self.job.id, {JobStatus.QUEUED}, status, event(said))
-        elif status == JobStatus.PAUSED:
+            job = self._store.move_job(self.job.id, {JobStatus.QUEUED}, JobStatus.RUNNING, event(said))
+        if status == JobStatus.PAUSED:
             told, before = paused_at(step), {JobStatus.PAUSING}
             if self._paused_because is not None:  # the job has paused itself
                 told, before = (
                     event(f"The job is paused at step {step}: {self._paused_because}", "warn"),
                     {*before, JobStatus.RUNNING},
                 )
-            job = self._store.move_job(self.job.id, before, status, told, estimated_finish=None)
+            job = self._store.move_job(self.job.id, before, status, told, estimated_finish=None) or job
         self.job = job or self.job
         return job is not None
 
