@@ -19,6 +19,7 @@ import psutil
 import pytest
 from vllm import SamplingParams, envs
 from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.lora.request import LoRARequest
 from vllm.v1.engine import EngineCoreRequestType
 from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -174,6 +175,16 @@ def test_an_engine_that_waits_for_rewards_rests_and_hears_what_it_is_asked(llm: 
     told.touch()
     runs[1].wait()
     assert runs[1].status == "succeeded" and len(runs[1].history) == 2
+
+
+def test_a_request_for_an_adapter_whose_files_are_gone_is_refused_and_the_engine_lives(
+    llm: Any, tmp_path: Path
+) -> None:
+    """A client may remove a model while another's request for it is on its way."""
+    gone = LoRARequest("gone", 4712, str(tmp_path / "gone"))
+    refused = llm.generate([PROMPTS[0]], SamplingParams(max_tokens=2), lora_request=gone, use_tqdm=False)[0].outputs[0]
+    assert refused.finish_reason == "error" and "no adapter_config.json there" in refused.stop_reason
+    assert llm.generate([PROMPTS[0]], SamplingParams(max_tokens=2), use_tqdm=False)[0].outputs[0].token_ids
 
 
 def engine_process(llm: Any) -> psutil.Process:

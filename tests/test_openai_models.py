@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from vllm_zo.checkpoint.adapter_files import CONFIG, WEIGHTS
+from vllm_zo.entrypoints.server.models import vllm_models
 from vllm_zo.entrypoints.server.models.names import ModelNames
 from vllm_zo.entrypoints.server.state.directory import StateDir
 from vllm_zo.entrypoints.server.state.store import Store
@@ -89,3 +90,39 @@ def test_adapters_of_another_base_are_not_served_and_come_back_with_theirs(tmp_p
     served, listed = restored(state, store, "one")
     assert len(served) == 6 and listed == ["base", *served]
     store.close()
+
+
+def test_files_go_when_no_request_uses_them_under_any_of_their_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A final model and its last checkpoint are one directory. The engine ends if that is gone when it starts a request
+    for it, as it was when both were deleted while a request for the first one waited."""
+    monkeypatch.setattr(vllm_models, "ON_ITS_WAY_S", 0.01)
+    running: dict[str, Any] = {}
+
+    async def nothing(*args: Any) -> None: ...
+
+    async def delete_both() -> None:
+        engine = SimpleNamespace(
+            output_processor=SimpleNamespace(request_states=running), add_lora=nothing, remove_lora=nothing
+        )
+        models = SimpleNamespace(
+            base_model_paths=[], lora_requests={}, lora_id_counter=SimpleNamespace(inc=lambda by: by)
+        )
+        state = StateDir(tmp_path).acquire()
+        names = ModelNames(state, Store(state.database), vllm_models.Serving(models, engine), None, base="one")
+        write_adapter(directory := state.checkpoint("a", 5), value=1.0)
+        job: Any = SimpleNamespace(id="a", owner="")
+        await names.announce(job, "ft:a:ckpt", 5, "checkpoint")
+        await names.announce(job, "ft:a", 5, "final")
+        running["r"] = SimpleNamespace(lora_request=models.lora_requests["ft:a"])
+        await names.unload("ft:a", delete=True)
+        await names.unload("ft:a:ckpt", delete=True)
+        await asyncio.sleep(0.3)
+        assert directory.exists(), "a request still waits for it"
+        running.clear()
+        for _ in range(100):
+            await asyncio.sleep(0.05 if directory.exists() else 0)
+        assert not directory.exists()
+
+    asyncio.run(delete_both())

@@ -198,6 +198,7 @@ class ModelNames:
             if request is not None:
                 await self._serving.forget(request)
             if delete:
+                await self._serving.unused(self.directory(model))
                 await asyncio.to_thread(self._remove_files, model)
         except (OSError, ConfigError) as error:
             logger.error("model %s: cannot be removed: %s", model["id"], error)

@@ -19,6 +19,9 @@ from vllm_zo.errors import ConfigError
 
 CRASH_WAIT_S = 5.0
 """How long to wait for the exit status of an engine process that has announced its end."""
+ON_ITS_WAY_S = 2.0
+"""How long a request takes at most from the look at its model's name to vLLM's list of requests: it is tokenised. The
+engine refuses one that takes longer and whose adapter is gone by then."""
 ORDERLY = (0, -2, -15, None)
 """Exit statuses of an engine process that was asked to end: of itself, by SIGINT, by SIGTERM. None: it still runs."""
 
@@ -112,11 +115,24 @@ class Serving:
         return request
 
     async def forget(self, request: Any) -> None:
-        """Wait until no request uses an adapter any more, and drop it from the engine. Then its files may go."""
-        # By name: requests that came by an alias hold the same LoRARequest. vLLM has no event for a request's end.
-        while any(state.lora_name == request.lora_name for state in self._states()):
-            await asyncio.sleep(0.1)
+        """Wait until no request uses an adapter any more, and drop it from the engine.
+
+        The name is gone by now, but a request that came before may still be on its way to vLLM's list of requests.
+        """
+        await asyncio.sleep(ON_ITS_WAY_S)
+        # By name: requests that came by an alias hold the same LoRARequest.
+        await self._no_request(lambda lora: lora.lora_name == request.lora_name)
         await self._engine.remove_lora(request.lora_int_id)
+
+    async def unused(self, directory: Path) -> None:
+        """Wait until no request uses the files of an adapter, under whatever name: they may go then. The engine loads
+        an adapter when it starts a request for it, and ends if it cannot."""
+        await self._no_request(lambda lora: lora.lora_path == str(directory))
+
+    async def _no_request(self, uses: Callable[[Any], bool]) -> None:
+        # vLLM has no event for a request's end.
+        while any(state.lora_request is not None and uses(state.lora_request) for state in self._states()):
+            await asyncio.sleep(0.1)
 
     def add_base_name(self, name: str) -> None:
         """Give the base model one more name: its weights are those that a `fold` job has trained."""
