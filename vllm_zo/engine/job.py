@@ -548,7 +548,7 @@ class Job:
         return commands
 
     def forget_examples(self) -> None:
-        """Free the examples of a job that has ended: the engine keeps every job, and the examples are on disk."""
+        """Free the examples of a job that has ended: the engine keeps it until it is dropped (`zo_drop`)."""
         self.rows.forget()
         self._validation = ()
 
