@@ -90,6 +90,29 @@ class Once:
 
 
 @pytest.mark.slow
+def test_the_slurm_script_trains(engines: Engines, tmp_path: Path) -> None:
+    """On one node: in place of Slurm's programs stand two that know this machine only. The first test of this file:
+    the script starts Ray, which is once on a node, and the others share one that stays until they have ended."""
+    for name, line in {
+        "scontrol": "echo 127.0.0.1",
+        "srun": 'while [[ $1 == --* ]]; do shift; done; exec "$@"',
+    }.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{line}\n")
+        (tmp_path / name).chmod(0o755)
+    flags = [*train_flags(engines.model("opt"), tmp_path)[1:], *ENGINE_FLAGS, "--output", tmp_path / "run"]
+    done = subprocess.run(
+        ["bash", EXAMPLES / "train.sbatch", "--engines", "1", *map(str, flags)],
+        env={
+            **os.environ, "PATH": f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "SLURM_JOB_NODELIST": "here", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_ID": "1", "RAY_AUTH_MODE": "disabled",
+        },
+        capture_output=True, text=True, timeout=280,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert (tmp_path / "run" / "adapter" / "adapter_config.json").exists()
+
+
+@pytest.mark.slow
 def test_a_killed_engine_costs_no_step(cluster: Cluster) -> None:
     expected = train(cluster, shards=2)
     assert {name: engine["shards"] > 0 for name, engine in expected.engines.items()} == {
@@ -261,28 +284,6 @@ def test_ctrl_c_ends_the_engines(engines: Engines, tmp_path: Path) -> None:
         assert driver.returncode == 130 and "--resume-from" in errors, errors
         assert command("status", "--ray", address) == "no cluster\n"
         wait_until(lambda: not actor_processes(processes))
-
-
-@pytest.mark.slow
-def test_the_slurm_script_trains(engines: Engines, tmp_path: Path) -> None:
-    """On one node: in place of Slurm's programs stand two that know this machine only."""
-    for name, line in {
-        "scontrol": "echo 127.0.0.1",
-        "srun": 'while [[ $1 == --* ]]; do shift; done; exec "$@"',
-    }.items():
-        (tmp_path / name).write_text(f"#!/bin/bash\n{line}\n")
-        (tmp_path / name).chmod(0o755)
-    flags = [*train_flags(engines.model("opt"), tmp_path)[1:], *ENGINE_FLAGS, "--output", tmp_path / "run"]
-    done = subprocess.run(
-        ["bash", EXAMPLES / "train.sbatch", "--engines", "1", *map(str, flags)],
-        env={
-            **os.environ, "PATH": f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}",
-            "SLURM_JOB_NODELIST": "here", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_ID": "1", "RAY_AUTH_MODE": "disabled",
-        },
-        capture_output=True, text=True, timeout=280,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert (tmp_path / "run" / "adapter" / "adapter_config.json").exists()
 
 
 ENGINE_FLAGS = ["--dtype", "float32", "--max-model-len", 128, "--engine-option", "num_gpu_blocks_override=1024"]
