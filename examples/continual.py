@@ -96,15 +96,15 @@ def main() -> None:
 
     def answer(review: dict, label: int) -> bool:
         """Ask about a review, then say what the answer should have been; returns whether it was."""
-        answer = client.completions.create(
+        said = client.completions.create(
             model=live,
             prompt=TEMPLATE.format(**review),
             max_tokens=1,
             temperature=0,
             extra_body={"allowed_token_ids": tokens},  # the option that the job would predict
         )
-        client.post("/fine_tuning/feedback", body={"completion_id": answer.id, "label": label}, cast_to=httpx.Response)
-        return answer.choices[0].text == OPTIONS[label]
+        client.post("/fine_tuning/feedback", body={"completion_id": said.id, "label": label}, cast_to=httpx.Response)
+        return said.choices[0].text == OPTIONS[label]
 
     right: deque[bool] = deque(maxlen=WINDOW)
     curve: list[float] = []
