@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from tests.engines import reviews
 from tests.openai_server import KEY, METHOD, SENTIMENT, Server, Servers, create, jsonl, upload_reviews, wait_for
 from vllm_zo.checkpoint.seed_log.reader import read_seed_log
 from vllm_zo.entrypoints.server.state.store import Store
+from vllm_zo.jobs.status import UNFINISHED
 
 PROMPT = "a warm and clever story It was"
 LONG = 100_000
@@ -43,8 +45,13 @@ def state_dir(servers: Servers) -> Path:
 
 
 @pytest.fixture
-def client(server: Server) -> OpenAI:
-    return server.client()
+def client(server: Server) -> Iterator[OpenAI]:
+    client = server.client()
+    yield client
+    if server.process.poll() is None:  # else a test has ended it, and the next one looks at what it left
+        for job in client.fine_tuning.jobs.list(limit=100).data:
+            if job.status in UNFINISHED:  # a test has failed: the next ones need its lane
+                client.fine_tuning.jobs.cancel(job.id)
 
 
 @pytest.fixture(scope="module")
@@ -331,6 +338,16 @@ def test_clicks_at_once_are_one_transition_and_every_step_is_told_once(client: O
     with ThreadPoolExecutor(2) as clients:
         clients.map(lambda verb: getattr(client.fine_tuning.jobs, verb)(both.id), ["resume", "cancel"])
     assert client.fine_tuning.jobs.retrieve(both.id).status == "cancelled"
+
+
+def test_jobs_enter_the_queue_in_the_order_of_their_creation(client: OpenAI, data: str) -> None:
+    large = client.files.create(file=("large.jsonl", jsonl(reviews(3_000, seed=3))), purpose="fine-tune").id
+    first, second = (create(client, file, hyperparameters={"steps": 2}) for file in (large, data))
+    while client.fine_tuning.jobs.retrieve(second.id).status == "validating_files":
+        pass
+    assert client.fine_tuning.jobs.retrieve(first.id).status != "validating_files", "however long its file takes"
+    for job in (first, second):
+        wait_for(client, job.id, "succeeded")
 
 
 def test_two_jobs_run_together_and_the_third_waits(client: OpenAI, server: Server, data: str) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from contextvars import Context
 from typing import Any
 from weakref import WeakValueDictionary
@@ -69,6 +69,9 @@ class JobRunner:
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         """Locks that a coroutine holds or waits for. Others vanish: a client may name any number of ids of no job."""
+        self._validating: dict[str, tuple[str, asyncio.Event]] = {}
+        """Of each job that the engine does not have yet: its owner, and what is set once the engine has it, or it has
+        ended. In the order in which the jobs were created."""
         self._exclusive: set[str] = set()
         """Jobs with a task that need the engine to themselves."""
         self._other_base: set[str] = set()
@@ -299,26 +302,42 @@ class JobRunner:
 
     def _spawn(self, job: JobRecord) -> None:
         # In a context of its own: a job outlives the request that has created it, and works for the operator.
-        task = asyncio.create_task(self._attend(job), name=job.id, context=Context())
+        ahead = [entered for owner, entered in self._validating.values() if owner == job.owner]
+        if job.status == JobStatus.VALIDATING:
+            self._validating[job.id] = job.owner, asyncio.Event()
+        task = asyncio.create_task(self._attend(job, ahead), name=job.id, context=Context())
         self._tasks[job.id] = task
         if job.exclusive:
             self._exclusive.add(job.id)
 
         def forget(_: asyncio.Task[None]) -> None:
             del self._tasks[job.id]
+            self._let_next_enter(job)
             self._exclusive.discard(job.id)
             self._on_end(job.id)
 
         task.add_done_callback(forget)
 
-    async def _attend(self, job: JobRecord) -> None:
+    def _let_next_enter(self, job: JobRecord) -> None:
+        if (waiting := self._validating.pop(job.id, None)) is not None:
+            waiting[1].set()
+
+    async def _attend(self, job: JobRecord, ahead: Sequence[asyncio.Event]) -> None:
         """Attend to a job until its end. Any error fails the job, with the reason: no task ends in silence.
 
         Cancelling the task does not: CancelledError is no Exception.
+
+        Args:
+            ahead: events to wait for before the job enters the engine's queue. A project's jobs enter in the order in
+                which they were created, however long their files take to validate.
         """
         try:
             if job.status == JobStatus.VALIDATING:
-                job = await self._enter(job, await self._validate(job))
+                changes = await self._validate(job)
+                for entered in ahead:
+                    await entered.wait()
+                job = await self._enter(job, changes)
+                self._let_next_enter(job)
             await self._follow(job)
             if not job.exclusive:  # the base may hold such a job's weights, and get its own back later
                 async with self._lock(job.id):  # not between a client's look at the job and its call to the engine
