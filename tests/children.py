@@ -246,11 +246,12 @@ def train_another_way(report: Any, model: str, road: str) -> None:
         _interpret_triton()
     from tests.test_runners_and_ranks import ENGINE, results
 
-    if road == "v2-runner":  # our own kernel along with vLLM's
+    if road == "v2-runner":  # our own kernels along with vLLM's
         from vllm_zo.worker.cpu.platform import CPUPlatform
-        from vllm_zo.worker.cuda.triton_slots import OneLaunchWriter
+        from vllm_zo.worker.cuda.platform import CUDAPlatform
 
-        CPUPlatform.slot_writer = lambda self, pieces, rank: OneLaunchWriter(pieces, rank)  # type: ignore[method-assign]
+        CPUPlatform.slot_writer = CUDAPlatform.slot_writer  # type: ignore[method-assign,assignment]
+        CPUPlatform.fold_into = CUDAPlatform.fold_into  # type: ignore[method-assign,assignment]
     for name, result in results(engine(model, zo_training=True, **ENGINE, **options)):
         report(name=name, result=result)
 

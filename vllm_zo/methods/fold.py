@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vllm_zo import noise
 
-_MANTISSA_BITS = {torch.bfloat16: 7, torch.float16: 10}
+MANTISSA_BITS = {torch.bfloat16: 7, torch.float16: 10}
 """Explicit mantissa bits; float32 has 23."""
 _CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}
 """Elements per pass of a fold. With a pass of this size the float32 sum, its bits and the noise stay in a CPU's cache,
@@ -83,9 +83,9 @@ def stochastic_round(
     Raises:
         TypeError: `dtype` is neither bfloat16 nor float16.
     """
-    if dtype not in _MANTISSA_BITS:
+    if dtype not in MANTISSA_BITS:
         raise TypeError(f"stochastic rounding to {dtype} is not defined; use float32, bfloat16 or float16")
-    dropped_mask = (1 << (23 - _MANTISSA_BITS[dtype])) - 1
+    dropped_mask = (1 << (23 - MANTISSA_BITS[dtype])) - 1
     lines, length = (1, value.numel()) if stride is None else value.shape
     starts = (first_element + line * (stride or 0) for line in range(lines))
     ranges = noise.ElementRanges.of((module, start, start + length) for start in starts)

@@ -26,7 +26,7 @@ def fill(key: int, ranges: ElementRanges, device: torch.device, dtype: torch.dty
     if ranges.total:
         table = _table_on(device, ranges)
         with torch.cuda.device_of(out):
-            _fill[(len(table),)](out, table, _signed(key), BLOCK=BLOCK, GAUSSIAN=dtype == torch.float32)
+            _fill[(len(table),)](out, table, signed(key), BLOCK=BLOCK, GAUSSIAN=dtype == torch.float32)
     return out
 
 
@@ -36,10 +36,10 @@ def add(theta_N: Tensor, keys: Sequence[int], weights_K: Tensor, factor: float, 
     if ranges.total:
         device = theta_N.device
         table = _table_on(device, ranges)
-        signed = upload([_signed(key) for key in keys], device)
+        on_device = upload([signed(key) for key in keys], device)
         with torch.cuda.device_of(out):
             _add[(len(table),)](
-                out, theta_N.contiguous(), table, signed, weights_K.contiguous(), factor, len(keys), BLOCK=BLOCK
+                out, theta_N.contiguous(), table, on_device, weights_K.contiguous(), factor, len(keys), BLOCK=BLOCK
             )
     return out
 
@@ -51,7 +51,7 @@ def _table_on(device: torch.device, ranges: ElementRanges) -> Tensor:
     return ranges.device_tables[device]
 
 
-def _signed(key: int) -> int:
+def signed(key: int) -> int:
     """The key as a signed 64-bit integer, because Triton compiles a kernel again for an argument of another type."""
     return key - (1 << 64) if key >> 63 else key
 
@@ -118,10 +118,7 @@ def _elements(row, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
 def _values(row, key, BLOCK: tl.constexpr, GAUSSIAN: tl.constexpr):  # type: ignore[no-untyped-def]
     """The noise of a program's elements, in their order. `row` is the program's line of the launch table."""
     counter = tl.load(row) + tl.arange(0, BLOCK)
-    high = tl.zeros_like(counter) + tl.load(row + 1)
-    low0, low1 = (counter & 0xFFFFFFFF).to(tl.uint32), (counter >> 32 & 0xFFFFFFFF).to(tl.uint32)
-    high0, high1 = (high & 0xFFFFFFFF).to(tl.uint32), (high >> 32 & 0xFFFFFFFF).to(tl.uint32)
-    v0, v1, v2, v3 = tl.philox(key, low0, low1, high0, high1)
+    v0, v1, v2, v3 = words(counter, tl.load(row + 1), key)
     if GAUSSIAN:
         v0, v1 = _box_muller(v0, v1)
         v2, v3 = _box_muller(v2, v3)
@@ -130,6 +127,15 @@ def _values(row, key, BLOCK: tl.constexpr, GAUSSIAN: tl.constexpr):  # type: ign
         v2, v3 = v2.to(tl.int32, bitcast=True), v3.to(tl.int32, bitcast=True)
     # The inner calls give v0 v2 v0 v2 ... and v1 v3 v1 v3 ...; the outer one gives v0 v1 v2 v3 for each counter.
     return tl.interleave(tl.interleave(v0, v2), tl.interleave(v1, v3))
+
+
+@triton.jit
+def words(counter, high, key):  # type: ignore[no-untyped-def]
+    """The four uint32 words of each counter. counter: int64 low halves, of any shape; high: the module's id."""
+    high = tl.zeros_like(counter) + high
+    low0, low1 = (counter & 0xFFFFFFFF).to(tl.uint32), (counter >> 32 & 0xFFFFFFFF).to(tl.uint32)
+    high0, high1 = (high & 0xFFFFFFFF).to(tl.uint32), (high >> 32 & 0xFFFFFFFF).to(tl.uint32)
+    return tl.philox(key, low0, low1, high0, high1)
 
 
 @triton.jit

@@ -99,6 +99,10 @@ class Platform(Protocol):
     def base_weights(self) -> BaseWeights:
         """Make the object that reads and changes base weights."""
 
+    @property
+    def fold_into(self) -> Callable[..., Tensor]:
+        """`methods.fold.fold_into`, or what does the same on this device."""
+
     # --- an engine step -----------------------------------------------------------------------------------------------
 
     @property

@@ -57,7 +57,6 @@ from vllm_zo.job_memory import check_state, free_on
 from vllm_zo.methods import drift
 from vllm_zo.methods.adapter import whole_adapter
 from vllm_zo.methods.decide import decide
-from vllm_zo.methods.fold import fold_into
 from vllm_zo.methods.layers import layer_of
 from vllm_zo.methods.plan import ProbePlan
 from vllm_zo.methods.state import AdapterState, regenerates
@@ -331,7 +330,9 @@ class Trainer:
                 ins = target.shape.in_features
                 first = target.out_slice.start * ins + target.in_slice.start
                 stride = None if rows.shape[1] == ins else ins
-                fold_into(rows, u, v, key, target.shape.name, out=rows, first_element=first, stride=stride)
+                self.platform.fold_into(
+                    rows, u, v, key, target.shape.name, out=rows, first_element=first, stride=stride
+                )
 
     @execute.register
     def _publish(self, command: Publish) -> None:

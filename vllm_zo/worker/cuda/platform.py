@@ -14,6 +14,7 @@ from vllm_zo.worker.base_weights import BaseWeights
 from vllm_zo.worker.cuda import patches
 from vllm_zo.worker.cuda.head import KERNEL_DTYPES, TritonHead
 from vllm_zo.worker.cuda.host_copy import CopyStream
+from vllm_zo.worker.cuda.triton_fold import fold_into
 from vllm_zo.worker.cuda.triton_slots import OneLaunchWriter
 from vllm_zo.worker.head import Head
 from vllm_zo.worker.host_copy import HostCopy
@@ -25,6 +26,7 @@ class CUDAPlatform:
     """See `Platform`. Forwards compute every row, in vLLM's CUDA graphs, and all members are requests of vLLM."""
 
     layers_alone = 0
+    fold_into = staticmethod(fold_into)
 
     def __init__(self, runner: Any, wrappers: Sequence[Any], device: torch.device) -> None:
         self.device = device
