@@ -2,15 +2,19 @@
 
     python ci/check_source.py DIRECTORY...      # each holds a `vllm` folder: site-packages, or an unpacked wheel
 
-For wheels that the machine cannot run (CUDA builds). Exit status 1 when something is missing in one of them. Signatures
-are compared with those of the installed vLLM; a difference is a line to read, not a failure, because overrides hand
-arguments on (`*args, **kwargs`).
+For wheels that the machine cannot run (CUDA builds). Exit status 1 when something is missing in one of them, or when a
+patch does not apply to a release that it names. Signatures are compared with those of the installed vLLM; a difference
+is a line to read, not a failure, because overrides hand arguments on (`*args, **kwargs`).
 """
 
 from __future__ import annotations
 
 import ast
+import os
+import shutil
+import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -22,6 +26,7 @@ from vllm_zo.compat.registry import declared_patches
 from vllm_zo.compat.seams import EXTENDED, READ
 
 PACKAGE = Path(compat.__file__).parents[1]
+SERIES = sorted((PACKAGE.parent / "patches").glob("*.patch"))
 FIELDS = {
     "vllm.v1.core.sched.output:SchedulerOutput": (
         "scheduled_new_reqs", "num_scheduled_tokens", "preempted_req_ids", "finished_req_ids",
@@ -198,6 +203,27 @@ def differences(source: Source, reference: Source) -> Iterator[str]:
         yield f"differs: {target}: {', '.join(parts) or 'another order'}"
 
 
+def unpatched(source: Source) -> Iterator[str]:
+    """The patches that do not apply, one after the other; only those that name this release among theirs."""
+    release = source.version().rpartition(" ")[2]
+    with tempfile.TemporaryDirectory() as directory:
+        tree = Path(directory)
+        shutil.copytree(source.root / "vllm", tree / "vllm", ignore=lambda _, names: _no_python(names))
+        environment = {**os.environ, "GIT_CEILING_DIRECTORIES": str(tree.parent)}
+        for patch in SERIES:
+            named = next(line for line in patch.read_text().splitlines() if line.startswith("Against: "))
+            if release not in named:
+                continue
+            command = ["git", "apply", str(patch)]
+            done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
+            if done.returncode:
+                yield f"does not apply: {patch.name}: {done.stderr.splitlines()[0]}"
+
+
+def _no_python(names: list[str]) -> list[str]:
+    return [name for name in names if "." in name and not name.endswith(".py")]
+
+
 def main(*directories: str) -> int:
     import importlib.util
 
@@ -207,10 +233,10 @@ def main(*directories: str) -> int:
     failed = False
     for directory in directories:
         source = Source(Path(directory))
-        missing = list(problems(source))
-        failed |= bool(missing)
-        print(f"{source.version()}: {len(missing)} missing")
-        for line in [*missing, *differences(source, reference)]:
+        missing, failing = list(problems(source)), list(unpatched(source))
+        failed |= bool(missing or failing)
+        print(f"{source.version()}: {len(missing)} missing, {len(failing)} patches of its own do not apply")
+        for line in [*missing, *failing, *differences(source, reference)]:
             print(f"  {line}")
     return int(failed)
 

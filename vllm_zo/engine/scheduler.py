@@ -164,6 +164,7 @@ class ZOSchedulerMixin(_Base):
         elif may_start:
             offered = self._offer_members(step)
         self._forget_stale_kv()  # before vLLM looks up the prefix of any new request
+        last_prefill = getattr(self, "last_prefill_step", None)
         output = super().schedule(*args, **kwargs)
         self._withdraw(m for m in offered if m.req_id not in output.num_scheduled_tokens)
         # Before commands are taken: a member that was preempted has lost its KV, and its group must not close.
@@ -186,6 +187,10 @@ class ZOSchedulerMixin(_Base):
             computed = member.request.num_computed_tokens  # vLLM has added this step's tokens already
             done = computed >= member.request.num_prompt_tokens
             self.zo.score(member, computed - num_tokens, num_tokens, last_chunk=done)
+        if last_prefill is not None and not step.prefill:
+            # With `prefill_schedule_interval` vLLM 0.33 holds prompts back for some steps after each step with one.
+            # Members must not count: there would always be some, and requests would wait out every interval.
+            self.last_prefill_step = last_prefill
         self._begin_step(step, output)
         if commands := self.zo.take_commands():
             setattr(output, COMMANDS_ATTR, commands)
