@@ -1,4 +1,5 @@
-"""How an accumulator goes into a weight: `W += U V^T`, with seeded stochastic rounding below float32. Pure torch.
+"""How an accumulator goes into a weight: `W += U V^T`, with seeded stochastic rounding below float32. Pure torch, for
+the CPU: on CUDA `worker/cuda/triton_fold.py` does the same.
 
 A fold of 50 LoZO steps at learning rate 1e-7 is below half an ulp of most bfloat16 weights, so rounding to nearest
 would lose it. Stochastic rounding is right in expectation. Its noise is a function of (key, module, element), so every
@@ -14,9 +15,9 @@ from vllm_zo import noise
 
 MANTISSA_BITS = {torch.bfloat16: 7, torch.float16: 10}
 """Explicit mantissa bits; float32 has 23."""
-_CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}
-"""Elements per pass of a fold. With a pass of this size the float32 sum, its bits and the noise stay in a CPU's cache,
-and no device needs a float32 copy of a large matrix. Smaller passes cost more calls; larger ones were not faster."""
+_CHUNK_ELEMENTS = 1 << 18
+"""Elements per pass of a fold: the float32 sum, its bits and the noise stay in a CPU's cache. Smaller passes cost more
+calls; larger ones were not faster."""
 
 
 def fold_into(
@@ -52,7 +53,7 @@ def fold_into(
         out = torch.empty_like(weight_OI)
     outs, ins = weight_OI.shape
     # Whole lines of the matrix: a part then has one product with V, and its elements follow each other in the noise.
-    size = max(1, _CHUNK_ELEMENTS.get(weight_OI.device.type, 1 << 24) // max(1, ins))
+    size = max(1, _CHUNK_ELEMENTS // max(1, ins))
     for first in range(0, outs, size):
         part = slice(first, first + size)
         # `float()` copies the part before `out`, which may be the weight, receives it.

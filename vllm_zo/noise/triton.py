@@ -46,8 +46,7 @@ def add(theta_N: Tensor, keys: Sequence[int], weights_K: Tensor, factor: float, 
 
 def _table_on(device: torch.device, ranges: ElementRanges) -> Tensor:
     if device not in ranges.device_tables:
-        one = len(ranges.ranges) == 1
-        ranges.device_tables[device] = table_of_one(ranges, device) if one else launch_table(ranges).to(device)
+        ranges.device_tables[device] = launch_table(ranges).to(device)
     return ranges.device_tables[device]
 
 
@@ -72,20 +71,6 @@ def launch_table(ranges: ElementRanges) -> Tensor:
     table = np.stack((first, high, bounds[:, 0], bounds[:, 1], shift), axis=1).repeat(programs, axis=0)
     table[:, 0] += within * BLOCK
     return torch.from_numpy(table)
-
-
-def table_of_one(ranges: ElementRanges, device: torch.device) -> Tensor:
-    """`launch_table` of a single piece, made on the device.
-
-    A fold asks for one piece after another, of up to 16 million elements, and uses no table twice. The host would have
-    to compute each table, and the device to wait for it.
-    """
-    (_, start, stop), first = ranges.ranges[0], int(ranges.blocks.first[0])
-    table = torch.empty(-(-int(ranges.blocks.count[0]) // BLOCK), 5, dtype=torch.int64, device=device)
-    table[:, 0] = torch.arange(first, first + len(table) * BLOCK, BLOCK, dtype=torch.int64, device=device)
-    for column, value in enumerate((int(ranges.blocks.high.view(np.int64)[0]), start, stop, -start), 1):
-        table[:, column] = value
-    return table
 
 
 # Triton would compile a kernel again for an argument of 1 or of a multiple of 16, unless told otherwise.
