@@ -3,7 +3,7 @@
 `methods/fold.py` says what a fold is, and is the road of every other device. There a pass of 16 million elements takes
 about ten launches, each of which reads or writes four bytes an element: the float32 sum, the noise, its masks and the
 rounded copy. Here a program reads a tile of the weight, adds, rounds and writes it back: two bytes an element each way,
-no memory of its own, no table. What is left is the noise, some 25 integer operations an element.
+no memory of its own, no table. What is left is the noise, some 25 integer instructions an element.
 
 An element's sum goes over the ranks in their order, whatever the tile, so a part of a module on a tensor-parallel rank
 is folded bit for bit as the whole. The rounding bits are those of the plain road. Its float32 sum may differ by the
