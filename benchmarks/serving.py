@@ -3,6 +3,7 @@
     python benchmarks/serving.py                              # the demo model, --zo-slowdown 1.1
     python benchmarks/serving.py --slowdowns 1.1,2,0 --shares 50 --rounds 6 --json serving.json
     python benchmarks/serving.py --shape 13b --dtype float16 --slowdowns 1.1,0    # random weights
+    python benchmarks/serving.py --model "$(python examples/models.py smollm2)" --dtype bfloat16
 
 Each slowdown has a real server (`vllm-zo serve --zo-slowdown`). The client is vLLM's own `vllm bench serve`, called as
 a function in this process, on the cores that serve: streamed completions that arrive at random (Poisson) at shares of
@@ -69,7 +70,9 @@ class Server:
             "serve",
             args.model_dir,
         ]
-        command += ["--served-model-name", "demo", "--dtype", args.dtype, "--max-model-len", "256", "--port", str(port)]
+        length = max(256, args.prompt + args.tokens + 1)
+        command += ["--served-model-name", "demo", "--dtype", args.dtype, "--max-model-len", str(length)]
+        command += ["--port", str(port)]
         command += ["--zo-state-dir", str(state_dir), "--zo-slowdown", str(slowdown), "--disable-uvicorn-access-log"]
         if args.device == "cuda":
             command += gpu_flags(args.model_dir)
@@ -115,7 +118,8 @@ def client_args(server: Server, args: argparse.Namespace, requests: int, rate: f
         "--random-output-len",
         str(args.tokens),
     ]
-    flags += ["--num-prompts", str(requests), "--request-rate", str(rate), "--seed", str(seed), "--disable-tqdm"]
+    flags += ["--num-prompts", str(requests), "--request-rate", str(rate), "--burstiness", str(args.burstiness)]
+    flags += ["--seed", str(seed), "--disable-tqdm"]
     flags += ["--save-detailed", "--temperature", "0"]
     return parser.parse_args(flags)
 
@@ -301,11 +305,13 @@ def main() -> None:
     parser.add_argument("--together", type=int, default=16, help="requests under way at the saturating rate")
     parser.add_argument("--prompt", type=int, default=16, help="tokens of a prompt")
     parser.add_argument("--tokens", type=int, default=32, help="tokens a request generates")
+    parser.add_argument("--burstiness", type=float, default=1.0, help="1: Poisson; below 1 requests come in bursts")
     parser.add_argument("--seconds", type=float, default=20.0, help="length of a window")
     parser.add_argument("--requests", type=int, help="of each kind at each share, in place of --seconds")
     parser.add_argument("--rounds", type=int, default=2, help="windows of each kind")
     parser.add_argument("--json", type=Path, help="write every figure to this file")
-    parser.add_argument("--shape", choices=SHAPES, help="an OPT of random weights instead of the demo model")
+    parser.add_argument("--model", default=str(MODEL), help="directory of the model")
+    parser.add_argument("--shape", choices=SHAPES, help="an OPT of random weights instead of the model")
     parser.add_argument("--dtype", choices=("bfloat16", "float32", "float16"), default="float32")
     add_device(parser)
     args = parser.parse_args()
@@ -330,7 +336,7 @@ def main() -> None:
 def choose_workload(args: argparse.Namespace, scratch: Path) -> None:
     """Set the model, the training records and the objective of the job."""
     if args.shape is None:
-        args.model_dir, args.rows, args.objective = str(MODEL), REVIEWS.read_text(), OBJECTIVE
+        args.model_dir, args.rows, args.objective = args.model, REVIEWS.read_text(), OBJECTIVE
         return
     args.model_dir = str(make_checkpoint(args, scratch))
     args.rows = "".join(json.dumps(row) + "\n" for row in Prompts(SHAPES[args.shape].vocab, 16).records())
