@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from vllm_zo.engine.admission import UNLIMITED
+from vllm_zo.engine.controller import ForwardSoFar
 from vllm_zo.engine.pacing import EngineStep, Pacer
 from vllm_zo.engine.step_cost import OUTLIER, StepCost
 
@@ -26,8 +26,8 @@ class SimulatedEngine:
     Attributes:
         rate: requests a second.
         unit: training tokens that start together; None: there is no job.
-        layers: of the model, if a forward for training only stops after the one in which a request arrives.
-        left: training tokens of the forward that has stopped, of `whole`.
+        rows: of the model's layers, if a forward for training only stops after the one in which a request arrives.
+        stopped: such a forward.
     """
 
     rate: float
@@ -38,14 +38,16 @@ class SimulatedEngine:
     alone_fixed: float = 6e-3
     decode: float = 0.4e-3
     prefill: float = 0.05e-3
+    answer: int = ANSWER
     training: float = 0.12e-3
     alone: float = 0.075e-3
+    cold: float = 0.0
+    """Seconds that a step that serves takes longer if it follows training."""
     noise: float = 0.1
     seed: int = 0
     steps_ahead: int = 0
-    layers: int = 1
-    left: float = 0.0
-    whole: float = 0.0
+    rows: tuple[int, ...] | None = None
+    stopped: ForwardSoFar | None = None
     now: float = 0.0
     trained: float = 0.0
     first_tokens: list[float] = field(default_factory=list)
@@ -57,6 +59,7 @@ class SimulatedEngine:
     """Tokens behind first ones, and seconds between each and the one before, all together."""
 
     def __post_init__(self) -> None:
+        self.after_training = False
         self.rng, self.noises = random.Random(self.seed), random.Random(self.seed + 1)
         self.pacer = Pacer(self.slowdown, self.steps_ahead)
         self.waiting: list[float] = []
@@ -85,6 +88,8 @@ class SimulatedEngine:
         base = self.fixed + self.decode * step.decode + self.prefill * step.prefill if step.serves else 0.0
         each = self.training if step.serves else self.alone
         extra = each * step.training + (self.alone_fixed if step.training and not step.serves else 0.0)
+        extra += self.cold if step.serves and self.after_training else 0.0
+        self.after_training = step.training > 0
         noise, begin = self.noises.lognormvariate(0, self.noise), self.now
         self.now += (base + extra) * noise or POLL_S
         self.pacer.ended(step, self.now)
@@ -92,7 +97,7 @@ class SimulatedEngine:
         self.answering += step.decode * (self.now - begin)
         self.base, self.real = self.base + base * noise, self.real + ((base + extra) * noise if step.serves else 0.0)
         self.trained += step.training
-        self.running = [left - 1 for left in self.running if left > 1] + [ANSWER - 1] * len(step.arrived)
+        self.running = [left - 1 for left in [*self.running, *[self.answer] * len(step.arrived)] if left > 1]
         self.first_tokens += [self.now - arrival for arrival in step.arrived]
 
     def _train(self, step: EngineStep, unit: int) -> None:
@@ -100,22 +105,19 @@ class SimulatedEngine:
         if step.serves:
             tokens = self.pacer.beside(first_tokens=bool(step.arrived))
         else:
-            tokens = self.pacer.alone(self.now, unit, self.layers)
+            tokens = self.pacer.alone(self.now, unit, self.rows and sum(self.rows) / max(self.rows))
         whole = unit * min(int(tokens // unit), self.most_units)
-        if not self.left and (step.serves or self.layers == 1):
+        if self.rows is None or (self.stopped is None and step.serves):
             step.training = whole
             return
-        if not self.left:
-            self.left = self.whole = whole
-        if not self.left:
-            return
-        layer, step.left = self.whole / self.layers, round(self.left)
-        count = tokens / layer
+        forward = self.stopped or ForwardSoFar(whole, self.rows)
+        step.left, layers = forward.left, forward.within(int(tokens))
         if not step.serves:
-            count = math.ceil((self.next - self.now - self.alone_fixed) / (self.alone * layer))
-        done = min(max(int(count), 0) * layer, self.left)
-        self.left = max(self.left - done, 0.0) if self.left - done > 1e-6 else 0.0
-        step.training = round(done)
+            until = self.next - self.now - self.alone_fixed
+            layers = next((n for n in range(len(self.rows)) if self.alone * forward.cost(n) >= until), len(self.rows))
+        step.training = forward.cost(layers)
+        forward = replace(forward, reached=forward.reached + layers)
+        self.stopped = forward if forward.left else None
 
     def percentile(self, share: float) -> float:
         return sorted(self.first_tokens)[int(share * len(self.first_tokens))]
@@ -210,6 +212,24 @@ def test_tokens_come_as_much_later_as_the_target_says_though_more_requests_are_u
     assert between_tokens(34) / between_tokens(None) == pytest.approx(1.1, abs=0.03)
 
 
+@pytest.mark.parametrize("share", [0.1, 0.5])
+def test_what_training_adds_to_the_step_after_it_counts_as_its_cost(share: float) -> None:
+    engine = SimulatedEngine(share * saturation(), cold=3e-3).run(30)
+    before = engine.real, engine.base, engine.trained
+    engine.run(60)
+    slower = (engine.real - before[0]) / (engine.base - before[1])
+    assert 1.02 < slower < 1.12 and engine.trained > before[2]
+    assert engine.pacer.stats(engine.now)["slowdown"] == pytest.approx(slower, abs=0.02)
+
+
+def test_a_job_moves_beside_requests_of_one_token() -> None:
+    """Between two of them there is always a forward for training only: no step shows what serving costs by itself."""
+    engine = SimulatedEngine(5.0, answer=1, prefill=1e-3).run(60)
+    slowdown, trained = engine.pacer.stats(engine.now)["slowdown"], engine.trained
+    assert slowdown == pytest.approx(1.0, abs=0.05)
+    assert engine.run(10).trained > trained
+
+
 def test_when_the_engine_becomes_slower_the_target_holds_again_after_seconds() -> None:
     engine = SimulatedEngine(0.3 * saturation()).run(60)
     engine.training *= 3
@@ -235,12 +255,33 @@ def test_a_request_waits_for_no_more_than_the_shortest_forward_while_others_come
 @pytest.mark.parametrize("share", [0.1, 0.25, 0.5])
 def test_a_forward_that_stops_between_layers_uses_the_idle_time_and_a_request_waits_for_one_layer(share: float) -> None:
     rate = share * saturation()
-    without, beside = (SimulatedEngine(rate, unit=unit, layers=6).run(30) for unit in (None, 34))
+    without, beside = (SimulatedEngine(rate, unit=unit, rows=(34,) * 6).run(30) for unit in (None, 34))
     for quantile in (0.5, 0.9, 0.99):
         assert beside.percentile(quantile) < without.percentile(quantile) + beside.alone_fixed + 2e-3
     stats = beside.pacer.stats(beside.now)
     assert stats["idle_used"] is not None and stats["idle_used"] > 0.7
     assert stats["stops"] and stats["slowdown"] == pytest.approx(1.08, abs=0.04)
+
+
+def test_layers_below_the_first_trained_one_cost_their_rows() -> None:
+    forward = ForwardSoFar(300, rows=(0, 0, 10, 20))
+    assert (forward.left, forward.next, forward.within(0), forward.within(99)) == (300, 100, 2, 2)
+    assert (forward.within(100), forward.cost(3), forward.within(300)) == (3, 100, 4)
+    stopped = replace(forward, reached=3)
+    assert (stopped.left, stopped.next, stopped.within(199), stopped.within(200)) == (200, 200, 0, 1)
+    assert ForwardSoFar(100, rows=(7, 7, 7)).next == 34, "rounded up"
+
+
+def test_a_request_waits_for_one_layer_where_the_lower_ones_have_no_rows() -> None:
+    """The last of 30 layers costs as much as the whole forward: it may be as long as any layer."""
+
+    def largest(rows: tuple[int, ...]) -> float:
+        engine = SimulatedEngine(3.0, rows=rows, unit=10, fixed=20e-3).run(60)
+        tokens = engine.pacer.alone(engine.now, 10, sum(rows) / max(rows))
+        return tokens * max(rows) / sum(rows) * engine.alone
+
+    every, last = largest((10,) * 30), largest((0,) * 29 + (10,))
+    assert 0 < last == pytest.approx(every, rel=0.5)
 
 
 def test_long_answers_to_the_first_token_give_room_for_longer_forwards() -> None:

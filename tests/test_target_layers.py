@@ -304,6 +304,23 @@ def test_jobs_that_train_different_layers_share_a_step(families: Engines) -> Non
     assert not len(worker_of(llm).zo.platform.rows.kept)
 
 
+def test_the_scheduler_knows_what_each_layer_costs(families: Engines) -> None:
+    """It paces forwards that stop between layers, and counts a layer by its rows."""
+    llm = families.get(f"opt-{LAYERS}")
+    zo = scheduler_of(llm).zo
+    for layers, costs in ((None, [1, 1, 1, 1]), ("2:", [0, 0, 1, 1]), ("last", [0, 0, 0, 1]), (None, [1, 1, 1, 1])):
+        train(llm, target_layers=layers)  # more than an epoch: the states of every example are kept
+        assert [rows / max(zo.layer_rows) for rows in zo.layer_rows] == costs
+    start(llm, reviews(ROWS, seed=4), method=LOZO, learning_rate=RATE, steps=50, target_layers="2:")
+    step(llm, 2)  # nothing is kept yet: layers below run once for both probes
+    below, above = zo.layer_rows[0], zo.layer_rows[-1]
+    assert zo.layer_rows == (below, below, above, above) and 0 < below < above
+    for job_id in list(zo.queue.unfinished):
+        zo.finish_early(job_id, cancel=True)
+    while scheduler_of(llm).has_requests():
+        step(llm, 1)
+
+
 def test_kept_states_do_not_outlive_the_weights_that_made_them(families: Engines) -> None:
     """vLLM reloads the weights of an engine in place; it then tells its LoRA manager to forget all adapters."""
     llm = families.get(f"llama-{LAYERS}")

@@ -320,6 +320,9 @@ class ZOResults:
     members alone. Valid in an answer that has `modules`."""
     stopped_at: int | None = None
     """How many layers the forward has run that stopped in this step; None: none has."""
+    layer_rows: tuple[int, ...] = ()
+    """How many rows each layer of the forward of members alone computes that began in this step; () if none did. No
+    reason to answer by itself."""
 
     def __bool__(self) -> bool:
         answers = self.groups or self.unpublished or self.drifts or self.failures or self.digests or self.modules

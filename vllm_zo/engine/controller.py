@@ -40,25 +40,37 @@ logger = logging.getLogger("vllm.zo")
 class ForwardSoFar:
     """A forward in which the workers run members alone, as far as it has come.
 
+    What layers cost is counted in training tokens, rounded up: all of them cost the tokens of the members, and each the
+    share that its rows are of the rows of all.
+
     Attributes:
         tokens: of its members.
-        layers: after how many layers it may stop (`ZOResults.layers_alone`).
+        rows: of each layer after which it may stop (`ZOResults.layer_rows`).
         reached: how many of them it has run.
     """
 
     tokens: int
-    layers: int
+    rows: tuple[int, ...]
     reached: int = 0
+
+    def cost(self, layers: int) -> int:
+        """What the next `layers` layers cost."""
+        return -(-self.tokens * sum(self.rows[self.reached : self.reached + layers]) // sum(self.rows))
 
     @property
     def left(self) -> int:
-        """What the other layers cost, in training tokens: each counts as its share of them."""
-        return self.tokens - self.tokens * self.reached // self.layers
+        """What all layers cost that it has not run."""
+        return self.cost(len(self.rows))
 
     @property
-    def layer(self) -> int:
-        """What a layer costs, rounded up."""
-        return -(-self.tokens // self.layers)
+    def next(self) -> int:
+        """What it costs to go on: the layers without rows that come next, and one more."""
+        return self.cost(self.within(0) + 1)
+
+    def within(self, tokens: int) -> int:
+        """How many of the next layers cost at most so much together."""
+        layers = range(len(self.rows) - self.reached)
+        return next((number for number in layers if self.cost(number + 1) > tokens), len(layers))
 
 
 class Controller:
@@ -72,7 +84,10 @@ class Controller:
         self._numbers = itertools.count(1)
         self.layers_alone = 0
         """See `ZOResults`: the workers tell with the modules of a job."""
-        self.forward = ForwardSoFar(0, 1)
+        self.layer_rows: tuple[int, ...] = (1,)
+        """Of the latest forward of members alone (`ZOResults`). Of the next one only how they compare is expected to be
+        the same; before the first one all layers count alike."""
+        self.forward = ForwardSoFar(0, self.layer_rows)
         """The latest forward of members alone."""
         self.stopped = False
         """Whether it has stopped between layers. Then nothing else starts before it has ended."""
@@ -216,7 +231,7 @@ class Controller:
         """
         for member in members:
             self.score(member, 0, len(member.token_ids), last_chunk=True)
-        self.forward = ForwardSoFar(sum(len(member.token_ids) for member in members), self.layers_alone)
+        self.forward = ForwardSoFar(sum(len(member.token_ids) for member in members), self.layer_rows)
 
     def run_layers(self, alone: Alone) -> None:
         """Let the workers begin the forward of `run_alone`, or go on with the one that has stopped."""
@@ -328,10 +343,14 @@ class Controller:
 
     def on_results(self, results: ZOResults) -> None:
         """Take in what the workers answered in one engine step, and end the jobs that must end."""
+        if results.layer_rows:
+            self.layer_rows = results.layer_rows
+            self.forward = replace(self.forward, rows=self.layer_rows)
         if results.stopped_at is not None:
             self.stopped, self.forward = True, replace(self.forward, reached=results.stopped_at)
         for job_id, modules in results.modules.items():
-            self.layers_alone = results.layers_alone
+            if results.layers_alone != self.layers_alone:
+                self.layers_alone, self.layer_rows = results.layers_alone, (1,) * max(results.layers_alone, 1)
             if (job := self.queue.jobs.get(job_id)) is not None:  # cancelled and dropped while it was set up
                 self._open_log(job, modules)
         for result in results.groups:  # before failures: the update of a group that answered is in the state

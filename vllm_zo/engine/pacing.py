@@ -2,8 +2,9 @@
 
 A target says how much longer training may make what requests wait for: 1.1 is a tenth. It becomes tokens in two ways.
 
-*A step that serves.* The pacer learns what a step costs without training, from the steps that have none, and what a
-training token adds to it, from the others (`step_cost.py`). Every step that serves adds (target - 1) times the cost of
+*A step that serves.* The pacer learns what a step costs without training, from the steps that have none and follow
+none, and what a training token adds, from the others (`step_cost.py`). A part of that falls on the step after: it finds
+in the caches what training has left there. Every step that serves adds (target - 1) times the cost of
 a step *with one request* to a credit of seconds; training tokens beside requests are paid from it. Not the cost of the
 step as it is: while steps are longer, more requests are under way at once. A step takes a + b n seconds with n
 requests, and n = r T where r tokens a second are asked for; so T = a / (1 - b r). With (target - 1) a for training in
@@ -48,7 +49,9 @@ ONE_REQUEST = (1, 1, 0)
 MAX_HELD = 8
 """How many steps in a row training stays out of because a request waits for its first token in them."""
 MAX_MIXED = 16
-"""After so many steps in a row that serve and train, one serves only: it shows what serving costs by itself."""
+"""After so many steps that serve in a row, each with training in it or in the one before, training stays out of two:
+the second one shows what serving costs by itself. Where there is none such, because no two steps that serve follow
+each other, those behind training must do after twice as many."""
 
 
 class Recent:
@@ -110,7 +113,11 @@ class Pacer:
         """Seconds that training tokens have added to steps that serve, and those tokens; the latest count most."""
         self._credit = Credit()
         self._apart = False
-        self._held = self._mixed = 0
+        self._held = 0
+        self._trained_before: EngineStep | None = None
+        """The step that has ended last, if training ran in it."""
+        self._mixed = 0
+        """Steps that serve since the last one with no training in it nor in the one before."""
         self._requests = Recent(RATE_S)
         self._first_tokens: deque[float] = deque(maxlen=LATEST)
         self._ended = self._alone_from = self._alone_to = -math.inf
@@ -134,7 +141,7 @@ class Pacer:
         return self.budget
 
     def _beside_tokens(self, first_tokens: bool) -> float:
-        if not self._serving.known or self._mixed >= MAX_MIXED:
+        if not self._serving.known or 0 <= self._mixed - MAX_MIXED < 2 + self._steps_ahead:
             return 0.0
         if first_tokens and self._held < MAX_HELD:
             self._held += 1
@@ -142,19 +149,20 @@ class Pacer:
         self._held = 0
         return max(self._credit.amount, 0.0) / self.token_s
 
-    def alone(self, now: float, smallest: int, parts: int = 1) -> float:
+    def alone(self, now: float, smallest: int, parts: float | None = None) -> float:
         """Training tokens that a forward without requests may hold.
 
         Args:
             smallest: tokens of the smallest unit that waits.
-            parts: how many equal parts it has, if it stops after the one in which a request arrives.
+            parts: how many times as much as its largest part the whole forward is, if it stops after the part in which
+                a request arrives; None if it does not.
         """
         self.budget = UNLIMITED
         rate = self._requests.at(now) / RATE_S
         if self._alone.known and rate > QUIET:
             longest_s = max(self.patience_s, EXPECTED / rate) / (1 + self._steps_ahead)
             # A part has nothing of the fixed cost, which stands before the forward and behind it.
-            fixed = 1 if parts == 1 else 0
+            fixed, parts = (1, 1.0) if parts is None else (0, parts)
             self.budget = parts * self._alone.most(longest_s, fixed)
             if self._alone.seconds((fixed, smallest / parts)) * rate < self._more:
                 self.budget = max(self.budget, smallest)
@@ -197,7 +205,6 @@ class Pacer:
         """
         if not step.serves:
             return
-        self._mixed = self._mixed + 1 if step.training else 0
         self._credit.spend(step.training * self.token_s)
         if self._serving.known:
             self._credit.accrue(self._more * self._serving.seconds(ONE_REQUEST), largest * self.token_s)
@@ -209,9 +216,10 @@ class Pacer:
         if math.isfinite(self._ended):
             self._passed.add(now - self._ended, now)
         self._ended = now
+        before, self._trained_before = self._trained_before, step if step.training else None
         if step.serves:
             self._served.add(seconds, now)
-            self._learn_serving(step, seconds, now)
+            self._learn_serving(step, before, seconds, now)
         elif step.training:
             self._trained.add(seconds, now)
             self._alone.learn((1, step.training), seconds)
@@ -223,19 +231,28 @@ class Pacer:
             waited = max(self._alone_to - max(arrival, self._alone_from), 0.0)
             self._first_tokens.append(max(now - arrival - waited, 0.0))
 
-    def _learn_serving(self, step: EngineStep, seconds: float, now: float) -> None:
+    def _learn_serving(self, step: EngineStep, before: EngineStep | None, seconds: float, now: float) -> None:
+        """Learn from a step that served.
+
+        Args:
+            before: the step before, if training ran in it.
+        """
+        self._mixed = self._mixed + 1 if step.training or before else 0
         base = self._serving.seconds(step.amounts)
         if self._serving.known:
             # An accident of the machine is cut off here as it is in what `base` was learned from.
             seconds = min(seconds, OUTLIER * (base + step.training * self.token_s))
             self._base.add(base, now)
             self._real.add(seconds, now)
-        if not step.training:
+        # Beside a job that uses every pause all prefills follow training.
+        alike = before is None or step.prefill or not self._serving.known or self._mixed > 2 * MAX_MIXED
+        if not step.training and alike:
             self._serving.learn(step.amounts, seconds)
-        elif self._serving.known:
+        if self._serving.known and (step.training or (before and before.serves)):
             added = seconds - base
-            before = self._beside if self._beside[1] else [self._guess_token_s() * GUESSED, GUESSED]
-            self._beside = [0.98 * before[0] + added, 0.98 * before[1] + step.training]
+            so_far = self._beside if self._beside[1] else [self._guess_token_s() * GUESSED, GUESSED]
+            keep = 0.98 if step.training else 1.0
+            self._beside = [keep * so_far[0] + added, keep * so_far[1] + step.training]
 
     # --- metrics ------------------------------------------------------------------------------------------------------
 

@@ -277,7 +277,7 @@ class ZOSchedulerMixin(_Base):
 
     def _largest_unit(self) -> int:
         """Tokens of the largest unit that waits: a layer of a forward that has stopped is one."""
-        return max(self.zo.largest_unit, self.zo.forward.layer if self.zo.stopped else 0)
+        return max(self.zo.largest_unit, self.zo.forward.next if self.zo.stopped else 0)
 
     def _run_layers(self, step: EngineStep, credit: int) -> None:
         """Let the workers run a forward of members alone, or go on with it, by as many layers as the credit pays for.
@@ -289,8 +289,8 @@ class ZOSchedulerMixin(_Base):
         step.training = step.left = forward.left
         layers = None
         if credit < UNLIMITED:
-            layers = min(credit // forward.layer, forward.layers - forward.reached)
-            step.training = min(layers * forward.layer, forward.left)
+            layers = forward.within(credit)
+            step.training = forward.cost(layers)
         self.zo.run_layers(Alone(self._listening(), layers))
 
     def _listening(self) -> str | None:
@@ -302,7 +302,8 @@ class ZOSchedulerMixin(_Base):
 
     def _most_alone(self) -> int:
         """Tokens that an engine step without requests may hold, or a forward that stops between layers."""
-        return self.zo_throttle.alone(self.zo.smallest_unit, self.zo.layers_alone if self._stops else 1)
+        rows = self.zo.layer_rows
+        return self.zo_throttle.alone(self.zo.smallest_unit, sum(rows) / max(rows) if self._stops else None)
 
     @property
     def _stops(self) -> bool:

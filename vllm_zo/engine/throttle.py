@@ -50,7 +50,7 @@ class Throttle:
             tokens = min(tokens, self._pacer.beside(first_tokens=first_tokens, apart=apart))
         return UNLIMITED if tokens >= UNLIMITED else int(tokens) - promised
 
-    def alone(self, smallest: int, parts: int) -> int:
+    def alone(self, smallest: int, parts: float | None) -> int:
         """Tokens that an engine step without requests may hold. Args: see `Pacer.alone`."""
         return UNLIMITED if self._pacer is None else int(self._pacer.alone(time.monotonic(), smallest, parts))
 

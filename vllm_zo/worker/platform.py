@@ -51,6 +51,8 @@ class ForwardAlone(Protocol):
 
     reached: int
     """How many layers it has run."""
+    layer_rows: tuple[int, ...]
+    """How many rows each layer computes, where it may stop; one number for all of them where it may not."""
 
     def go_on(self, stop: Callable[[], bool]) -> Tensor | None:
         """Run it, or go on where it stopped.

@@ -426,6 +426,7 @@ class Trainer:
         num_tokens = {m.req_id: len(self.groups[m.group_id].table.sequences[m.sequence].token_ids) for m in members}
         chunks = self._chunks(members, num_tokens, list(num_tokens))
         forward = self.platform.forward_alone(chunks, [self.pool.first + slot for slot in slots])
+        self._results.layer_rows = forward.layer_rows
         return Unfinished(members, num_tokens, forward, after)
 
     def go_on(self, stop: Callable[[], bool] = bool) -> None:

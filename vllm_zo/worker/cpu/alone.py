@@ -33,6 +33,9 @@ class AloneForward(Forward):
         slots_T = torch.tensor(slots).repeat_interleave(torch.tensor([chunk.rows for chunk in chunks]))
         super().__init__(pruner, pruner.plan_of(chunks), slots_T)
         self.reached = 0
+        layers = 1 if pruner.decoder is None else len(pruner.decoder.layers)
+        lower, rows = (0, 0) if self.below is None else (self.below.layer, len(self.below.rows_B))
+        self.layer_rows = (rows,) * lower + (len(self.plan.keep_U),) * (layers - lower)
         self._token_ids = torch.tensor([token for chunk in chunks for token in chunk.token_ids])
         self._positions = torch.cat([torch.arange(chunk.rows) for chunk in chunks])
         self._stop: Callable[[], bool] = bool
