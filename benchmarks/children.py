@@ -54,7 +54,7 @@ class Failed:
 
 
 def environment(name: str, cores: list[int]) -> dict[str, str]:
-    """The environment variables of a child. All children have equal thread counts and equally bound threads.
+    """The environment variables of a child. All children have as many threads as there are cores.
 
     The parent must set them before the child starts: OpenMP reads them when its library loads.
     """
@@ -69,13 +69,15 @@ def environment(name: str, cores: list[int]) -> dict[str, str]:
     }
     if name not in (*ENGINES, *STOCK):
         return common | {"GOMP_CPU_AFFINITY": listed.replace(",", " ")}
-    engine = {  # vLLM binds its own threads, and by default leaves one core to the front end
+    engine = {
         "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; the default takes nearly all memory, and the baselines need some
-        "VLLM_CPU_OMP_THREADS_BIND": listed,
-        "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # as `vllm-zo train`: the engine steps only when the child asks it to
     }
-    return common | engine | ({"VLLM_PLUGINS": ""} if name in STOCK else {})
+    if name in ENGINES:  # the rest as `LLM(..., zo_training=True)` chooses it
+        return common | engine
+    # Stock vLLM binds its own threads, and by default leaves one core to the front end.
+    threads = {"VLLM_CPU_OMP_THREADS_BIND": listed, "VLLM_CPU_NUM_OF_RESERVED_CPU": "0"}
+    return common | engine | threads | {"VLLM_PLUGINS": ""}
 
 
 @contextmanager
