@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from vllm import SamplingParams
 
 from tests.engines import SENTIMENT, Engines, client_of, reviews, scheduler_of, worker_of
 from tests.test_seams import PROMPTS, RUN, job_in_progress, top_logprob
@@ -347,6 +348,19 @@ def test_a_job_that_has_ended_can_be_dropped_and_its_files_stay(llm: Any) -> Non
     llm.generate(["a third"], use_tqdm=False)  # a step, with which the worker gets the command
     assert run.job_id not in {job_id for job_id, _ in worker_of(llm).zo.versions._versions}
     assert run.directory.joinpath("seeds.log").exists() and run.version_file.exists()
+
+
+def test_a_job_that_is_dropped_keeps_what_waiting_requests_name(llm: Any) -> None:
+    run = llm.finetune(reviews(16), steps=3, **RUN)
+    engine, versions = llm.llm_engine, worker_of(llm).zo.versions
+    engine.add_request("waits", "a warm story", SamplingParams(max_tokens=4), lora_request=run.lora_request)
+    client_of(llm).call("zo_drop", run.job_id)
+    answered = []
+    while engine.has_unfinished_requests():
+        answered += [output.request_id for output in engine.step() if output.finished]
+    assert answered == ["waits"]
+    llm.generate(["another story"], use_tqdm=False)
+    assert run.job_id not in {job_id for job_id, _ in versions._versions}
 
 
 def test_unknown_engine_options_name_the_field() -> None:

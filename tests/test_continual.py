@@ -11,6 +11,8 @@ from typing import Any
 
 import msgspec
 import pytest
+from vllm import SamplingParams
+from vllm.lora.request import LoRARequest
 
 from tests.children import Child
 from tests.engines import SENTIMENT, Engines, reviews
@@ -202,7 +204,7 @@ class Feed:
 
 
 def learn(llm: Any, appended: dict[int, Any] = APPENDED, last: int = LAST, **options: Any) -> Any:
-    return llm.finetune(reviews(24, seed=1), callbacks=[Feed(appended, last)], **{**CONTINUAL, **options})
+    return llm.finetune(reviews(24, seed=1), **{"callbacks": [Feed(appended, last)], **CONTINUAL, **options})
 
 
 @pytest.fixture(scope="module", params=BUFFER_POLICIES)
@@ -259,6 +261,33 @@ def test_a_run_without_its_rows_is_not_resumed(engines: Engines, unbroken: Any, 
     directory = cut_copy(unbroken.directory, tmp_path / "cut", 8)
     with pytest.raises(JobError, match="is not what the run has learnt from"):
         learn(engines.get(), {}, 9, resume_from=directory, buffer_policy=unbroken.config.buffer_policy)
+
+
+def test_a_version_stays_until_requests_that_wait_for_it_are_answered(engines: Engines) -> None:
+    """The job keeps two versions; the second request names one that is gone long before vLLM comes to it."""
+    engine = (llm := engines.get(max_loras=1, zo_training={"slowdown": None})).llm_engine
+    params = SamplingParams(temperature=0.0, max_tokens=60, ignore_eos=True)
+    asked: list[LoRARequest] = []
+    answered: list[str] = []
+
+    def ask(run: Any, record: dict[str, Any]) -> None:
+        if record["step"] in (3, 4):
+            asked.append(run.lora_request)
+            engine.add_request(asked[-1].lora_name, "a warm story", params, lora_request=asked[-1])
+        if record["step"] == 20:
+            assert engine.get_num_unfinished_requests() == 2
+            with pytest.raises(ConfigError, match="is not published"):
+                engine.add_request("later", "a warm story", params, lora_request=asked[-1])
+            run.stop()
+
+    run = learn(llm, {}, publish_interval=1, keep_versions=2, callbacks=[ask])
+    files = [JobDir(run.directory).version(int(lora.lora_path.rpartition("/")[2])) for lora in asked]
+    assert len(set(files)) == 2 and all(file.exists() for file in files)
+    while engine.has_unfinished_requests():
+        answered += [output.request_id for output in engine.step() if output.finished]
+    assert answered == [lora.lora_name for lora in asked]
+    llm.generate(["a step that tells the worker"], use_tqdm=False)
+    assert not any(file.exists() for file in files)
 
 
 def test_bad_rows_are_refused_as_those_of_the_training_data(engines: Engines, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from vllm_zo.cluster.protocol import Commit, Digested, FromEngine, Joined, Score, Scored, Stopped
-from vllm_zo.commands import ApplyRecord, Command, GroupCells, GroupResult, Publish, StopJob
+from vllm_zo.commands import ApplyRecord, Command, GroupCells, GroupResult, Publish, StopJob, Unpublish
 from vllm_zo.engine.group import Work
 from vllm_zo.engine.job import Ending, Job
 from vllm_zo.engine.recorder import JobRecorder
@@ -95,6 +95,8 @@ class MemberJob(Job):
                 self._applied += 1
             elif isinstance(command, Publish):
                 self.versions.note(command.version)
+            elif isinstance(command, Unpublish):
+                self.versions.drop(command.version)
         self._commands += commit.commands
 
     def before(self, work: Work) -> list[Command]:

@@ -15,13 +15,24 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
 
-from vllm_zo.commands import PROBE_SCHEME, Alone, Command, Fold, ForgetVersions, Publish, StopJob, ZOCommands, ZOResults
+from vllm_zo.commands import (
+    PROBE_SCHEME,
+    Alone,
+    Command,
+    Fold,
+    ForgetVersions,
+    Publish,
+    StopJob,
+    Unpublish,
+    ZOCommands,
+    ZOResults,
+)
 from vllm_zo.engine.admission import Capacity
 from vllm_zo.engine.group import Member, PerturbationGroup
 from vllm_zo.engine.job import Job
@@ -74,13 +85,27 @@ class ForwardSoFar:
 
 
 class Controller:
-    """Moves the lanes' groups on and collects commands. It needs no lock: only the engine's step loop calls it."""
+    """Moves the lanes' groups on and collects commands. It needs no lock: only the engine's step loop calls it.
 
-    def __init__(self, slots_per_job: int, block_size: int, concurrent_jobs: int = 1) -> None:
+    Args:
+        versions_in_use: the versions, <job_id>/<step>, that unfinished requests name.
+    """
+
+    def __init__(
+        self,
+        slots_per_job: int,
+        block_size: int,
+        concurrent_jobs: int = 1,
+        versions_in_use: Callable[[], Collection[str]] = tuple,
+    ) -> None:
         self.queue = JobQueue(concurrent_jobs, slots_per_job, block_size)
         self._in_flight: dict[str, tuple[Job, PerturbationGroup]] = {}
         """Group id -> (job, group), for closed groups whose results are not back yet."""
         self._commands = ZOCommands()
+        self._versions_in_use = versions_in_use
+        self._unpublishing: list[Unpublish | ForgetVersions] = []
+        """What the workers are told once no request names its versions any more: a worker that has to load one which it
+        does not know ends, and its engine with it. New requests for them are refused already."""
         self._numbers = itertools.count(1)
         self.layers_alone = 0
         """See `ZOResults`: the workers tell with the modules of a job."""
@@ -99,6 +124,8 @@ class Controller:
     def add_job(self, job: Job, *, paused: bool = False) -> None:
         """Queue a job, or let it rest from the beginning. Raises ConfigError: its id is in use."""
         self.queue.add(job)
+        # A job that goes on has found on disk, and serves again, what it was about to lose.
+        self._unpublishing = [command for command in self._unpublishing if command.job_id != job.job_id]
         if paused:
             self.queue.pause(job.job_id)
 
@@ -113,7 +140,7 @@ class Controller:
         Args:
             may_begin: jobs may begin groups. If not, those that are open are still finished.
         """
-        if self._commands or self.stopped:
+        if self._commands or self.stopped or self._unpublishing:
             return True
         if may_begin:
             return self.queue.has_work()
@@ -126,7 +153,7 @@ class Controller:
         Args:
             tokens: what an engine step without requests may hold.
         """
-        busy = self._commands or self._in_flight or self.stopped
+        busy = self._commands or self._unpublishing or self._in_flight or self.stopped
         return not busy and self.queue.waits(tokens)
 
     def finish_early(self, job_id: str, *, cancel: bool) -> None:
@@ -158,6 +185,8 @@ class Controller:
 
     def _tell(self, commands: Sequence[Command], *, after_forward: bool = False) -> None:
         """Send commands with this step. The workers execute them before its forward, or after it."""
+        self._unpublishing += [c for c in commands if isinstance(c, Unpublish | ForgetVersions)]
+        commands = [c for c in commands if not isinstance(c, Unpublish | ForgetVersions)]
         (self._commands.after if after_forward else self._commands.before).extend(commands)
         if (fold := next((c for c in commands if isinstance(c, Fold)), None)) is not None:
             self.folds_since_reset = True
@@ -316,12 +345,28 @@ class Controller:
         for lane in self.queue.lanes:
             if lane.scored:
                 self._close(lane, after_forward=True)
+        self._commands.after.extend(self._take_unpublishing())
         commands, self._commands = self._commands, ZOCommands()
         if any(isinstance(command, Publish) for command in commands.after):
             commands.alone = commands.alone and Alone()  # a request for the version may be in the next step
         if commands:
             self.stopped = False  # unless the results say otherwise
         return commands
+
+    def _take_unpublishing(self) -> list[Command]:
+        if not self._unpublishing or self.stopped:  # they would let a forward that has stopped run to its end
+            return []
+        versions = set(self._versions_in_use())
+        jobs = {name.rpartition("/")[0] for name in versions}
+
+        def waits(command: Unpublish | ForgetVersions) -> bool:
+            if isinstance(command, ForgetVersions):
+                return command.job_id in jobs
+            return f"{command.job_id}/{command.version}" in versions
+
+        due = [command for command in self._unpublishing if not waits(command)]
+        self._unpublishing = [command for command in self._unpublishing if waits(command)]
+        return list(due)
 
     def _close(self, lane: Lane, cells: Cells | None = None, *, after_forward: bool = False) -> None:
         assert lane.job is not None

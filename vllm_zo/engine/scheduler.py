@@ -110,7 +110,9 @@ class ZOSchedulerMixin(_Base):
     def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(vllm_config, *args, **kwargs)
         self.zo_config = ZOTrainingConfig.of_engine(vllm_config.additional_config)
-        self.zo = Controller(self.zo_config.slots, self.block_size, self.zo_config.concurrent_jobs)
+        self.zo = Controller(
+            self.zo_config.slots, self.block_size, self.zo_config.concurrent_jobs, self._versions_in_use
+        )
         # vLLM 0.30 keeps every request that it passed over in one queue, and limits running requests only.
         if not hasattr(self, "kv_holding_waiting"):
             self.kv_holding_waiting = self.skipped_waiting
@@ -534,6 +536,12 @@ class ZOSchedulerMixin(_Base):
                 f"update_space='fold' in job {job.job_id}: the base weights change while it runs, so the engine "
                 "answers no other requests until it ends. Wait for it, cancel it, or train with update_space='bank'."
             )
+
+    def _versions_in_use(self) -> list[str]:
+        """The published versions, <job_id>/<step>, that unfinished requests name. Those that run count too: vLLM may
+        have to load their adapter again."""
+        paths = [request.lora_request.lora_path for request in self.requests.values() if request.lora_request]
+        return [path.removeprefix(ADAPTER_SCHEME) for path in paths if path.startswith(ADAPTER_SCHEME)]
 
     def start_shutdown(self) -> None:
         """Start no new group: a draining engine ends when it has no work, and a job would give it work for ever."""
