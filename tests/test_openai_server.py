@@ -27,6 +27,7 @@ from safetensors.torch import load_file
 from tests.engines import reviews
 from tests.openai_server import KEY, METHOD, SENTIMENT, Server, Servers, create, jsonl, upload_reviews, wait_for
 from vllm_zo.checkpoint.seed_log.reader import read_seed_log
+from vllm_zo.entrypoints.server.metrics import ADAPTER_SETS, INTERVAL_S, KEPT_SETS
 from vllm_zo.entrypoints.server.state.store import Store
 from vllm_zo.jobs.status import UNFINISHED
 
@@ -378,6 +379,18 @@ def test_two_jobs_run_together_and_the_third_waits(client: OpenAI, server: Serve
     assert {client.fine_tuning.jobs.cancel(job.id).status for job in jobs} == {"cancelled"}
     listed = [job.id for job in client.fine_tuning.jobs.list(limit=2)]
     assert listed[:3] == [job.id for job in reversed(jobs)] and len(listed) == len(set(listed)) >= 4
+
+
+def test_metrics_do_not_grow_with_the_adapters_that_were_asked(server: Server, client: OpenAI, data: str) -> None:
+    job = wait_for(client, create(client, data, hyperparameters={"steps": 40, "publish_interval": 2}).id, "succeeded")
+    checkpoints = [c.fine_tuned_model_checkpoint for c in client.fine_tuning.jobs.checkpoints.list(job.id, limit=100)]
+    assert len(checkpoints) > KEPT_SETS
+    for name in checkpoints:
+        answer(client, name)
+    time.sleep(2 * INTERVAL_S)
+    found = [line for line in server.http().get("/metrics").text.splitlines() if line.startswith(f"{ADAPTER_SETS}{{")]
+    assert 0 < len(found) <= KEPT_SETS
+    assert any(checkpoints[-1] in line for line in found) and not any(checkpoints[0] in line for line in found)
 
 
 # --- what OpenAI's own scripts do -------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Iterator
 from typing import Any
 
-from prometheus_client import REGISTRY
+from prometheus_client import REGISTRY, Gauge
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -35,6 +35,9 @@ PACE = {
 }
 """Key of the pace in `zo_stats` -> help of the gauge vllm_zo:<key>."""
 
+ADAPTER_SETS, KEPT_SETS = "vllm:lora_requests_info", 16
+"""vLLM's gauge of which adapters have requests, and how many of its latest sets of adapters are kept."""
+
 
 def kv_cache_usage() -> float | None:
     """Share of the KV cache in use as vLLM last reported it; None with --disable-log-stats."""
@@ -44,8 +47,25 @@ def kv_cache_usage() -> float | None:
     return None
 
 
+def forget_adapter_sets() -> None:
+    """Remove all but the latest time series of `ADAPTER_SETS`.
+
+    vLLM makes one for each set of adapters that had requests at the same time, with the time as its value, and removes
+    none. Where adapters come and go that was one for each answer: 3 KB each, and as many lines in every scrape.
+    """
+    gauge = REGISTRY._names_to_collectors.get(ADAPTER_SETS)  # private: a registry gives samples only
+    if not isinstance(gauge, Gauge):  # with --disable-log-stats
+        return
+    samples = [sample for metric in gauge.collect() for sample in metric.samples]
+    for sample in sorted(samples, key=lambda sample: sample.value)[:-KEPT_SETS]:
+        gauge.remove(*sample.labels.values())  # they are in the order of the gauge's label names
+
+
 class TrainingMetrics(Collector):
-    """Asks the engine once a second, and answers scrapes from its last answer: a scrape cannot wait for the engine."""
+    """Asks the engine once a second, and answers scrapes from its last answer: a scrape cannot wait for the engine.
+
+    As often it looks after a gauge of vLLM's (`forget_adapter_sets`), on vLLM's event loop, which sets that gauge.
+    """
 
     def __init__(self, client: Any) -> None:
         self._client = client
@@ -68,6 +88,7 @@ class TrainingMetrics(Collector):
                 self._stats = await self._client.call("zo_stats")
             except ConfigError as error:
                 logger.warning("metrics: %s", error)
+            forget_adapter_sets()
             await asyncio.sleep(INTERVAL_S)
 
     def describe(self) -> Iterator[Metric]:
