@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import os
 import shutil
@@ -23,7 +24,7 @@ from tests import tiny
 from vllm_zo import noise
 from vllm_zo.checkpoint import snapshot
 from vllm_zo.checkpoint.compress import truncate
-from vllm_zo.checkpoint.export import export_merged, export_peft
+from vllm_zo.checkpoint.export import export_merged, export_peft, read_peft
 from vllm_zo.checkpoint.hf_checkpoint import base_fingerprint
 from vllm_zo.checkpoint.replay import fold_key, rebuild_state, replay_weights
 from vllm_zo.checkpoint.seed_log.format import StepRecord
@@ -270,6 +271,21 @@ save_snapshot(sys.argv[1], rebuild_state(log), 8)
 """
     subprocess.run([sys.executable, "-c", save, tmp_path / "there"], cwd=Path(__file__).parents[1], check=True)
     assert (tmp_path / "there").read_bytes() == (tmp_path / "here").read_bytes()
+
+
+@pytest.mark.parametrize("what", ["snapshot", "adapter"])
+def test_reading_a_file_many_times_leaves_nothing_in_memory(tmp_path: Path, what: str) -> None:
+    state = rebuild_state(random_log(header_of(LoZO(rank=2, interval=3), "bank", 3), 8))
+    save_snapshot(tmp_path / "snapshot", state, 8)
+    export_peft(state, "no/model", tmp_path / "adapter")
+    read: Any = (lambda path: load_snapshot(path, state)) if what == "snapshot" else read_peft
+    calls, blocks = 1000, []
+    for _ in range(2):  # in the first calls Python and numpy fill their stores of free objects
+        for _ in range(calls):
+            read(tmp_path / what)
+        gc.collect()
+        blocks.append(sys.getallocatedblocks())
+    assert blocks[1] - blocks[0] < calls / 4
 
 
 def test_a_failed_snapshot_leaves_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
@@ -55,7 +56,8 @@ def load_snapshot(path: Path | str, state: AdapterState) -> int:
     """
     fix = "delete it: the seed log rebuilds the state without it"
     try:
-        with safe_open(path, framework="pt") as file:
+        # Not "pt": each tensor would lose two objects (safetensors 0.8).
+        with safe_open(path, framework="np") as file:
             metadata = _metadata_of(file)
             if metadata.get("format") != FORMAT:
                 raise ConfigError(f"snapshot {path}: not a snapshot of this version ({FORMAT!r}); {fix}.")
@@ -63,7 +65,7 @@ def load_snapshot(path: Path | str, state: AdapterState) -> int:
             if differing:
                 raise ConfigError(f"snapshot {path} is of another job: {'; '.join(differing)}. Use its job, or {fix}.")
             for name, tensor in state.tensors().items():
-                tensor.copy_(file.get_tensor(name))
+                tensor.copy_(torch.from_numpy(file.get_tensor(name)))
     except UNREADABLE as error:
         raise ConfigError(f"snapshot {path}: cannot be read ({error}); {fix}.") from error
     state.last_basis = metadata["last_basis"]
