@@ -26,7 +26,7 @@ MINUTES = float(os.environ.get("ZO_SOAK_MINUTES", "30"))
 WARM_UP = 0.3
 """Share of the rounds in which allocators and caches may still grow."""
 MIB = 1 << 20
-GROWTH_MIB = 24.0
+ALLOWED = {"front MiB": 12.0, "engine MiB": 12.0, "handles": 4.0}
 """What the whole measured time may add beyond noise: jobs leave their records (steps are on disk), some KB each."""
 JOBS_A_ROUND = 5
 SETTLE_S, SETTLED_WITHIN_S = 2.0, 20.0
@@ -115,14 +115,15 @@ def one_round(client: OpenAI, server: Server, data: str, rng: random.Random, lea
 
 
 def measure(server: Server) -> dict[str, float]:
-    processes = [psutil.Process(server.process.pid), server.engine]
+    front, engine = psutil.Process(server.process.pid), server.engine
     metrics = dict(
         line.rsplit(" ", 1) for line in server.http().get("/metrics").text.splitlines() if not line.startswith("#")
     )
     of = {name.partition("{")[0] if "vllm:" in name else name: float(value) for name, value in metrics.items()}
     return {
-        "MiB": sum(process.memory_info().rss for process in processes) / MIB,
-        "handles": float(sum(process.num_fds() for process in processes)),
+        "front MiB": front.memory_info().rss / MIB,
+        "engine MiB": engine.memory_info().rss / MIB,
+        "handles": float(front.num_fds() + engine.num_fds()),
         "slots": of['vllm_zo:slots{state="in_use"}'],
         "kv": of["vllm:kv_cache_usage_perc"],
         "models": float(len(server.client().models.list().data)),
@@ -155,13 +156,17 @@ def test_a_server_stays_as_it_was(engines: Engines, tmp_path: Path) -> None:
     assert all(m["kv"] == 0 for m in found), "and KV blocks"
     later = found[int(len(found) * WARM_UP) :]
     assert len(later) >= 3, "too few rounds to judge: give it more minutes"
-    for name, allowed in (("MiB", GROWTH_MIB), ("handles", 4.0)):
-        values = np.array([m[name] for m in later])
-        rounds = np.arange(len(values))
-        slope, start = np.polyfit(rounds, values, 1)
-        noise = float(np.std(values - (slope * rounds + start)))
-        growth = float(slope) * (len(values) - 1)
-        assert growth < allowed + 2 * noise, f"{name} grew by {growth:.1f} (noise {noise:.1f}): {values.tolist()}"
+    grown = {name: trend([m[name] for m in later]) for name in ALLOWED}
+    for name, (growth, noise) in grown.items():
+        print(f"{name}: grew by {growth:.1f} (noise {noise:.1f}), from round 1 on {[round(m[name], 1) for m in found]}")
+    assert all(growth < ALLOWED[name] + 2 * noise for name, (growth, noise) in grown.items()), grown
+
+
+def trend(values: list[float]) -> tuple[float, float]:
+    """How much the line through `values` rises from the first to the last, and their deviation from it."""
+    rounds = np.arange(len(values))
+    slope, start = np.polyfit(rounds, values, 1)
+    return float(slope) * (len(values) - 1), float(np.std(values - (slope * rounds + start)))
 
 
 def soak(server: Server) -> tuple[list[dict[str, float]], list[str], int]:
