@@ -3,9 +3,9 @@
 A target says how much longer training may make what requests wait for: 1.1 is a tenth. It becomes tokens in two ways.
 
 *A step that serves.* The pacer learns what a step costs without training, from the steps that have none and follow
-none, and what a training token adds, from the others (`step_cost.py`). A part of that falls on the step after: it finds
-in the caches what training has left there. Every step that serves adds (target - 1) times the cost of
-a step *with one request* to a credit of seconds; training tokens beside requests are paid from it. Not the cost of the
+none, and what a training token adds, from the others (`step_cost.py`). Of what it adds a part falls on the next step,
+which finds in the caches what training has left there. Every step that serves adds (target - 1) times the cost of a
+step *with one request* to a credit of seconds; training tokens beside requests are paid from it. Not the cost of the
 step as it is: while steps are longer, more requests are under way at once. A step takes a + b n seconds with n
 requests, and n = r T where r tokens a second are asked for; so T = a / (1 - b r). With (target - 1) a for training in
 each step all of it grows by the target, and so does the time between tokens. A tenth of a + b n would make it
