@@ -251,7 +251,7 @@ def train_another_way(report: Any, model: str, road: str) -> None:
         from vllm_zo.worker.cuda.platform import CUDAPlatform
 
         CPUPlatform.slot_writer = CUDAPlatform.slot_writer  # type: ignore[method-assign,assignment]
-        CPUPlatform.fold_into = CUDAPlatform.fold_into  # type: ignore[method-assign,assignment]
+        CPUPlatform.fold_into = staticmethod(CUDAPlatform.fold_into)  # type: ignore[method-assign,assignment]
     for name, result in results(engine(model, zo_training=True, **ENGINE, **options)):
         report(name=name, result=result)
 
