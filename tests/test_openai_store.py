@@ -6,6 +6,7 @@ import os
 import shutil
 import sqlite3
 import time
+import tracemalloc
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from vllm_zo.checkpoint.files import write_atomically
 from vllm_zo.entrypoints.server.http.errors import APIError
 from vllm_zo.entrypoints.server.http.schemas import event
 from vllm_zo.entrypoints.server.keys.limits import Quotas
+from vllm_zo.entrypoints.server.live.feedback import Feedback
 from vllm_zo.entrypoints.server.state.directory import StateDir
 from vllm_zo.entrypoints.server.state.files import Files
 from vllm_zo.entrypoints.server.state.job_record import JobRecord
@@ -36,6 +38,32 @@ def job_record(number: int, **more: Any) -> JobRecord:
         "model_path": "base", "base": "f",
     }  # fmt: skip
     return JobRecord(**{**fields, **more})
+
+
+def test_old_answers_are_forgotten_without_reading_every_job_there_ever_was(tmp_path: Path) -> None:
+    store = Store(tmp_path / "server.db")
+    method = {"continual": True, "feedback": {"retention_days": 1}}
+
+    def add(number: int, **method: Any) -> str:
+        request = {"model": "base", "training_file": "file-1", "metadata": {"note": "x" * 500}}
+        job = job_record(number, request=request | {"method": {"type": "zeroth_order", "zeroth_order": method}})
+        store.add_job(job)
+        return job.id
+
+    with store.transaction():
+        learners = [add(0, **method), add(1, **method)]
+        for number in range(2, 1000):
+            add(number)
+        for learner in learners:
+            for name, created in (("old", 0), ("new", int(time.time()))):
+                store.add("answers", {"id": f"{name}-{learner}", "created_at": created}, parent=learner)
+    feedback = Feedback(store, None, None)  # type: ignore[arg-type]  # for what it does with rows and chats
+    tracemalloc.start()
+    feedback._sweep()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert {answer["id"] for answer in store.all("answers")} == {f"new-{learner}" for learner in learners}
+    assert peak < 300_000, "the records of a thousand jobs are more"
 
 
 def test_ten_thousand_jobs_are_listed_page_by_page(tmp_path: Path) -> None:

@@ -84,14 +84,15 @@ class Feedback:
         """Forget answers that are older than their job's retention, with their feedback; the rows stay what they are,
         tokens of the job's data."""
         with acting_for(None):  # the answer that brought this may be one project's
-            jobs = self._store.all("jobs")
-        for body in jobs:
-            if (rule := _rule(JobRecord.from_json(body))) is None:
-                continue
+            # One job after another, and only these: all jobs that the server has ever had are too much for memory.
+            jobs = self._store.parents("answers") | self._store.parents("feedback")
+            rules = {job_id: _rule(self._store.job(job_id)) for job_id in jobs}
+        for job_id, rule in rules.items():
+            assert rule is not None, "it has answers"
             before = now() - int(rule.retention_days * DAY_S)
             for table in ("answers", "feedback"):
-                self._store.delete_before(table, body["id"], before)
-                self._store.trim(table, body["id"], MAX_ANSWERS)
+                self._store.delete_before(table, job_id, before)
+                self._store.trim(table, job_id, MAX_ANSWERS)
 
     async def give(self, completion_id: str, *, score: float | None, label: Any, text: str | None) -> dict[str, Any]:
         """Take in feedback on an answer. A second call with the same answers the same.

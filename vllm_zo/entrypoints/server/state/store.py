@@ -322,6 +322,14 @@ class Store:
             rows = self._connection.execute(f"SELECT body FROM {table} {condition} ORDER BY seq", values).fetchall()
         return [json.loads(body) for (body,) in rows]
 
+    def parents(self, table: str) -> set[str]:
+        """The parents that records of the table have."""
+        where, values = _conditions(table)
+        condition = f"WHERE {' AND '.join([*where, 'parent IS NOT NULL'])}"
+        with self._lock:
+            rows = self._connection.execute(f"SELECT DISTINCT parent FROM {table} {condition}", values).fetchall()
+        return {parent for (parent,) in rows}
+
     # --- what projects use --------------------------------------------------------------------------------------------
 
     def bytes_of_files(self) -> int:
