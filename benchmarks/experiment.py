@@ -92,6 +92,7 @@ def train(
     seed: int,
     evaluations: int = EVALUATIONS,
     cpu_seconds: float = math.inf,
+    callbacks: Sequence[Any] = (),
 ) -> dict[str, Any]:
     """Run a job, and measure what it gives back on the test rows, if there are any.
 
@@ -112,8 +113,9 @@ def train(
     reset_peak()
     try:
         run = llm.finetune(
-            task.train, task.validation, objective=task.objective, steps=most, seed=seed, callbacks=[clock, stop],
-            eval_interval=max(1, math.ceil(steps / evaluations)), progress=False, **{"batch_size": BATCH, **options},
+            task.train, task.validation, objective=task.objective, steps=most, seed=seed,
+            callbacks=[clock, *callbacks, stop], eval_interval=max(1, math.ceil(steps / evaluations)), progress=False,
+            **{"batch_size": BATCH, **options},
         )  # fmt: skip
     except JobError as error:  # a run that diverged is a result too
         return {"diverged": str(error), "steps": len(clock.steps), "spent": sum(clock.steps)}
@@ -126,7 +128,9 @@ def train(
         "steps": len(clock.steps), "spent": sum(clock.steps), "tokens": run.history[-1]["tokens"],
         "rate": max(step["learning_rate"] for step in run.history), "peak_mib": peak / MIB,
         "validation": figures(given_back, "eval_"), **tested,
-        "curve": [{"step": e["step"], **figures(e, "eval_")} for e in run.evaluations],
+        "curve": [
+            {"step": e["step"], "spent": sum(clock.steps[: e["step"]]), **figures(e, "eval_")} for e in run.evaluations
+        ],
     }  # fmt: skip
 
 

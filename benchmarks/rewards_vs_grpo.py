@@ -1,0 +1,352 @@
+"""A reward without a gradient: jobs of ours against GRPO with LoRA, at equal CPU seconds and equal written tokens.
+
+    python benchmarks/rewards_vs_grpo.py --model "$(python examples/models.py smollm2)" --dtype bfloat16
+    python benchmarks/rewards_vs_grpo.py --model DIR --contenders "job, last layer; grpo" --factors 1 --seeds 1,2
+    python benchmarks/rewards_vs_grpo.py --report                                    # the tables of what is there
+
+A game is an instruction to a chat model and a reward that is 1 for the right answer in exactly the format asked for,
+and 0 for everything else. A step has COMPLETIONS completions for every contender. Seconds are those of the process on
+one thread, in steps only; tokens are those of the completions of training, and the end of each. All start from the same
+model, see the same rows, sample at temperature 1, and give back the state of their best greedy evaluation.
+
+GRPO is TRL's GRPOTrainer (`pip install trl`) with its defaults: transformers writes with a key-value cache, and AdamW
+trains LoRA of rank 8 on q and v. Each contender tries the same number of step sizes, --factors times its own of
+STEP_SIZES.
+Every run is a line of --output, so a second call goes on where the first one stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import re
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from importlib.util import find_spec
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks import facts
+from benchmarks.experiment import (
+    EVALUATIONS,
+    add_common,
+    copies,
+    in_child,
+    longest,
+    put,
+    results,
+    steps_for,
+    train,
+)
+from benchmarks.memory import MIB, peak_rss, reset_peak
+
+COMPLETIONS, GROUP, MAX_TOKENS = 32, 8, 12
+"""Completions of a step; GRPO's for one prompt; and tokens of one, where the right answer has 8."""
+GRPO = "grpo"
+JOBS: dict[str, dict[str, Any]] = {
+    "job, all layers": {},
+    "job, last layer": {"target_layers": "last"},
+}
+RADIUS = 3e-2
+STEP_SIZES = {"job, all layers": 1e-3, "job, last layer": 1e-3, GRPO: 5e-4}
+"""At factor 1: the learning rates."""
+CONTENDERS = (*JOBS, GRPO)
+KEY = ("model", "task", "contender", "factor", "cpu_seconds", "seed")
+SLOTS = {"slots": 2, "slot_rank": 16}
+
+
+# --- the games --------------------------------------------------------------------------------------------------------
+
+
+def sums(data: Path) -> Iterable[dict[str, Any]]:
+    """All sums of two digits from 1 to 9 and numbers up to 49, in an order of chance."""
+    pairs = [(first, second) for first in range(1, 50) for second in range(1, 10)]
+    random.Random(0).shuffle(pairs)
+    return ({"question": f"{first} + {second}", "answers": str(first + second)} for first, second in pairs)
+
+
+def reviews(data: Path) -> Iterable[dict[str, Any]]:
+    """The training rows of SST-2."""
+    for line in (data / "sst2" / "train.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        yield {"question": row["sentence"].strip(), "answers": ("negative", "positive")[row["label"]]}
+
+
+GAMES: dict[str, tuple[Callable[[Path], Iterable[dict[str, Any]]], str]] = {
+    "sums": (sums, "{question} = ? Answer as <answer>number</answer>."),
+    "reviews": (
+        reviews, "Review: {question}\nIs it positive or negative? Reply <answer>positive</answer> or "
+        "<answer>negative</answer>.",
+    ),
+}  # fmt: skip
+"""Rows and instruction."""
+
+
+def in_format(completions: Sequence[str], answers: Sequence[str], **columns: Any) -> list[float]:
+    """1 for `<answer>the right one</answer>` and nothing else, white space aside."""
+    return [float(_answer(text) == right) for text, right in zip(completions, answers, strict=True)]
+
+
+def _answer(text: str) -> str | None:
+    found = re.fullmatch(r"\s*<answer>\s*(.*?)\s*</answer>\s*", text)
+    return found and found[1]
+
+
+class Meter:
+    """Scores completions, and counts the tokens of those that are written in training."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self.tokens = 0
+        self.at: list[int] = []
+        """The tokens before each evaluation of a job."""
+
+    def reward(self, completions: Sequence[str], answers: Sequence[str], part: Sequence[str], **_: Any) -> list[float]:
+        trained = [text for text, of in zip(completions, part, strict=True) if of == "train"]
+        if trained:
+            self.tokens += sum(len(ids) + 1 for ids in self._tokenizer(trained, add_special_tokens=False)["input_ids"])
+        return in_format(completions, answers)
+
+    def __call__(self, run: Any, record: dict[str, Any]) -> None:
+        """A callback of `finetune`."""
+        if "eval_loss" in record:
+            self.at.append(self.tokens)
+
+
+def load(args: argparse.Namespace, name: str, tokenizer: Any) -> tuple[dict[str, list[dict[str, Any]]], str]:
+    """The rows of each part, and the template of a prompt: the instruction as the model's chat has it."""
+    rows, instruction = GAMES[name]
+    parts: dict[str, list[dict[str, Any]]] = {}
+    left = iter(rows(args.data))
+    for part, count in zip(("train", "validation", "test"), args.rows, strict=True):
+        parts[part] = [{**row, "part": part} for row in islice(left, count)]
+    return parts, chat(tokenizer, instruction)
+
+
+def chat(tokenizer: Any, instruction: str) -> str:
+    """A chat of one message without a system prompt, which costs tokens; the plain instruction for a base model."""
+    if not tokenizer.chat_template:
+        return f"{instruction}\n"
+    turns = [{"role": "system", "content": ""}, {"role": "user", "content": instruction}]
+    return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+
+
+# --- our jobs ---------------------------------------------------------------------------------------------------------
+
+
+def job_child(args: argparse.Namespace, runs: list[tuple[str, str, float, int]]) -> None:
+    from vllm_zo import LLM, LoZO, Reward
+    from vllm_zo.tasks import Task
+
+    llm: Any = LLM(args.model, dtype=args.dtype, max_model_len=min(512, longest(args.model)), zo_training=SLOTS)
+    for name, contender, factor, seed in runs:
+        meter = Meter(llm.get_tokenizer())
+        parts, template = load(args, name, llm.get_tokenizer())
+        objective = Reward(
+            template, reward=meter.reward, max_tokens=MAX_TOKENS, temperature=1.0, top_p=1.0, special_tokens=False,
+        )  # fmt: skip
+        task = Task(name, objective, parts["train"], parts["validation"], parts["test"], objective)
+        rate = factor * STEP_SIZES[contender]
+        options = {
+            "method": LoZO(eps=RADIUS), "batch_size": COMPLETIONS // 2, "bases": 1, "learning_rate": rate,
+            "divergence_factor": None, **JOBS[contender],
+        }  # fmt: skip
+        steps = steps_for(llm, task, options, args.cpu_seconds)
+        meter.tokens = 0
+        result = train(llm, task, options, steps, seed, cpu_seconds=args.cpu_seconds, callbacks=[meter])
+        for point, tokens in zip(result.get("curve", ()), meter.at, strict=True):
+            point["written"] = tokens
+        write(args, (name, contender, factor, seed), {**result, "written": meter.tokens, "rate": rate})
+
+
+# --- GRPO -------------------------------------------------------------------------------------------------------------
+
+
+def grpo_child(args: argparse.Namespace, runs: list[tuple[str, str, float, int]]) -> None:
+    for run in runs:
+        name, _, factor, seed = run
+        write(args, run, train_grpo(args, name, factor * STEP_SIZES[GRPO], seed))
+
+
+def train_grpo(args: argparse.Namespace, name: str, rate: float, seed: int) -> dict[str, Any]:
+    import torch
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import AutoTokenizer, TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    torch.set_num_threads(1)
+    tokenizer = AutoTokenizer.from_pretrained(args.model, padding_side="left")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    meter = Meter(tokenizer)
+    parts, template = load(args, name, tokenizer)
+    rows = {part: [{**row, "prompt": template.format(**row)} for row in found] for part, found in parts.items()}
+    curve: list[dict[str, float]] = []
+    kept: list[Any] = []
+    spent = began = 0.0
+
+    def trained(model: Any) -> list[Any]:
+        return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    def evaluate(model: Any, step: int) -> None:
+        score = greedy(model, tokenizer, rows["validation"])
+        if not curve or score > max(point["accuracy"] for point in curve):
+            kept[:] = copies(trained(model))
+        curve.append({"step": step, "spent": spent, "written": meter.tokens, "accuracy": score, "loss": -score})
+
+    class Watch(TrainerCallback):  # type: ignore[misc]
+        """Counts the seconds of steps, evaluates EVALUATIONS times, and ends the run."""
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
+            evaluate(model, 0)
+
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            nonlocal began
+            began = time.process_time()
+
+        def on_step_end(self, _: Any, state: Any, control: Any, model: Any, **__: Any) -> None:
+            nonlocal spent
+            spent += time.process_time() - began
+            if spent >= args.cpu_seconds * len(curve) / EVALUATIONS:
+                evaluate(model, state.global_step)
+                control.should_training_stop = len(curve) > EVALUATIONS
+
+    trainer = GRPOTrainer(
+        args.model, meter.reward, GRPOConfig(
+            output_dir=str(args.output.parent / "grpo"), learning_rate=rate, lr_scheduler_type="constant", seed=seed,
+            per_device_train_batch_size=COMPLETIONS, num_generations=GROUP, max_completion_length=MAX_TOKENS,
+            max_steps=10**6, use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none",
+            save_strategy="no", logging_strategy="no", disable_tqdm=True, dataloader_pin_memory=False,
+            model_init_kwargs={"dtype": args.grpo_dtype},
+        ),
+        train_dataset=Dataset.from_list(rows["train"]), processing_class=tokenizer, callbacks=[Watch()],
+        peft_config=LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"]),
+    )  # fmt: skip
+    reset_peak()
+    trainer.train()
+    peak = peak_rss()
+    put(trained(trainer.model), kept)
+    best = max(point["accuracy"] for point in curve)
+    test = greedy(trainer.model, tokenizer, rows["test"])
+    return {
+        "steps": trainer.state.global_step, "spent": spent, "written": meter.tokens, "rate": rate,
+        "dtype": args.grpo_dtype, "peak_mib": peak / MIB,
+        "validation": {"accuracy": best}, "test": {"accuracy": test}, "curve": curve,
+    }  # fmt: skip
+
+
+def greedy(model: Any, tokenizer: Any, rows: Sequence[dict[str, Any]]) -> float:
+    """The mean reward of what the model writes when it does not sample."""
+    import torch
+
+    was_training = model.training
+    model.eval()
+    ordered = sorted(rows, key=lambda row: len(row["prompt"]))  # a batch of equal lengths has no padding
+    rewards: list[float] = []
+    for start in range(0, len(ordered), COMPLETIONS):
+        batch = ordered[start : start + COMPLETIONS]
+        prompts = tokenizer(
+            [row["prompt"] for row in batch], return_tensors="pt", padding=True, add_special_tokens=False
+        )
+        with torch.no_grad():
+            ids = model.generate(
+                **prompts, max_new_tokens=MAX_TOKENS, do_sample=False, pad_token_id=tokenizer.pad_token_id
+            )
+        texts = tokenizer.batch_decode(ids[:, prompts["input_ids"].shape[1] :], skip_special_tokens=True)
+        rewards += in_format(texts, [row["answers"] for row in batch])
+    model.train(was_training)
+    return sum(rewards) / len(rewards)
+
+
+# --- results ----------------------------------------------------------------------------------------------------------
+
+
+def write(args: argparse.Namespace, run: tuple[str, str, float, int], result: dict[str, Any]) -> None:
+    name, contender, factor, seed = run
+    key = (Path(args.model).name, name, contender, factor, args.cpu_seconds, seed)
+    line = {**dict(zip(KEY, key, strict=True)), "dtype": args.dtype, **result}
+    with args.output.open("a") as file:
+        file.write(json.dumps({**line, "rows": args.rows, "cpu": facts.machine([])["cpu"]}) + "\n")
+    print({field: value for field, value in line.items() if field != "curve"}, flush=True)
+
+
+def at_tokens(curve: Sequence[dict[str, float]], most: float) -> float:
+    """The best greedy reward of the evaluations before which at most so many tokens were written."""
+    return max(point["accuracy"] for point in curve if point["written"] <= most)
+
+
+def report(lines: Iterable[dict[str, Any]]) -> str:
+    """A table for each model, game and number of seconds.
+
+    The column of equal tokens is for as many as the contender that wrote least has written.
+    """
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for line in lines:
+        groups.setdefault((line["model"], line["task"], line["cpu_seconds"]), []).append(line)
+    parts = []
+    for (model, task, seconds), runs in groups.items():
+        least = min(run["written"] for run in runs if "curve" in run)
+        columns = [
+            "", "rate", "seed", "steps", "CPU seconds", "tokens written", "at the start",
+            f"after {least} tokens", "best", "test", "peak MiB",
+        ]  # fmt: skip
+        rows = [row(run, least) for run in sorted(runs, key=lambda run: (run["contender"], run["factor"], run["seed"]))]
+        heading = f"{task}, {model}, {seconds:g} CPU seconds, {runs[0]['cpu']}; greedy reward of {runs[0]['rows']} rows"
+        parts.append("\n".join([heading, "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|", *rows]))
+    return "\n\n".join(parts)
+
+
+def row(run: dict[str, Any], least: int) -> str:
+    cells = [run["contender"], f"{run['rate']:g}", run["seed"], run["steps"], f"{run['spent']:.0f}", run["written"]]
+    if "curve" in run:
+        scores = run["curve"][0]["accuracy"], at_tokens(run["curve"], least), run["validation"]["accuracy"]
+        cells += [f"{score:.3f}" for score in (*scores, run["test"]["accuracy"])] + [f"{run['peak_mib']:.0f}"]
+    else:
+        cells += ["", "", "diverged", "", ""]
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_common(parser, "sums", "rewards_vs_grpo.jsonl")
+    parser.set_defaults(rows=(200, 100, 100))
+    parser.add_argument("--contenders", default=list(CONTENDERS), type=lambda s: [c.strip() for c in s.split(";")],
+                        help=f"separated by semicolons: {'; '.join(CONTENDERS)}")  # fmt: skip
+    parser.add_argument("--factors", default=[0.3, 1.0, 3.0], type=lambda s: [float(f) for f in s.split(",")])
+    parser.add_argument("--cpu-seconds", type=float, default=400.0, help="for the steps of a contender")
+    parser.add_argument("--grpo-dtype", default="float32")
+    args = parser.parse_args(argv)
+    for given, known in ((args.tasks, GAMES), (args.contenders, CONTENDERS)):
+        if unknown := [name for name in given if name not in known]:
+            parser.error(f"{unknown[0]!r}: choose from {'; '.join(known)}")
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    if not args.report:
+        model, done = Path(args.model).name, {tuple(line[name] for name in KEY) for line in results(args.output)}
+        runs = [
+            (task, contender, factor, seed)
+            for task in args.tasks
+            for seed in args.seeds
+            for contender in args.contenders
+            for factor in args.factors
+            if (model, task, contender, factor, args.cpu_seconds, seed) not in done
+        ]
+        with_trl = [run for run in runs if run[1] == GRPO]
+        if with_trl and find_spec("trl") is None:
+            print("skipped: grpo needs TRL; pip install trl", file=sys.stderr)
+            with_trl = []
+        in_child("ours", job_child, args, [run for run in runs if run[1] in JOBS])
+        in_child(GRPO, grpo_child, args, with_trl)
+    print(report(results(args.output)))
+
+
+if __name__ == "__main__":
+    main()
