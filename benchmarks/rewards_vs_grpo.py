@@ -19,8 +19,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
-import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -45,8 +43,8 @@ from benchmarks.experiment import (
 )
 from benchmarks.memory import MIB, peak_rss, reset_peak
 
-COMPLETIONS, GROUP, MAX_TOKENS = 32, 8, 12
-"""Completions of a step; GRPO's for one prompt; and tokens of one, where the right answer has 8."""
+COMPLETIONS, GROUP, MAX_TOKENS = 32, 8, 8
+"""Completions of a step; GRPO's for one prompt; and the most tokens of one."""
 GRPO = "grpo"
 JOBS: dict[str, dict[str, Any]] = {
     "job, all layers": {},
@@ -63,13 +61,6 @@ SLOTS = {"slots": 2, "slot_rank": 16}
 # --- the games --------------------------------------------------------------------------------------------------------
 
 
-def sums(data: Path) -> Iterable[dict[str, Any]]:
-    """All sums of two digits from 1 to 9 and numbers up to 49, in an order of chance."""
-    pairs = [(first, second) for first in range(1, 50) for second in range(1, 10)]
-    random.Random(0).shuffle(pairs)
-    return ({"question": f"{first} + {second}", "answers": str(first + second)} for first, second in pairs)
-
-
 def reviews(data: Path) -> Iterable[dict[str, Any]]:
     """The training rows of SST-2."""
     for line in (data / "sst2" / "train.jsonl").read_text().splitlines():
@@ -77,24 +68,34 @@ def reviews(data: Path) -> Iterable[dict[str, Any]]:
         yield {"question": row["sentence"].strip(), "answers": ("negative", "positive")[row["label"]]}
 
 
+def questions(data: Path) -> Iterable[dict[str, Any]]:
+    """The training rows of TREC: what kind of thing a question asks for."""
+    for line in (data / "trec" / "train.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        yield {"question": row["question"].strip(), "answers": KINDS[row["label"]]}
+
+
+KINDS = {
+    "ABBR": "abbreviation",
+    "DESC": "description",
+    "ENTY": "thing",
+    "HUM": "person",
+    "LOC": "place",
+    "NUM": "number",
+}
 GAMES: dict[str, tuple[Callable[[Path], Iterable[dict[str, Any]]], str]] = {
-    "sums": (sums, "{question} = ? Answer as <answer>number</answer>."),
-    "reviews": (
-        reviews, "Review: {question}\nIs it positive or negative? Reply <answer>positive</answer> or "
-        "<answer>negative</answer>.",
+    "reviews": (reviews, "Is this review positive or negative? {question}\nAnswer with one word."),
+    "questions": (
+        questions, "Does this question ask for a person, place, number, description, abbreviation or thing? {question}"
+        "\nAnswer with one word.",
     ),
 }  # fmt: skip
 """Rows and instruction."""
 
 
-def in_format(completions: Sequence[str], answers: Sequence[str], **columns: Any) -> list[float]:
-    """1 for `<answer>the right one</answer>` and nothing else, white space aside."""
-    return [float(_answer(text) == right) for text, right in zip(completions, answers, strict=True)]
-
-
-def _answer(text: str) -> str | None:
-    found = re.fullmatch(r"\s*<answer>\s*(.*?)\s*</answer>\s*", text)
-    return found and found[1]
+def one_word(completions: Sequence[str], answers: Sequence[str], **columns: Any) -> list[float]:
+    """1 for the right word and nothing else, in capitals or not; white space aside."""
+    return [float(text.strip().lower() == right) for text, right in zip(completions, answers, strict=True)]
 
 
 class Meter:
@@ -110,7 +111,7 @@ class Meter:
         trained = [text for text, of in zip(completions, part, strict=True) if of == "train"]
         if trained:
             self.tokens += sum(len(ids) + 1 for ids in self._tokenizer(trained, add_special_tokens=False)["input_ids"])
-        return in_format(completions, answers)
+        return one_word(completions, answers)
 
     def __call__(self, run: Any, record: dict[str, Any]) -> None:
         """A callback of `finetune`."""
@@ -258,7 +259,7 @@ def greedy(model: Any, tokenizer: Any, rows: Sequence[dict[str, Any]]) -> float:
                 **prompts, max_new_tokens=MAX_TOKENS, do_sample=False, pad_token_id=tokenizer.pad_token_id
             )
         texts = tokenizer.batch_decode(ids[:, prompts["input_ids"].shape[1] :], skip_special_tokens=True)
-        rewards += in_format(texts, [row["answers"] for row in batch])
+        rewards += one_word(texts, [row["answers"] for row in batch])
     model.train(was_training)
     return sum(rewards) / len(rewards)
 
@@ -313,7 +314,7 @@ def row(run: dict[str, Any], least: int) -> str:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_common(parser, "sums", "rewards_vs_grpo.jsonl")
+    add_common(parser, "reviews", "rewards_vs_grpo.jsonl")
     parser.set_defaults(rows=(200, 100, 100))
     parser.add_argument("--contenders", default=list(CONTENDERS), type=lambda s: [c.strip() for c in s.split(";")],
                         help=f"separated by semicolons: {'; '.join(CONTENDERS)}")  # fmt: skip

@@ -22,24 +22,16 @@ class Words:
 
 @pytest.mark.parametrize(
     ("completion", "reward"),
-    [
-        ("<answer>7</answer>", 1),
-        (" <answer> 7 </answer>\n", 1),
-        ("<answer>8</answer>", 0),
-        ("<answer>7</answer> I think", 0),
-        ("So: <answer>7</answer>", 0),
-        ("<answer>7", 0),
-        ("7", 0),
-    ],
+    [("negative", 1), (" Negative\n", 1), ("positive", 0), ("This review is negative.", 0), ("negative, I think", 0)],
 )
-def test_only_the_right_answer_in_exactly_the_format_is_rewarded(completion: str, reward: int) -> None:
-    assert bench.in_format([completion], ["7"]) == [reward]
+def test_only_the_right_word_alone_is_rewarded(completion: str, reward: int) -> None:
+    assert bench.one_word([completion], ["negative"]) == [reward]
 
 
 def test_tokens_of_training_are_counted_and_those_of_evaluations_not() -> None:
     meter = bench.Meter(Words())
     meter({}, {"eval_loss": 0.0})
-    assert meter.reward(["a b", "<answer>7</answer>"], ["7", "7"], ["train", "train"]) == [0, 1]
+    assert meter.reward(["a b", "7"], ["7", "7"], ["train", "train"]) == [0, 1]
     meter.reward(["a b c"], ["7"], ["validation"])
     meter({}, {"loss": 0.0})
     meter({}, {"eval_loss": 0.0})
@@ -47,16 +39,17 @@ def test_tokens_of_training_are_counted_and_those_of_evaluations_not() -> None:
 
 
 def test_the_parts_of_a_game_share_no_row(tmp_path: Path) -> None:
-    (tmp_path / "sst2").mkdir()
-    lines = (json.dumps({"sentence": f"film {number} ", "label": number % 2}) for number in range(90))
-    (tmp_path / "sst2" / "train.jsonl").write_text("\n".join(lines))
+    for folder, field, labels in (("sst2", "sentence", [0, 1]), ("trec", "question", ["HUM", "LOC"])):
+        (tmp_path / folder).mkdir()
+        rows = [{field: f"film {number} ", "label": labels[number % 2]} for number in range(90)]
+        (tmp_path / folder / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
     for game in bench.GAMES:
         args = bench.parse(["--tasks", game, "--data", str(tmp_path), "--rows", "40", "20", "20"])
         parts, template = bench.load(args, game, Words())
         questions = [row["question"] for rows in parts.values() for row in rows]
         assert len(questions) == len(set(questions)) == 80
         assert all(row["part"] == part for part, rows in parts.items() for row in rows)
-        assert "<answer>" in template.format(**parts["test"][0])
+        assert parts["test"][0]["question"] in template.format(**parts["test"][0])
 
 
 def test_the_table_compares_at_equal_tokens_too() -> None:
@@ -64,7 +57,7 @@ def test_the_table_compares_at_equal_tokens_too() -> None:
         curve = [{"written": w, "accuracy": r} for w, r in zip(written, rewards, strict=True)]
         head = {
             "model": "m",
-            "task": "sums",
+            "task": "reviews",
             "cpu_seconds": 9.0,
             "cpu": "one",
             "rows": [3, 2, 2],
