@@ -9,10 +9,10 @@ and 0 for everything else. A step has COMPLETIONS completions for every contende
 one thread, in steps only; tokens are those of the completions of training, and the end of each. All start from the same
 model, see the same rows, sample at temperature 1, and give back the state of their best greedy evaluation.
 
-GRPO is TRL's GRPOTrainer (`pip install trl`) with its defaults: transformers writes with a key-value cache, and AdamW
-trains LoRA of rank 8 on q and v. Each contender tries the same number of step sizes, --factors times its own of
-STEP_SIZES.
-Every run is a line of --output, so a second call goes on where the first one stopped.
+GRPO is TRL's GRPOTrainer (`pip install trl`) with its defaults, but for a constant rate, float32 (faster than bfloat16
+in PyTorch on a CPU) and no checkpointing: transformers writes with a key-value cache, and AdamW trains LoRA of rank 8
+on q and v. Each contender tries the same number of step sizes, --factors times its own of STEP_SIZES. Every run is a
+line of --output, so a second call goes on where the first one stopped.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterable, Sequence
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -38,21 +39,21 @@ from benchmarks.experiment import (
     longest,
     put,
     results,
-    steps_for,
     train,
 )
+from benchmarks.long_run import Clock
 from benchmarks.memory import MIB, peak_rss, reset_peak
 
-COMPLETIONS, GROUP, MAX_TOKENS = 32, 8, 8
+COMPLETIONS, GROUP, MAX_TOKENS, PILOT_STEPS = 32, 8, 8, 4
 """Completions of a step; GRPO's for one prompt; and the most tokens of one."""
 GRPO = "grpo"
-JOBS: dict[str, dict[str, Any]] = {
-    "job, all layers": {},
-    "job, last layer": {"target_layers": "last"},
+JOBS: dict[str, tuple[float, dict[str, Any]]] = {
+    "job, all layers": (3e-3, {}),
+    "job, last layer": (1e-2, {"target_layers": "last"}),
 }
-RADIUS = 3e-2
-STEP_SIZES = {"job, all layers": 1e-3, "job, last layer": 1e-3, GRPO: 5e-4}
-"""At factor 1: the learning rates."""
+"""The radius of a probe, and further options of `finetune`. With three times the radius probes hit hardly anything."""
+STEP_SIZES = {"job, all layers": 1e-4, "job, last layer": 1e-3, GRPO: 5e-4}
+"""The learning rates of factor 1. Those of jobs make a step of about a third of the radius."""
 CONTENDERS = (*JOBS, GRPO)
 KEY = ("model", "task", "contender", "factor", "cpu_seconds", "seed")
 SLOTS = {"slots": 2, "slot_rank": 16}
@@ -68,34 +69,20 @@ def reviews(data: Path) -> Iterable[dict[str, Any]]:
         yield {"question": row["sentence"].strip(), "answers": ("negative", "positive")[row["label"]]}
 
 
-def questions(data: Path) -> Iterable[dict[str, Any]]:
-    """The training rows of TREC: what kind of thing a question asks for."""
-    for line in (data / "trec" / "train.jsonl").read_text().splitlines():
-        row = json.loads(line)
-        yield {"question": row["question"].strip(), "answers": KINDS[row["label"]]}
-
-
-KINDS = {
-    "ABBR": "abbreviation",
-    "DESC": "description",
-    "ENTY": "thing",
-    "HUM": "person",
-    "LOC": "place",
-    "NUM": "number",
-}
-GAMES: dict[str, tuple[Callable[[Path], Iterable[dict[str, Any]]], str]] = {
-    "reviews": (reviews, "Is this review positive or negative? {question}\nAnswer with one word."),
-    "questions": (
-        questions, "Does this question ask for a person, place, number, description, abbreviation or thing? {question}"
-        "\nAnswer with one word.",
+GAMES: dict[str, tuple[Callable[[Path], Iterable[dict[str, Any]]], str, str]] = {
+    "reviews": (
+        reviews,
+        "Is this review positive or negative? {question}\n"
+        'Reply "This review is positive." or "This review is negative."',
+        "This review is {answers}.",
     ),
-}  # fmt: skip
-"""Rows and instruction."""
+}
+"""Rows, the instruction, and what is rewarded."""
 
 
-def one_word(completions: Sequence[str], answers: Sequence[str], **columns: Any) -> list[float]:
-    """1 for the right word and nothing else, in capitals or not; white space aside."""
-    return [float(text.strip().lower() == right) for text, right in zip(completions, answers, strict=True)]
+def exact(completions: Sequence[str], answers: Sequence[str], **columns: Any) -> list[float]:
+    """1 for the right answer and nothing else, white space around it aside."""
+    return [float(text.strip() == right) for text, right in zip(completions, answers, strict=True)]
 
 
 class Meter:
@@ -111,7 +98,7 @@ class Meter:
         trained = [text for text, of in zip(completions, part, strict=True) if of == "train"]
         if trained:
             self.tokens += sum(len(ids) + 1 for ids in self._tokenizer(trained, add_special_tokens=False)["input_ids"])
-        return one_word(completions, answers)
+        return exact(completions, answers)
 
     def __call__(self, run: Any, record: dict[str, Any]) -> None:
         """A callback of `finetune`."""
@@ -121,11 +108,11 @@ class Meter:
 
 def load(args: argparse.Namespace, name: str, tokenizer: Any) -> tuple[dict[str, list[dict[str, Any]]], str]:
     """The rows of each part, and the template of a prompt: the instruction as the model's chat has it."""
-    rows, instruction = GAMES[name]
+    rows, instruction, answer = GAMES[name]
     parts: dict[str, list[dict[str, Any]]] = {}
     left = iter(rows(args.data))
     for part, count in zip(("train", "validation", "test"), args.rows, strict=True):
-        parts[part] = [{**row, "part": part} for row in islice(left, count)]
+        parts[part] = [{**row, "answers": answer.format(**row), "part": part} for row in islice(left, count)]
     return parts, chat(tokenizer, instruction)
 
 
@@ -153,16 +140,29 @@ def job_child(args: argparse.Namespace, runs: list[tuple[str, str, float, int]])
         )  # fmt: skip
         task = Task(name, objective, parts["train"], parts["validation"], parts["test"], objective)
         rate = factor * STEP_SIZES[contender]
+        radius, options = JOBS[contender]
         options = {
-            "method": LoZO(eps=RADIUS), "batch_size": COMPLETIONS // 2, "bases": 1, "learning_rate": rate,
-            "divergence_factor": None, **JOBS[contender],
+            "method": LoZO(eps=radius), "batch_size": COMPLETIONS // 2, "bases": 1, "divergence_factor": None, **options
         }  # fmt: skip
-        steps = steps_for(llm, task, options, args.cpu_seconds)
+        steps = max(1, int(args.cpu_seconds / seconds_a_step(llm, task, options)))
         meter.tokens = 0
-        result = train(llm, task, options, steps, seed, cpu_seconds=args.cpu_seconds, callbacks=[meter])
-        for point, tokens in zip(result.get("curve", ()), meter.at, strict=True):
-            point["written"] = tokens
+        result = train(
+            llm, task, {**options, "learning_rate": rate}, steps, seed, cpu_seconds=args.cpu_seconds, callbacks=[meter]
+        )
+        if "curve" in result:
+            for point, tokens in zip(result["curve"], meter.at, strict=True):
+                point["written"] = tokens
         write(args, (name, contender, factor, seed), {**result, "written": meter.tokens, "rate": rate})
+
+
+def seconds_a_step(llm: Any, task: Any, options: dict[str, Any]) -> float:
+    """CPU seconds, by a short job that changes nothing."""
+    clock = Clock(time.process_time)
+    llm.finetune(
+        task.train, objective=task.objective, steps=PILOT_STEPS, learning_rate=0.0, callbacks=[clock], progress=False,
+        **options,
+    )  # fmt: skip
+    return mean(clock.steps[1:])
 
 
 # --- GRPO -------------------------------------------------------------------------------------------------------------
@@ -259,7 +259,7 @@ def greedy(model: Any, tokenizer: Any, rows: Sequence[dict[str, Any]]) -> float:
                 **prompts, max_new_tokens=MAX_TOKENS, do_sample=False, pad_token_id=tokenizer.pad_token_id
             )
         texts = tokenizer.batch_decode(ids[:, prompts["input_ids"].shape[1] :], skip_special_tokens=True)
-        rewards += one_word(texts, [row["answers"] for row in batch])
+        rewards += exact(texts, [row["answers"] for row in batch])
     model.train(was_training)
     return sum(rewards) / len(rewards)
 
@@ -315,11 +315,11 @@ def row(run: dict[str, Any], least: int) -> str:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_common(parser, "reviews", "rewards_vs_grpo.jsonl")
-    parser.set_defaults(rows=(200, 100, 100))
+    parser.set_defaults(rows=(200, 50, 100))
     parser.add_argument("--contenders", default=list(CONTENDERS), type=lambda s: [c.strip() for c in s.split(";")],
                         help=f"separated by semicolons: {'; '.join(CONTENDERS)}")  # fmt: skip
     parser.add_argument("--factors", default=[0.3, 1.0, 3.0], type=lambda s: [float(f) for f in s.split(",")])
-    parser.add_argument("--cpu-seconds", type=float, default=400.0, help="for the steps of a contender")
+    parser.add_argument("--cpu-seconds", type=float, default=200.0, help="for the steps of a contender")
     parser.add_argument("--grpo-dtype", default="float32")
     args = parser.parse_args(argv)
     for given, known in ((args.tasks, GAMES), (args.contenders, CONTENDERS)):

@@ -22,10 +22,10 @@ class Words:
 
 @pytest.mark.parametrize(
     ("completion", "reward"),
-    [("negative", 1), (" Negative\n", 1), ("positive", 0), ("This review is negative.", 0), ("negative, I think", 0)],
+    [("It is bad.", 1), (" It is bad.\n", 1), ("It is good.", 0), ("It is bad", 0), ("It is bad. I think", 0)],
 )
-def test_only_the_right_word_alone_is_rewarded(completion: str, reward: int) -> None:
-    assert bench.one_word([completion], ["negative"]) == [reward]
+def test_only_the_right_answer_alone_is_rewarded(completion: str, reward: int) -> None:
+    assert bench.exact([completion], ["It is bad."]) == [reward]
 
 
 def test_tokens_of_training_are_counted_and_those_of_evaluations_not() -> None:
@@ -39,17 +39,17 @@ def test_tokens_of_training_are_counted_and_those_of_evaluations_not() -> None:
 
 
 def test_the_parts_of_a_game_share_no_row(tmp_path: Path) -> None:
-    for folder, field, labels in (("sst2", "sentence", [0, 1]), ("trec", "question", ["HUM", "LOC"])):
-        (tmp_path / folder).mkdir()
-        rows = [{field: f"film {number} ", "label": labels[number % 2]} for number in range(90)]
-        (tmp_path / folder / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "sst2").mkdir()
+    rows = [{"sentence": f"film {number} ", "label": number % 2} for number in range(90)]
+    (tmp_path / "sst2" / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
     for game in bench.GAMES:
         args = bench.parse(["--tasks", game, "--data", str(tmp_path), "--rows", "40", "20", "20"])
         parts, template = bench.load(args, game, Words())
         questions = [row["question"] for rows in parts.values() for row in rows]
         assert len(questions) == len(set(questions)) == 80
         assert all(row["part"] == part for part, rows in parts.items() for row in rows)
-        assert parts["test"][0]["question"] in template.format(**parts["test"][0])
+        last = parts["test"][-1]
+        assert last["question"] in template.format(**last) and last["answers"] in template
 
 
 def test_the_table_compares_at_equal_tokens_too() -> None:
