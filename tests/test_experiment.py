@@ -55,6 +55,7 @@ def test_a_job_is_measured_before_and_after(engines: Engines, task: Task, conten
     assert experiment.steps_for(llm, task, options, cpu_seconds=1e3) > 100
     result = experiment.train(llm, task, {**options, "learning_rate": 3e-3}, 5, seed=0)
     assert [point["step"] for point in result["curve"]] == [0, 2, 4, 5]
+    assert [result["curve"][place]["spent"] for place in (0, -1)] == [0, result["spent"]]
     assert {k: result["curve"][0][k] for k in ("loss", "accuracy")} == pytest.approx(zero_shot["validation"], abs=1e-5)
     assert experiment.prompted(llm, task, 0)["test"] == zero_shot["test"]  # `fold` was taken back
     assert f"| {contender} | 0 | float32 | 5 |" in experiment.report([line(result, contender)])
