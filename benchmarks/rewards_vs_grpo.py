@@ -200,7 +200,7 @@ def train_grpo(args: argparse.Namespace, name: str, rate: float, seed: int) -> d
             kept[:] = copies(trained(model))
         curve.append({"step": step, "spent": spent, "written": meter.tokens, "accuracy": score, "loss": -score})
 
-    class Watch(TrainerCallback):  # type: ignore[misc]
+    class Watch(TrainerCallback):
         """Counts the seconds of steps, evaluates EVALUATIONS times, and ends the run."""
 
         def on_train_begin(self, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
