@@ -25,11 +25,11 @@ FEW_CORES = 4
 """With at most so many cores the model gets all of them, and the system places its threads. vLLM would keep a core free
 for its scheduler, which only waits while the model runs, and bind one thread to each other: beside another program, all
 of them would wait at every operator for the one whose core is taken. And the worker needs no process of its own."""
-SLEEP_SOON = {"GOMP_SPINCOUNT": "2000"}
-"""Threads that have all cores must give them up between two products: those of GNU OpenMP look for more work 300,000
-times before they sleep, for milliseconds, and meanwhile the server cannot take an answer from its engine, and another
-program has no core (docs/performance.md). Only a process that is started after this sees it: the engine of a server
-is."""
+SLEEP_SOON = {"GOMP_SPINCOUNT": "60000"}
+"""Threads that have all cores must give them up when there is nothing to multiply: those of GNU OpenMP look for more
+work 300,000 times before they sleep, for milliseconds. With 60,000 they stay awake from one operator to the next, and
+not much longer; `worker/cpu/crowding.py` lets them sleep sooner beside other programs (docs/performance.md). Only a
+process that is started after this sees it: the engine of a server is."""
 
 
 def is_cpu_build() -> bool:

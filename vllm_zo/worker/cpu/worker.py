@@ -9,6 +9,7 @@ from typing import Any
 from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
+from vllm_zo.worker.cpu.crowding import Crowding
 from vllm_zo.worker.cpu.platform import CPUPlatform
 from vllm_zo.worker.worker import ZOWorkerMixin
 
@@ -17,6 +18,14 @@ class ZOCPUWorker(ZOWorkerMixin, CPUWorker):
     """vLLM's CPU worker, with a Trainer."""
 
     platform_class = CPUPlatform
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._crowding = Crowding()
+
+    def execute_model(self, *args: Any, **kwargs: Any) -> Any:
+        self._crowding.look()
+        return super().execute_model(*args, **kwargs)
 
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
         with _drawing_only_what_counts(self.model_runner):
