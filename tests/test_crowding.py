@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from vllm_zo.worker.cpu.crowding import CROWDED_S, LOOK_S, Crowding
+from vllm_zo.worker.cpu.crowding import CROWDED_S, LOOK_S, Crowding, waited_s
 
 ROOT = Path(__file__).parents[1]
 
@@ -71,6 +71,12 @@ def test_waiting_for_a_core_is_what_linux_counts() -> None:
     if waited == 0 and not Path("/proc/self/schedstat").exists():
         pytest.skip("this kernel does not count how long threads wait for a core")
     assert waited > 0.2, "half of the second, or more where other tests run"
+
+
+def test_a_system_that_does_not_count_is_never_crowded(tmp_path: Path) -> None:
+    assert waited_s(tmp_path / "no-proc") == 0
+    (tmp_path / "1").mkdir()  # a thread without the file
+    assert waited_s(tmp_path) == 0
 
 
 def test_it_is_crowded_for_a_while_and_then_looked_at_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,14 +26,19 @@ cores wait for 0.1 alone and for 1.0 beside a busy program."""
 CROWDED_S = 5.0
 """Seconds for which it then counts as crowded. Threads that sleep between operators wait for a core at every wake, also
 where nobody else is there, so only threads that stay awake can tell."""
+TASKS = Path("/proc/self/task")
 _ELEMENTS = 1 << 18
 """Enough that an operator on so many uses every thread (torch's grain is 1 << 15)."""
 
 
-def waited_s() -> float:
-    """Seconds for which threads of this process were ready to run and had no core; 0 where Linux does not count."""
+def waited_s(tasks: Path = TASKS) -> float:
+    """Seconds for which threads of this process were ready to run and had no core; 0 where the system does not count.
+
+    Args:
+        tasks: has a directory for each thread.
+    """
     total = 0
-    for task in Path("/proc/self/task").iterdir():
+    for task in tasks.iterdir() if tasks.is_dir() else ():
         try:
             total += int((task / "schedstat").read_text().split()[1])
         except OSError:  # the thread has ended, or the kernel keeps no such file
