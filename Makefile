@@ -19,7 +19,7 @@ install: ## make .venv with vLLM (CPU or CUDA, whichever fits), this package and
 demo: install ## fine-tune a small OPT model inside vLLM (MODEL=smollm2: a real one); writes an adapter and run.png
 	@$(RUN) examples/demo.py $(if $(MODEL),--model $(MODEL)) $(ARGS)
 
-test: install ## the tests, without the slow ones (WORKERS=2: in two processes)
+test: install ## the tests, without the slow ones, in two processes (WORKERS=1: in one)
 	@bash ci/test.sh $(ARGS)
 
 test-slow: install ## soaks, long convergence runs, a real model; says what it could not run

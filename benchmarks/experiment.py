@@ -297,6 +297,21 @@ def wanted(args: argparse.Namespace) -> list[tuple[str, str, int]]:
     ]
 
 
+def missing(
+    args: argparse.Namespace, key: Sequence[str], contenders: Sequence[str], budget: float
+) -> list[tuple[str, str, float, int]]:
+    """(task, contender, factor, seed) of the runs that have no line in --output yet, for benchmarks with --factors."""
+    model, done = Path(args.model).name, {tuple(line[name] for name in key) for line in results(args.output)}
+    return [
+        (task, contender, factor, seed)
+        for task in args.tasks
+        for seed in args.seeds
+        for contender in contenders
+        for factor in args.factors
+        if (model, task, contender, factor, budget, seed) not in done
+    ]
+
+
 def results(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 

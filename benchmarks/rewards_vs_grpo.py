@@ -37,6 +37,7 @@ from benchmarks.experiment import (
     copies,
     in_child,
     longest,
+    missing,
     put,
     results,
     train,
@@ -331,15 +332,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     if not args.report:
-        model, done = Path(args.model).name, {tuple(line[name] for name in KEY) for line in results(args.output)}
-        runs = [
-            (task, contender, factor, seed)
-            for task in args.tasks
-            for seed in args.seeds
-            for contender in args.contenders
-            for factor in args.factors
-            if (model, task, contender, factor, args.cpu_seconds, seed) not in done
-        ]
+        runs = missing(args, KEY, args.contenders, args.cpu_seconds)
         with_trl = [run for run in runs if run[1] == GRPO]
         if with_trl and find_spec("trl") is None:
             print("skipped: grpo needs TRL; pip install trl", file=sys.stderr)

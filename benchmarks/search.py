@@ -23,7 +23,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.experiment import BATCH, add_common, in_child, load, longest, results, train
+from benchmarks.experiment import BATCH, add_common, in_child, load, longest, missing, results, train
 
 PLACES: dict[str, dict[str, Any]] = {
     "all": {},
@@ -40,6 +40,10 @@ TRICKS: dict[str, dict[str, Any]] = {
     "adam": {"method": {"optimizer": "adam"}},
     "rank 1": {"method": {"rank": 1}},
     "rank 4": {"method": {"rank": 4}},
+    "interval 10": {"method": {"interval": 10}},
+    "3 bases": {"bases": 3},
+    "15 bases": {"bases": 15},
+    "31 bases": {"bases": 31},
     "eps 3e-4": {"method": {"eps": 3e-4}},
     "eps 3e-3": {"method": {"eps": 3e-3}},
     "eps 1e-2": {"method": {"eps": 1e-2}},
@@ -47,8 +51,10 @@ TRICKS: dict[str, dict[str, Any]] = {
     "mlp": {"target_modules": "mlp"},
 }
 EVALUATIONS = 2
-SLOTS = {"slots": 5, "slot_rank": 32}
-"""For a whole step of four one-sided directions, and for seven bases of rank 4."""
+SLOTS = {"slots": 5, "slot_rank": 64}
+"""For a whole step of four one-sided directions, and for 31 bases of rank 2."""
+BASES = 7
+"""Of a variant that names no other number: what the default slot holds of rank 2."""
 KEY = ("model", "task", "variant", "factor", "passes", "seed")
 
 
@@ -61,7 +67,7 @@ def options_of(variant: str) -> dict[str, Any]:
     for trick in tricks:
         method |= TRICKS[trick].get("method", {})
         options |= {name: value for name, value in TRICKS[trick].items() if name != "method"}
-    return {"batch_size": BATCH, **options, "method": METHODS.build(method)}
+    return {"batch_size": BATCH, "bases": BASES, **options, "method": METHODS.build(method)}
 
 
 def steps_within(passes: int, options: dict[str, Any], layers: int, rows: int) -> int:
@@ -141,16 +147,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     if not args.report:
-        model, done = Path(args.model).name, {tuple(run[name] for name in KEY) for run in results(args.output)}
-        runs = [
-            (task, variant, factor, seed)
-            for task in args.tasks
-            for seed in args.seeds
-            for variant in args.variants
-            for factor in args.factors
-            if (model, task, variant, factor, args.passes, seed) not in done
-        ]
-        in_child("ours", child, args, runs)
+        in_child("ours", child, args, missing(args, KEY, args.variants, args.passes))
     print(report(results(args.output)))
 
 

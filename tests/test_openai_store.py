@@ -66,6 +66,16 @@ def test_old_answers_are_forgotten_without_reading_every_job_there_ever_was(tmp_
     assert peak < 300_000, "the records of a thousand jobs are more"
 
 
+def test_means_are_of_one_parent_and_of_the_records_that_have_the_number(tmp_path: Path) -> None:
+    store = Store(tmp_path / "server.db")
+    rows = [("job-a", "v1", 0.5), ("job-a", "v1", None), ("job-a", "v1", 1.0), ("job-a", "v2", -1), ("job-b", "v1", 9)]
+    for number, (job, model, score) in enumerate(rows):
+        store.add("feedback", {"id": f"f-{number}", "model": model, "score": score}, parent=job)
+    store.add("feedback", {"id": "f-none", "model": "v3", "score": None}, parent="job-a")
+    assert store.means("feedback", "score", by="model", parent="job-a") == {"v1": (2, 0.75), "v2": (1, -1.0)}
+    assert store.means("feedback", "score", by="model", parent="job-c") == {}
+
+
 def test_ten_thousand_jobs_are_listed_page_by_page(tmp_path: Path) -> None:
     with app_client(tmp_path) as client:
         store: Store = client.app.state.zo.store  # type: ignore[attr-defined]

@@ -364,9 +364,12 @@ class Controller:
                 return command.job_id in jobs
             return f"{command.job_id}/{command.version}" in versions
 
-        due = [command for command in self._unpublishing if not waits(command)]
-        self._unpublishing = [command for command in self._unpublishing if waits(command)]
-        return list(due)
+        due: list[Command] = []
+        waiting: list[Unpublish | ForgetVersions] = []
+        for command in self._unpublishing:
+            (waiting if waits(command) else due).append(command)
+        self._unpublishing = waiting
+        return due
 
     def _close(self, lane: Lane, cells: Cells | None = None, *, after_forward: bool = False) -> None:
         assert lane.job is not None

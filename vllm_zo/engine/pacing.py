@@ -238,21 +238,31 @@ class Pacer:
             before: the step before, if training ran in it.
         """
         self._mixed = self._mixed + 1 if step.training or before else 0
-        base = self._serving.seconds(step.amounts)
         if self._serving.known:
+            base = self._serving.seconds(step.amounts)
             # An accident of the machine is cut off here as it is in what `base` was learned from.
             seconds = min(seconds, OUTLIER * (base + step.training * self.token_s))
             self._base.add(base, now)
             self._real.add(seconds, now)
-        # Beside a job that uses every pause all prefills follow training.
-        alike = before is None or step.prefill or not self._serving.known or self._mixed > 2 * MAX_MIXED
-        if not step.training and alike:
+            if step.training or (before and before.serves):
+                self._learn_added(step.training, seconds - base)
+        if self._shows_serving(step, before):
             self._serving.learn(step.amounts, seconds)
-        if self._serving.known and (step.training or (before and before.serves)):
-            added = seconds - base
-            so_far = self._beside if self._beside[1] else [self._guess_token_s() * GUESSED, GUESSED]
-            keep = 0.98 if step.training else 1.0
-            self._beside = [keep * so_far[0] + added, keep * so_far[1] + step.training]
+
+    def _learn_added(self, tokens: int, seconds: float) -> None:
+        """Learn what training tokens have added to a step. 0 tokens: what the step before has left in the caches."""
+        total = self._beside if self._beside[1] else [self._guess_token_s() * GUESSED, GUESSED]
+        keep = 0.98 if tokens else 1.0
+        self._beside = [keep * total[0] + seconds, keep * total[1] + tokens]
+
+    def _shows_serving(self, step: EngineStep, before: EngineStep | None) -> bool:
+        """Whether the time of this step is what serving costs by itself."""
+        if step.training:
+            return False
+        if before is None or not self._serving.known:
+            return True
+        # Behind training the caches are cold. Beside a job that uses every pause all prefills are behind training.
+        return step.prefill > 0 or self._mixed > 2 * MAX_MIXED
 
     # --- metrics ------------------------------------------------------------------------------------------------------
 

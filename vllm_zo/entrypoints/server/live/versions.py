@@ -179,11 +179,8 @@ class LiveVersions:
 
     def scores(self, job: JobRecord) -> dict[str, dict[str, Any]]:
         """Model -> number and mean of the scores that clients gave its answers. It blocks."""
-        given: dict[str, list[float]] = {}
-        for feedback in self._store.all("feedback", parent=job.id):
-            if feedback["score"] is not None:
-                given.setdefault(feedback["model"], []).append(feedback["score"])
-        return {model: {"count": len(of), "mean_score": sum(of) / len(of)} for model, of in given.items()}
+        means = self._store.means("feedback", "score", by="model", parent=job.id)
+        return {model: {"count": count, "mean_score": mean} for model, (count, mean) in means.items()}
 
     def _scored_worse(self, job: JobRecord, live: LiveState) -> str | None:
         assert live.canary is not None

@@ -322,6 +322,16 @@ class Store:
             rows = self._connection.execute(f"SELECT body FROM {table} {condition} ORDER BY seq", values).fetchall()
         return [json.loads(body) for (body,) in rows]
 
+    def means(self, table: str, number: str, by: str, parent: str) -> dict[str, tuple[int, float]]:
+        """Value of the field `by` -> how many records of the parent have the field `number`, and its mean."""
+        field, group = f"json_extract(body, '$.{number}')", f"json_extract(body, '$.{by}')"
+        where, values = _conditions(table)
+        condition = " AND ".join([*where, "parent = ?", f"{field} IS NOT NULL"])
+        query = f"SELECT {group}, COUNT(*), AVG({field}) FROM {table} WHERE {condition} GROUP BY {group}"
+        with self._lock:
+            rows = self._connection.execute(query, (*values, parent)).fetchall()
+        return {name: (count, mean) for name, count, mean in rows}
+
     def parents(self, table: str) -> set[str]:
         """The parents that records of the table have."""
         where, values = _conditions(table)
