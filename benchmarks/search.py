@@ -38,6 +38,8 @@ TRICKS: dict[str, dict[str, Any]] = {
     "4 one-sided": {"method": {"queries": 4, "estimator": "one-sided"}},
     "momentum": {"method": {"optimizer": "momentum"}},
     "adam": {"method": {"optimizer": "adam"}},
+    "tezo": {"method": {"name": "tezo"}},
+    "subzero": {"method": {"name": "subzero"}},
     "rank 1": {"method": {"rank": 1}},
     "rank 4": {"method": {"rank": 4}},
     "interval 10": {"method": {"interval": 10}},

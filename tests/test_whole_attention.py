@@ -65,22 +65,28 @@ def naive(layer: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     q = query.double().view(len(query), layer.num_heads, -1)
     k, v = (x.double().view(len(x), layer.num_kv_heads, -1) for x in (key, value))
     out = torch.empty_like(q)
+    window = layer.impl.sliding_window
     for t in range(len(q)):
+        seen = slice(0 if window == -1 else max(t + 1 - window, 0), t + 1)
         for head in range(layer.num_heads):
-            scores = (k[: t + 1, head // group] @ q[t, head]) * layer.impl.scale
-            out[t, head] = scores.softmax(0) @ v[: t + 1, head // group]
+            scores = (k[seen, head // group] @ q[t, head]) * layer.impl.scale
+            out[t, head] = scores.softmax(0) @ v[seen, head // group]
     return out.flatten(1)
 
 
-@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@pytest.mark.parametrize(("kv_heads", "window"), [(4, -1), (2, -1), (1, -1), (4, 5), (2, 1)])
 @pytest.mark.parametrize(
     ("dtype", "tolerance"),
     [(torch.float32, 2e-6), (torch.bfloat16, 2e-2)],  # entries near 1: sums of some ten float32 terms; two roundings
 )
-def test_attention_is_that_of_each_sequence_alone(kv_heads: int, dtype: torch.dtype, tolerance: float) -> None:
+def test_attention_is_that_of_each_sequence_alone(
+    kv_heads: int, window: int, dtype: torch.dtype, tolerance: float
+) -> None:
     rng = random.Random(1)
     generator = torch.Generator().manual_seed(0)
-    layer = SimpleNamespace(num_heads=4, num_kv_heads=kv_heads, head_size=32, impl=SimpleNamespace(scale=0.3))
+    layer = SimpleNamespace(
+        num_heads=4, num_kv_heads=kv_heads, head_size=32, impl=SimpleNamespace(scale=0.3, sliding_window=window)
+    )
     for _ in range(5):
         chunks = random_sequences(rng, longest=12)
         plan = plan_rows(chunks)
@@ -100,7 +106,6 @@ def test_what_plain_causal_attention_lacks_is_refused(engines: Engines) -> None:
     assert whole_attention.why_not(layer) is None
     for name, value, word in [
         ("alibi_slopes", torch.ones(4), "ALiBi"),
-        ("sliding_window", 64, "sliding window"),
         ("logits_soft_cap", 30.0, "soft cap"),
         ("sinks", torch.ones(4), "sinks"),
         ("is_fp8_kv_cache", True, "quantised"),

@@ -25,7 +25,6 @@ def why_not(layer: Any) -> str | None:
         return f"{type(impl).__name__} is not vLLM's CPU attention"
     extras = {
         "ALiBi": impl.alibi_slopes is not None,
-        "a sliding window": impl.sliding_window != -1,
         "a soft cap": bool(impl.logits_soft_cap),
         "attention sinks": impl.sinks is not None,
         "a quantised KV cache": impl.is_fp8_kv_cache,
@@ -38,7 +37,7 @@ def attend(layer: Any, query: Tensor, key: Tensor, value: Tensor, buckets: Bucke
     """Causal attention within each sequence.
 
     Args:
-        layer: vLLM's attention layer, for its sizes and scale.
+        layer: vLLM's attention layer, for its sizes, scale and sliding window.
         query: (U, heads * D); U counts the kept rows (`RowPlan`).
         key, value: (U, kv_heads * D).
         buckets: the sequences.
@@ -56,9 +55,18 @@ def attend(layer: Any, query: Tensor, key: Tensor, value: Tensor, buckets: Bucke
         q, k, v = (
             x.view(count, length, n, width).transpose(1, 2) for x, n in ((q, heads), (k, kv_heads), (v, kv_heads))
         )
+        mask = _window_mask(length, layer.impl.sliding_window)
         out = F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=layer.impl.scale, enable_gqa=heads != kv_heads
+            q, k, v, mask, is_causal=mask is None, scale=layer.impl.scale, enable_gqa=heads != kv_heads
         )
         attended.append(out.transpose(1, 2).reshape(count * length, heads * width))
     whole = attended[0] if len(attended) == 1 else torch.cat(attended)
     return whole.index_select(0, buckets.back_U).to(query.dtype)
+
+
+def _window_mask(length: int, window: int) -> Tensor | None:
+    """(length, length) bool: the keys that a query sees, itself and the `window - 1` before it. None: plain causal
+    attention does it: there is no window (-1) or no sequence is longer."""
+    if window == -1 or length <= window:
+        return None
+    return torch.ones(length, length, dtype=torch.bool).tril().triu(1 - window)
