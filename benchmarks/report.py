@@ -38,15 +38,14 @@ def summarise(measured: dict[str, Any], interval: int, reference: str) -> dict[s
     """Add figures over the rounds to the measured windows: medians, ranges and ratios.
 
     It takes a ratio within a round, between windows that are at most minutes apart, and then the median of the ratios.
-    So a machine that slows down during the run changes both sides of a ratio.
+    So a machine that slows down during the run changes both sides of a ratio. Where one of the two took only the first
+    steps of a window, the other's first steps count too: batches differ in their tokens.
     """
     for contender in measured.values():
-        contender["rounds"] = [window_figures(window, interval) for window in contender["windows"]]
-    base = [figures["amortised"] for figures in measured[reference]["rounds"]]
-    for contender in measured.values():
-        rounds = contender["rounds"]
+        contender["rounds"] = rounds = [window_figures(window, interval) for window in contender["windows"]]
         amortised = [figures["amortised"] for figures in rounds]
-        ratios = [own / other for own, other in zip(amortised, base, strict=True)]
+        pairs = zip(contender["windows"], measured[reference]["windows"], strict=True)
+        ratios = [ratio_of(own, other, interval) for own, other in pairs]
         contender["summary"] = {
             **{f"{key}_ms": median(figures[key] for figures in rounds) for key in rounds[0]},
             "amortised_range_ms": (min(amortised), max(amortised)),
@@ -57,6 +56,13 @@ def summarise(measured: dict[str, Any], interval: int, reference: str) -> dict[s
             "refreshes": sum(step % interval == 0 for w in contender["windows"] for step in steps_of(w)),
         }
     return measured
+
+
+def ratio_of(own: dict[str, Any], other: dict[str, Any], interval: int) -> float:
+    """The amortised time of one window over that of another, of the steps that both took."""
+    count = min(len(own["ms"]), len(other["ms"]))
+    figures = [window_figures({**window, "ms": window["ms"][:count]}, interval) for window in (own, other)]
+    return figures[0]["amortised"] / figures[1]["amortised"]
 
 
 def steps_of(window: dict[str, Any]) -> range:

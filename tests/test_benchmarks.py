@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import convergence, convergence_report, memory
+from benchmarks import convergence, convergence_report, memory, report
 from benchmarks.convergence import Data, Settings
 from tests.engines import Engines, reviews
 
@@ -110,3 +110,15 @@ def test_refresh_steps_are_timed_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     for step in range(1, 7):
         clock(None, {"step": step})
     assert clock.figures() == {"step_ms": 1000.0, "refresh_ms": 4000.0, "refresh_ms_amortised": 80.0}
+
+
+def test_a_ratio_compares_the_steps_that_both_contenders_took() -> None:
+    """A slow contender takes the first steps of a window only, and batches differ in their tokens."""
+    tokens = [3.0, 2.0, 2.0, 1.0, 1.0]
+    windows = {"ours": [10 * t for t in tokens], "slow": [40 * t for t in tokens[:3]]}
+    measured = {
+        name: {"windows": [{"start": 0, "ms": ms, "foreign_load": 0.0}]} for name, ms in windows.items()
+    }  # fmt: skip
+    found = report.summarise(measured, interval=5, reference="ours")
+    assert found["slow"]["summary"]["ratio_to_ours"] == pytest.approx(4)
+    assert found["slow"]["summary"]["amortised_ms"] > 4 * found["ours"]["summary"]["amortised_ms"]
