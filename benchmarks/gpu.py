@@ -88,12 +88,14 @@ def rates(dtype: str) -> dict[str, float]:
 
 
 def linear_parameters(shape: Shape) -> int:
-    """The number of weights in the six linear modules of all layers."""
-    return shape.layers * (4 * shape.hidden**2 + 2 * shape.hidden * shape.ffn)
+    """The number of weights in the trained linear modules of all layers."""
+    return shape.layers * sum(outputs * inputs for outputs, inputs in shape.linears.values())
 
 
 def parameters(shape: Shape) -> int:
-    return linear_parameters(shape) + (shape.vocab + shape.positions) * shape.hidden
+    """The number of weights in all matrices: those of `linear_parameters` and the embeddings."""
+    table_of_positions = 0 if shape.is_llama else shape.positions
+    return linear_parameters(shape) + (shape.vocab + table_of_positions) * shape.hidden
 
 
 def floor(shape: Shape, dtype: str, batch: int, measured: dict[str, float]) -> dict[str, Any]:

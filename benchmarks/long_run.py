@@ -27,7 +27,7 @@ from benchmarks import facts, gpu
 from benchmarks.children import environment
 from benchmarks.core_step import make_checkpoint
 from benchmarks.options import add_device, add_model, choose_device
-from benchmarks.shapes import OPTION_TEXTS, SHAPES, Prompts
+from benchmarks.shapes import OPTION_TEXTS, SHAPES, Prompts, title
 
 PAPER_STEPS, PAPER_EVALUATIONS = 20_000, 5
 """LoZO's run on SST-2: an evaluation every 4,000 steps."""
@@ -115,7 +115,7 @@ def main(argv: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory(prefix="long_run_") as scratch:
         result = measure(args, str(make_checkpoint(args, Path(scratch))))
     where = args.card["name"] if args.card else "the CPU"
-    print(f"OPT {args.shape} {args.dtype}, batch {args.batch}, {args.space}, on {where}; {result['status']}")
+    print(f"{title(args.shape)} {args.dtype}, batch {args.batch}, {args.space}, on {where}; {result['status']}")
     print(
         f"{result['steps']} steps and {result['evaluations']} evaluations of {VALIDATION_ROWS} rows: "
         f"{result['wall_s']:.1f} s after a start of {result['start_s']:.1f} s"

@@ -47,7 +47,7 @@ from benchmarks.children import variables_of
 from benchmarks.core_step import make_checkpoint
 from benchmarks.options import add_device, add_model, choose_device
 from benchmarks.reviews import Reviews
-from benchmarks.shapes import SHAPES, Prompts, Shape, mean_longest
+from benchmarks.shapes import SHAPES, Prompts, Shape, mean_longest, title
 
 VARIANTS = ("idle", "serving", "bank", "fold")
 APART = ("lora", "lora-checkpointing")
@@ -283,15 +283,20 @@ def parts_of(shape: Shape, args: argparse.Namespace) -> tuple[float, float, floa
 
     Activations: 34 s b h + 5 a s^2 b bytes a layer at 16 bits, 2 s b h with checkpointing and those of one layer
     (Korthikanti et al. 2022, arXiv:2205.05198). Logits of the last token only, as `lora` computes them.
+
+    Raises:
+        ValueError: a Llama. The paper counts the activations of layers like OPT's only.
     """
     from vllm_zo import LoZO
     from vllm_zo.job_memory import state_bytes
     from vllm_zo.methods.plan import ModuleShape
 
-    h, f, layers = shape.hidden, shape.ffn, shape.layers
-    sizes = [(h, h)] * 4 + [(h, f), (f, h)]
-    weights = 2 * (layers * sum(a * b for a, b in sizes) + (shape.vocab + shape.positions) * h)
-    modules = [ModuleShape(f"{layer}.{i}", b, a) for layer in range(layers) for i, (a, b) in enumerate(sizes)]
+    if shape.is_llama:
+        raise ValueError(f"shape={shape}: the activations of a Llama are not written here; use an OPT")
+    h, layers = shape.hidden, shape.layers
+    sizes = list(shape.linears.values())
+    weights = 2 * gpu.parameters(shape)
+    modules = [ModuleShape(f"{layer}.{i}", a, b) for layer in range(layers) for i, (a, b) in enumerate(sizes)]
     slots = 2 * ZO_SLOTS * args.slot_rank * layers * sum(a + b for a, b in sizes)
     bases = args.slot_rank // args.rank - 1
     a_job = slots + state_bytes(LoZO(rank=args.rank, interval=args.interval), modules, bases)
@@ -354,7 +359,7 @@ def main(argv: list[str] | None = None) -> None:
         shutil.rmtree(scratch)
     summary = summarise(rounds)
     if args.card is not None:
-        print(f"OPT {args.shape} {args.dtype} on {args.card['name']}, KV cache {args.kv_mib} MiB\n")
+        print(f"{title(args.shape)} {args.dtype} on {args.card['name']}, KV cache {args.kv_mib} MiB\n")
     print(markdown(summary))
     if "bank" in summary and "serving" in summary:
         ratio = summary["bank"]["peak_to_serving"]

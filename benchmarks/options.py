@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from benchmarks import gpu
-from benchmarks.baselines import CONTENDERS, CPU_ONLY, GPU_ONLY
+from benchmarks.baselines import CONTENDERS, CPU_ONLY, GPU_ONLY, OPT_ONLY
 from benchmarks.facts import chosen_cores
 from benchmarks.shapes import SHAPES
 
@@ -16,6 +16,7 @@ DEFAULT_AGAINST = {
     "cpu": "official,strong,packed,packed-prepacked",
     "cuda": "official-full,official,compiled,stock-files,stock-in-place,gemms",
 }
+"""Of these, those that are written for the run's shape."""
 
 
 def parse(argv: list[str] | None, description: str | None) -> argparse.Namespace:
@@ -38,13 +39,18 @@ def parse(argv: list[str] | None, description: str | None) -> argparse.Namespace
         parser.error(f"--method {args.method}: runs in no other space; give --space fold")
     choose_device(parser, args)
     args.cores = chosen_cores(args.cores, args.device)
-    against = DEFAULT_AGAINST[args.device] if args.against is None else args.against
-    names = [name for name in against.split(",") if name]
+    left_out = OPT_ONLY if SHAPES[args.shape].is_llama else ()
+    if args.against is None:
+        names = [name for name in DEFAULT_AGAINST[args.device].split(",") if name not in left_out]
+    else:
+        names = [name for name in args.against.split(",") if name]
     if unknown := [name for name in names if name not in CONTENDERS]:
         parser.error(f"--against {unknown[0]}: must be one of {', '.join(CONTENDERS)}")
     elsewhere = CPU_ONLY if args.device == "cuda" else GPU_ONLY
     if wrong := [name for name in names if name in elsewhere]:
         parser.error(f"--against {wrong[0]}: not for --device {args.device}")
+    if wrong := [name for name in names if name in left_out]:
+        parser.error(f"--against {wrong[0]}: written for OPT only, not for --shape {args.shape}")
     if "compiled" in names and args.dtype == "float32":
         parser.error("--dtype float32: `compiled` calls FlashAttention, which takes 16-bit types")
     if args.before is not None and not (args.before / "vllm_zo").is_dir():

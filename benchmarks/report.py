@@ -8,6 +8,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.shapes import title
+
 FOREIGN_LOAD_LIMIT = 0.05
 """If other processes take a larger share of the cores than this during a window, the table has a warning."""
 
@@ -76,7 +78,7 @@ def show(document: dict[str, Any]) -> None:
     isa = ", ".join(flag for flag, present in machine["isa"].items() if present)
     console.print(f"{machine['cpu']}, {len(settings['cores'])} cores; {isa}; {machine['versions']}", highlight=False)
     console.print(
-        f"OPT {settings['shape']} {settings['dtype']}, batch {settings['batch']}, rank {settings['rank']}, "
+        f"{title(settings['shape'])} {settings['dtype']}, batch {settings['batch']}, rank {settings['rank']}, "
         f"interval {settings['interval']}, {settings['rounds']} windows of {settings['window']} steps; "
         f"ours: {settings['method']} in {settings['space']} space",
         highlight=False,

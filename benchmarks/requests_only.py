@@ -57,17 +57,13 @@ def write_adapter(shape: Shape, directory: Path) -> Path:
     import torch
     from safetensors.torch import save_file
 
-    from benchmarks.baselines.common import PROJECTIONS
-
     tensors = {}
     for layer in range(shape.layers):
-        for projection in PROJECTIONS:
-            inputs = shape.ffn if projection == "fc2" else shape.hidden
-            outputs = shape.ffn if projection == "fc1" else shape.hidden
-            name = f"base_model.model.model.decoder.layers.{layer}.{projection}"
+        for projection, (outputs, inputs) in shape.linears.items():
+            name = f"base_model.model.{shape.layers_path}.{layer}.{projection}"
             tensors[f"{name}.lora_A.weight"] = torch.randn(RANK, inputs) / 100
             tensors[f"{name}.lora_B.weight"] = torch.randn(outputs, RANK) / 100
-    targets = [projection.rpartition(".")[2] for projection in PROJECTIONS]
+    targets = [projection.rpartition(".")[2] for projection in shape.linears]
     config = {"peft_type": "LORA", "r": RANK, "lora_alpha": RANK, "target_modules": targets, "bias": "none"}
     directory.mkdir()
     (directory / "adapter_config.json").write_text(json.dumps(config))

@@ -311,7 +311,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2, help="windows of each kind")
     parser.add_argument("--json", type=Path, help="write every figure to this file")
     parser.add_argument("--model", default=str(MODEL), help="directory of the model")
-    parser.add_argument("--shape", choices=SHAPES, help="an OPT of random weights instead of the model")
+    parser.add_argument("--shape", choices=SHAPES, help="a model of random weights instead of the model")
     parser.add_argument("--dtype", choices=("bfloat16", "float32", "float16"), default="float32")
     add_device(parser)
     args = parser.parse_args()

@@ -1,10 +1,11 @@
-"""What the benchmarks run on: OPT shapes with random weights, and batches with SST-2's prompt lengths.
+"""What the benchmarks run on: shapes of OPT and Llama with random weights, and batches with SST-2's prompt lengths.
 
 The benchmarks download nothing and need no data set. Speed does not depend on the values of weights and tokens, only on
 shapes and lengths, and those are real:
 
 * `SHAPES` are the published OPT configurations with pre-LN layers. OPT-350M is not among them: its post-LN layers and
-  projected embeddings make it another architecture, and no table of the papers uses it.
+  projected embeddings make it another architecture, and no table of the papers uses it. `smollm2` is SmolLM2-135M: the
+  layers of today's models (gated MLP, fewer heads of keys and values than of queries) at the size of OPT-125M.
 * `PROMPT_LENGTHS` counts the tokens of 1,000 prompts "{sentence} It was" (SST-2 training sentences; GPT-2's byte-level
   BPE, which has OPT's merges; plus the </s> that OPT's tokenizer puts in front). The MeZO and LoZO protocol has 1,000
   training sentences. These are `random.Random(s).sample(range(67349), 1000)` with s = 5483, the first s whose sample
@@ -21,11 +22,16 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import comb
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True)
 class Shape:
-    """An OPT configuration. Embeddings are tied and as wide as the layers; layers are pre-LN with biases and ReLU."""
+    """The sizes of an OPT, or with `kv_heads` of a Llama. Embeddings are tied and as wide as the layers.
+
+    OPT's layers are pre-LN with biases and ReLU; positions are learnt. Llama's have RMS norms, no biases, an MLP gated
+    by SiLU, and rotary positions. Heads of keys and values are as wide as those of the queries, `hidden / heads`.
+    """
 
     hidden: int
     layers: int
@@ -33,6 +39,33 @@ class Shape:
     ffn: int
     vocab: int = 50272
     positions: int = 2048
+    kv_heads: int | None = None
+    """Heads of keys and values of a Llama; None makes an OPT."""
+
+    @property
+    def is_llama(self) -> bool:
+        return self.kv_heads is not None
+
+    @property
+    def layers_path(self) -> str:
+        """The name of the list of layers in the causal model of transformers."""
+        return "model.layers" if self.is_llama else "model.decoder.layers"
+
+    @property
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """The trained linear weights of a layer, a scope that the literature calls LoRA-only: name in the layer ->
+        (out features, in features). Biases do not train."""
+        h, f = self.hidden, self.ffn
+        if self.kv_heads is None:
+            return {
+                "self_attn.q_proj": (h, h), "self_attn.k_proj": (h, h), "self_attn.v_proj": (h, h),
+                "self_attn.out_proj": (h, h), "fc1": (f, h), "fc2": (h, f),
+            }  # fmt: skip
+        kv = h // self.heads * self.kv_heads
+        return {
+            "self_attn.q_proj": (h, h), "self_attn.k_proj": (kv, h), "self_attn.v_proj": (kv, h),
+            "self_attn.o_proj": (h, h), "mlp.gate_proj": (f, h), "mlp.up_proj": (f, h), "mlp.down_proj": (h, f),
+        }  # fmt: skip
 
 
 SHAPES = {
@@ -42,12 +75,19 @@ SHAPES = {
     "2.7b": Shape(2560, 32, 32, 10240),
     "6.7b": Shape(4096, 32, 32, 16384),
     "13b": Shape(5120, 40, 40, 20480),
+    "smollm2": Shape(576, 30, 9, 1536, vocab=49152, positions=8192, kv_heads=3),
 }
+
+
+def title(name: str) -> str:
+    """What reports call a shape."""
+    return name if SHAPES[name].is_llama else f"OPT {name}"
+
 
 BOS, PAD = 2, 1
 NUM_SPECIAL = 4
 OPTION_IDS = (6587, 372)
-"""Token ids of " terrible" and " great" in OPT's vocabulary; with random weights any two would do."""
+"""Token ids of " terrible" and " great" in OPT's vocabulary; with random weights any two of a vocabulary would do."""
 OPTION_TEXTS = tuple(f" t{token}" for token in OPTION_IDS)
 
 PROMPT_LENGTHS: dict[int, int] = {
@@ -113,7 +153,7 @@ class Prompts:
 
 
 def write_checkpoint(shape: Shape, dtype: str, directory: str | Path, seed: int = 0, *, weights: bool = True) -> Path:
-    """Save an OPT of random weights (normal, std 0.02) as safetensors, with a config and a tokenizer.
+    """Save a model of random weights (normal, std 0.02) as safetensors, with a config and a tokenizer.
 
     The tokenizer's words are "t<id>", separated by spaces. It puts </s> in front, as OPT's own does. So a program that
     takes text scores the same tokens as one that takes ids.
@@ -124,20 +164,15 @@ def write_checkpoint(shape: Shape, dtype: str, directory: str | Path, seed: int 
     """
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-    config = OPTConfig(
-        hidden_size=shape.hidden, word_embed_proj_dim=shape.hidden, num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads, ffn_dim=shape.ffn, vocab_size=shape.vocab,
-        max_position_embeddings=shape.positions, bos_token_id=BOS, eos_token_id=BOS, pad_token_id=PAD,
-        dropout=0.0, attention_dropout=0.0, architectures=["OPTForCausalLM"],
-    )  # fmt: skip
+    config = config_of(shape)
     if weights:
         torch.manual_seed(seed)
         default = torch.get_default_dtype()
         torch.set_default_dtype(getattr(torch, dtype))  # so that 13B never takes the memory of float32
         try:
-            OPTForCausalLM(config).save_pretrained(directory)
+            AutoModelForCausalLM.from_config(config).save_pretrained(directory)
         finally:
             torch.set_default_dtype(default)
     else:
@@ -151,6 +186,27 @@ def write_checkpoint(shape: Shape, dtype: str, directory: str | Path, seed: int 
         tokenizer_object=tokenizer, bos_token="</s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
     ).save_pretrained(directory)
     return Path(directory)
+
+
+def config_of(shape: Shape) -> Any:
+    """The configuration of transformers for a shape."""
+    from transformers import LlamaConfig, OPTConfig
+
+    common: dict[str, Any] = {
+        "hidden_size": shape.hidden, "num_hidden_layers": shape.layers, "num_attention_heads": shape.heads,
+        "vocab_size": shape.vocab, "max_position_embeddings": shape.positions, "bos_token_id": BOS,
+        "eos_token_id": BOS, "pad_token_id": PAD, "attention_dropout": 0.0, "tie_word_embeddings": True,
+    }  # fmt: skip
+    if shape.is_llama:
+        return LlamaConfig(
+            intermediate_size=shape.ffn,
+            num_key_value_heads=shape.kv_heads,
+            architectures=["LlamaForCausalLM"],
+            **common,
+        )
+    return OPTConfig(
+        word_embed_proj_dim=shape.hidden, ffn_dim=shape.ffn, dropout=0.0, architectures=["OPTForCausalLM"], **common
+    )
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from benchmarks import facts, gpu
 from benchmarks.children import environment
 from benchmarks.core_step import make_checkpoint
 from benchmarks.options import add_device, add_model, choose_device
-from benchmarks.shapes import OPTION_TEXTS, SHAPES, Prompts
+from benchmarks.shapes import OPTION_TEXTS, SHAPES, Prompts, title
 
 PHASES = ("materialise", "forward", "score", "update", "sample", "host")
 DIRECTIONS = {"cpu": (1, 2, 4, 8), "cuda": (1, 2, 4, 8, 16)}
@@ -198,7 +198,7 @@ def main(argv: list[str] | None = None) -> None:
         result = measure(args, args.model_dir or str(make_checkpoint(args, scratch)))
     finally:
         shutil.rmtree(scratch)
-    print(f"OPT {args.shape} {args.dtype}, {args.space}, on {args.card['name'] if args.card else 'the CPU'}")
+    print(f"{title(args.shape)} {args.dtype}, {args.space}, on {args.card['name'] if args.card else 'the CPU'}")
     show(result)
     if args.json:
         args.json.write_text(json.dumps({"machine": machine, **result}, indent=1) + "\n")

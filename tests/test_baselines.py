@@ -1,10 +1,10 @@
 """The benchmark baselines take the same LoZO step as a naive dense float64 computation: a fast wrong baseline proves
-nothing. One tiny float32 OPT, every contender, two refreshes (so that folding counts)."""
+nothing. A tiny float32 OPT and a tiny Llama, every contender, two refreshes (so that folding counts)."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,27 +12,39 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import OPTForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks/ is not part of the installed package
 
-from benchmarks.baselines import CONTENDERS, STOCK, linears, make
-from benchmarks.baselines.common import PROJECTIONS, Step
-from benchmarks.shapes import PROMPT_LENGTHS, Prompts, mean_longest, mean_prompt_tokens
+from benchmarks import gpu, options
+from benchmarks.baselines import CONTENDERS, OPT_ONLY, STOCK, linears, make
+from benchmarks.baselines.common import Step, layout_of, linears_of, shape_of
+from benchmarks.shapes import PROMPT_LENGTHS, SHAPES, Prompts, Shape, mean_longest, mean_prompt_tokens, write_checkpoint
 from tests.children import Child
-from tests.tiny import make_opt
+from tests.tiny import make_llama, make_opt
 
 RANK, INTERVAL, EPS, LR = 2, 2, 1e-2, 3e-3
 OPTIONS = (17, 5)
 STEPS = 5  # refreshes before steps 0, 2 and 4: two of them fold
 WHOLE_MODEL = ("official-full", "dense-mezo")
 STEPPERS = [name for name in CONTENDERS if name not in ("gemms", *WHOLE_MODEL, *STOCK)]
+MODELS = {"opt": make_opt, "llama": make_llama}
+TINY = {
+    "opt": Shape(64, 2, 2, 96, vocab=300, positions=64),
+    "llama": Shape(96, 2, 6, 128, vocab=300, positions=64, kv_heads=2),
+}
 
 LOSS_TOLERANCE = 2e-5
 """Nats. A float32 forward of this model is within 1e-6 of float64; an official step also adds and subtracts eps U V^T
 three times, which leaves rounding of 1e-7 in each weight. A wrong sign, row or position is off by 1e-3 and more."""
 WEIGHT_TOLERANCE = 2e-5
 """Updates are 1e-3 to 1e-2 here; c inherits LOSS_TOLERANCE / eps, times lr and |u v|."""
+
+
+def on_both(names: Sequence[str]) -> pytest.MarkDecorator:
+    """Every contender on every architecture that it is written for."""
+    cases = [(model, name) for model in MODELS for name in names if not (model == "llama" and name in OPT_ONLY)]
+    return pytest.mark.parametrize(("architecture", "name"), cases, indirect=["architecture"])
 
 
 @dataclass(frozen=True)
@@ -67,9 +79,24 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(params=MODELS)
+def architecture(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def model_dir(architecture: str, checkpoints: dict[str, Path]) -> Path:
+    return checkpoints[architecture]
+
+
+@pytest.fixture
+def reference(architecture: str, references: dict[str, Reference]) -> Reference:
+    return references[architecture]
+
+
 @pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_opt(tmp_path_factory.mktemp("opt"))
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {name: make_tiny(tmp_path_factory.mktemp(name)) for name, make_tiny in MODELS.items()}
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +114,7 @@ def make_batches() -> list[tuple[list[list[int]], list[int]]]:
     return [([prompt() for _ in range(4)], torch.randint(2, (4,), generator=generator).tolist()) for _ in range(STEPS)]
 
 
-def naive_loss(model: OPTForCausalLM, batch: list[list[int]], labels: list[int]) -> float:
+def naive_loss(model: Any, batch: list[list[int]], labels: list[int]) -> float:
     losses = []
     for prompt, label in zip(batch, labels, strict=True):
         logits = [model(torch.tensor([[*prompt, option]])).logits[0, -2].log_softmax(-1)[option] for option in OPTIONS]
@@ -96,9 +123,13 @@ def naive_loss(model: OPTForCausalLM, batch: list[list[int]], labels: list[int])
 
 
 @pytest.fixture(scope="module")
-def reference(model_dir: Path, batches: list[tuple[list[list[int]], list[int]]]) -> Reference:
-    model = OPTForCausalLM.from_pretrained(model_dir, dtype=torch.float64, attn_implementation="eager").eval()
-    weights = [layer.get_submodule(name).weight for layer in model.model.decoder.layers for name in PROJECTIONS]
+def references(checkpoints: dict[str, Path], batches: list[tuple[list[list[int]], list[int]]]) -> dict[str, Reference]:
+    return {name: naive_run(directory, batches) for name, directory in checkpoints.items()}
+
+
+def naive_run(model_dir: Path, batches: list[tuple[list[list[int]], list[int]]]) -> Reference:
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float64, attn_implementation="eager").eval()
+    weights = [linear.weight for linear in linears_of(model, shape_of(model_dir))]
     directions = Injected(sum(len(w) for w in weights), sum(w.shape[1] for w in weights))
     losses = []
     with torch.no_grad():
@@ -119,7 +150,7 @@ def reference(model_dir: Path, batches: list[tuple[list[list[int]], list[int]]])
     return Reference(directions, losses, [w.detach().clone() for w in weights])
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def build(model_dir: Path, reference: Reference) -> Callable[[str, torch.dtype], Step]:
     def of(name: str, dtype: torch.dtype) -> Step:
         return make(
@@ -129,7 +160,7 @@ def build(model_dir: Path, reference: Reference) -> Callable[[str, torch.dtype],
     return of
 
 
-@pytest.mark.parametrize("name", STEPPERS)
+@on_both(STEPPERS)
 def test_every_baseline_has_the_losses_and_updates_of_a_naive_dense_float64_step(
     name: str,
     build: Callable[[str, torch.dtype], Step],
@@ -145,7 +176,20 @@ def test_every_baseline_has_the_losses_and_updates_of_a_naive_dense_float64_step
         torch.testing.assert_close(ours.double(), theirs, atol=WEIGHT_TOLERANCE, rtol=0)
 
 
-@pytest.mark.parametrize("name", STOCK)
+def test_the_floor_multiplies_by_every_weight(
+    build: Callable[[str, torch.dtype], Step], batches: list[tuple[list[list[int]], list[int]]]
+) -> None:
+    contender: Any = build("gemms", torch.float32)
+    batch, labels = batches[0]
+    rows: list[int] = []
+    for sites in contender.layers:
+        for site in sites.values():
+            site.linear = lambda x, inner=site.linear: rows.append(len(x) * inner(x).shape[1])
+    contender.step(batch, labels)
+    assert sum(rows) == 2 * sum(map(len, batch)) * sum(contender.layout.out_features)
+
+
+@on_both(STOCK)
 @pytest.mark.slow
 def test_a_trainer_outside_of_stock_vllm_takes_the_same_steps(
     name: str, model_dir: Path, reference: Reference, tmp_path: Path
@@ -162,7 +206,7 @@ def test_a_trainer_outside_of_stock_vllm_takes_the_same_steps(
         torch.testing.assert_close(theirs.double(), exact, atol=WEIGHT_TOLERANCE, rtol=0)
 
 
-@pytest.mark.parametrize("name", WHOLE_MODEL)
+@on_both(WHOLE_MODEL)
 def test_the_rules_as_released_probe_and_move_every_parameter(
     name: str, build: Callable[[str, torch.dtype], Step], batches: list[tuple[list[list[int]], list[int]]]
 ) -> None:
@@ -190,12 +234,14 @@ def test_the_rules_as_released_probe_and_move_every_parameter(
 def test_the_reference_run_moves_losses_and_weights_by_more_than_the_tolerances(
     model_dir: Path, reference: Reference
 ) -> None:
-    start = OPTForCausalLM.from_pretrained(model_dir, dtype=torch.float64).model.decoder.layers[0].fc1.weight
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float64)
+    starts = [linear.weight for linear in linears_of(model, shape_of(model_dir))]
     assert max(abs(plus - minus) for plus, minus in reference.losses) > 100 * LOSS_TOLERANCE
-    assert (reference.weights[4] - start).abs().max() > 50 * WEIGHT_TOLERANCE
+    for start, end in zip(starts, reference.weights, strict=True):
+        assert (end - start).abs().max() > 50 * WEIGHT_TOLERANCE
 
 
-@pytest.mark.parametrize("name", STEPPERS)
+@on_both(STEPPERS)
 def test_every_baseline_runs_in_bfloat16_with_losses_near_those_of_float32(
     name: str,
     build: Callable[[str, torch.dtype], Step],
@@ -241,3 +287,41 @@ def test_prompts_have_the_stated_lengths_and_every_epoch_holds_each_once() -> No
 def test_equal_seeds_give_every_child_process_the_same_batches() -> None:
     assert Prompts(512, 16, seed=4).batch(3) == Prompts(512, 16, seed=4).batch(3)
     assert Prompts(512, 16, seed=4).batch(3) != Prompts(512, 16, seed=5).batch(3)
+
+
+@pytest.mark.parametrize("shape", TINY.values(), ids=TINY)
+@pytest.mark.parametrize("weights", [True, False])
+def test_a_shape_counts_the_weights_of_its_checkpoint(shape: Shape, weights: bool, tmp_path: Path) -> None:
+    write_checkpoint(shape, "bfloat16", tmp_path, weights=weights)
+    assert shape_of(tmp_path) == shape
+    contender = make("strong", tmp_path, torch.bfloat16, RANK, INTERVAL, EPS, LR, 0, options=OPTIONS)
+    sizes = [linear.weight.numel() for linear in contender.linears]
+    assert sum(sizes) == gpu.linear_parameters(shape)
+    layout = layout_of(shape)
+    assert sizes == [o * i for o, i in zip(layout.out_features, layout.in_features, strict=True)]
+    matrices = [parameter.numel() for parameter in contender.model.parameters() if parameter.ndim == 2]
+    unused_positions = 2 * shape.hidden * (not shape.is_llama)  # OPT's table starts with two rows that have no position
+    assert sum(matrices) == gpu.parameters(shape) + unused_positions
+
+
+@pytest.mark.parametrize("shape", TINY.values(), ids=TINY)
+def test_the_text_of_the_prompts_has_their_token_ids(shape: Shape, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(write_checkpoint(shape, "float32", tmp_path, weights=False))
+    prompts = Prompts(shape.vocab, 16)
+    read = [tokenizer(record["sentence"]).input_ids for record in prompts.records()]
+    assert read == [ids for ids, _ in prompts.rows]
+
+
+def test_smollm2_has_the_weights_of_its_model_card() -> None:
+    assert gpu.parameters(SHAPES["smollm2"]) + (2 * 30 + 1) * 576 == 134_515_008  # the norms, too
+
+
+def test_contenders_that_do_not_know_the_shape_are_refused_or_left_out(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gpu, "find", lambda: {"name": "NVIDIA H200", "memory_bytes": 150_000_000_000})
+    left = options.parse(["--shape", "smollm2"], None).contenders
+    assert left == ["ours", "official-full", "official", "stock-files", "gemms"]
+    with pytest.raises(SystemExit):
+        options.parse(["--shape", "smollm2", "--against", "official,stock-in-place"], None)
+    assert "--against stock-in-place: written for OPT only, not for --shape smollm2" in capsys.readouterr().err

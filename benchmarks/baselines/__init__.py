@@ -22,15 +22,15 @@ CONTENDERS = {
     "compiled": "packed, compiled and in CUDA graphs: plain PyTorch at its best on a GPU",
     "stock-files": "stock vLLM: two adapter files written, loaded and scored a step; the update is in them",
     "stock-in-place": "stock vLLM: a worker extension adds the direction to the weights and takes it away, by RPC",
-    "gemms": "nothing but the six GEMMs of each layer on the packed tokens: a floor, not a step",
+    "gemms": "nothing but the GEMMs of each layer on the packed tokens: a floor, not a step",
 }
 
 CPU_ONLY = ("packed-prepacked", "packed-pruned")
 """Contenders that pack their weights for a CPU's products."""
 GPU_ONLY = ("compiled",)
 """It gives the right numbers on a CPU too (the tests check it there), but without graphs it is a slower `packed`."""
-
-
+OPT_ONLY = ("compiled", "stock-in-place")
+"""Contenders that are not written for a Llama."""
 STOCK = ("stock-files", "stock-in-place")
 """Contenders that run in vLLM as it is, without this package's plugin."""
 

@@ -21,17 +21,14 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import OPTConfig, OPTForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from benchmarks.shapes import OPTION_IDS
-
-PROJECTIONS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "fc1", "fc2")
-"""The six linear weights of an OPT layer, a scope that the literature calls LoRA-only. Biases do not train."""
+from benchmarks.shapes import OPTION_IDS, Shape
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Sizes of the trained weights, layer by layer, in the order of `PROJECTIONS`."""
+    """Sizes of the trained weights, layer by layer, in the order of `Shape.linears`."""
 
     out_features: tuple[int, ...]
     in_features: tuple[int, ...]
@@ -79,30 +76,52 @@ class GaussianDirections:
         return torch.randn(rows, self.rank, generator=generator, device=self.device)
 
 
-def layout_of(config: OPTConfig) -> Layout:
-    hidden, ffn, layers = config.hidden_size, config.ffn_dim, config.num_hidden_layers
-    return Layout((*[hidden] * 4, ffn, hidden) * layers, (*[hidden] * 5, ffn) * layers)
+def shape_of(model_dir: str | Path) -> Shape:
+    """The shape of a checkpoint.
+
+    Raises:
+        ValueError: it is no OPT and no Llama, or one that the baselines do not compute.
+    """
+    config, prefix = AutoConfig.from_pretrained(model_dir), f"model_dir={str(model_dir)!r}: "
+    sizes = {
+        "hidden": config.hidden_size, "layers": config.num_hidden_layers, "heads": config.num_attention_heads,
+        "vocab": config.vocab_size, "positions": config.max_position_embeddings,
+    }  # fmt: skip
+    if config.model_type == "opt":
+        if not config.do_layer_norm_before:
+            raise ValueError(f"{prefix}post-LN OPT (350M) is not written here; use another size")
+        return Shape(**sizes, ffn=config.ffn_dim)
+    if config.model_type != "llama":
+        raise ValueError(f"{prefix}a model of type {config.model_type} is not written here; use an OPT or a Llama")
+    if config.hidden_act != "silu" or config.head_dim * config.num_attention_heads != config.hidden_size:
+        raise ValueError(f"{prefix}a Llama must have SiLU, and heads that are together as wide as its layers")
+    return Shape(**sizes, ffn=config.intermediate_size, kv_heads=config.num_key_value_heads)
 
 
-def linears_of(model: OPTForCausalLM) -> list[nn.Linear]:
-    """The trained modules, in the order of `Layout`."""
-    return [layer.get_submodule(name) for layer in model.model.decoder.layers for name in PROJECTIONS]
+def layout_of(shape: Shape) -> Layout:
+    out_features, in_features = zip(*shape.linears.values(), strict=True)
+    return Layout(out_features * shape.layers, in_features * shape.layers)
 
 
-def load_model(model_dir: str | Path, dtype: torch.dtype, device: str) -> OPTForCausalLM:
+def linears_of(model: Any, shape: Shape) -> list[nn.Linear]:
+    """The trained modules of a causal model, in the order of `Layout`."""
+    return [layer.get_submodule(name) for layer in model.get_submodule(shape.layers_path) for name in shape.linears]
+
+
+def load_model(model_dir: str | Path, dtype: torch.dtype, device: str) -> Any:
     """The model of a checkpoint. If its directory holds a config only, the device makes a model of random weights."""
     if any(Path(model_dir).glob("*.safetensors")):
-        return OPTForCausalLM.from_pretrained(model_dir, dtype=dtype, attn_implementation="sdpa").to(device)
+        return AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype, attn_implementation="sdpa").to(device)
     with torch.device(device):
-        config = OPTConfig.from_pretrained(model_dir)
-        return OPTForCausalLM._from_config(config, dtype=dtype, attn_implementation="sdpa")
+        config = AutoConfig.from_pretrained(model_dir)
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
 
 
 class Step(ABC):
-    """One way to take LoZO steps on an OPT checkpoint. It owns the model; a benchmark child or a test calls it.
+    """One way to take LoZO steps on a checkpoint. It owns the model; a benchmark child or a test calls it.
 
     Args:
-        model_dir: OPT checkpoint (pre-LN, embeddings as wide as the layers).
+        model_dir: checkpoint of an OPT (pre-LN, embeddings as wide as the layers) or a Llama.
         dtype: dtype of weights and activations. Losses are float32, and so is the state of the lazy variants.
         rank, interval, eps, lr: R, nu, probe radius and step size of LoZO.
         seed: seed of the directions.
@@ -111,7 +130,7 @@ class Step(ABC):
         device: "cpu" or "cuda". All tensors live there.
 
     Raises:
-        ValueError: the checkpoint has post-LN layers.
+        ValueError: `shape_of` does not know the checkpoint.
     """
 
     name: str
@@ -133,10 +152,8 @@ class Step(ABC):
         self.device = device
         self.options = list(options)
         self.option_index = torch.tensor(self.options, device=device)
-        config = OPTConfig.from_pretrained(model_dir)
-        if not config.do_layer_norm_before:
-            raise ValueError(f"model_dir={str(model_dir)!r}: post-LN OPT (350M) is not written here; use another size")
-        self.layout = layout_of(config)
+        self.shape = shape_of(model_dir)
+        self.layout = layout_of(self.shape)
         self.directions = directions or GaussianDirections(self.layout, rank, seed, device)
         self.dtype = dtype
         self.step_index = 0
@@ -149,7 +166,7 @@ class Step(ABC):
         """Load the model."""
         self.model = load_model(model_dir, self.dtype, self.device).eval()
         self.model.requires_grad_(False)
-        self.linears = linears_of(self.model)
+        self.linears = linears_of(self.model, self.shape)
 
     @property
     def details(self) -> dict[str, Any]:
@@ -265,3 +282,19 @@ def spans(batch: list[list[int]]) -> list[tuple[int, int]]:
     for ids in batch:
         ends.append(ends[-1] + len(ids))
     return list(pairwise(ends))
+
+
+def attend_within(where: list[tuple[int, int]], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention within each of the spans `where`, for both signs at once.
+
+    q, k and v are (2, heads, T, head size), the result is (2T, H). k and v may have fewer heads, each for a group of
+    the queries' heads.
+    """
+    signs, heads, tokens, size = q.shape
+    out = torch.empty(signs, tokens, heads, size, dtype=q.dtype, device=q.device)
+    grouped = k.shape[1] != heads
+    for start, end in where:
+        q_part, k_part, v_part = (x[:, :, start:end] for x in (q, k, v))
+        attended = F.scaled_dot_product_attention(q_part, k_part, v_part, is_causal=True, enable_gqa=grouped)
+        out[:, start:end] = attended.transpose(1, 2)
+    return out.view(signs * tokens, -1)

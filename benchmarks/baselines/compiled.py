@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.baselines.common import spans
-from benchmarks.baselines.hand_packed import POSITION_OFFSET, HandPacked
+from benchmarks.baselines.hand_packed import POSITION_OFFSET, HandPacked, OPTDecoder
 from benchmarks.shapes import PAD
 from vllm_zo.entrypoints.llm.cuda_graphs import padded_size
 
@@ -33,6 +33,7 @@ class Compiled(HandPacked):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, prepack=False, **kwargs)
+        assert isinstance(self.decoder, OPTDecoder), "written for OPT only"
         self.name = "compiled"
         self.on_gpu = self.device != "cpu"
         if self.on_gpu and self.dtype == torch.float32:
@@ -164,15 +165,16 @@ class Compiled(HandPacked):
         assert self.labels is not None
         self.b_all.index_copy_(0, self.acc_places, self.acc.view(-1).to(self.dtype))
         self.b_all.index_copy_(0, self.eps_places, (self.eps * self.u).view(-1).to(self.dtype))
-        hidden = self.tokens[self.ids[:size]] + self.positions[self.positions_of[:size]]
+        decoder = self.decoder
+        hidden = decoder.tokens[self.ids[:size]] + decoder.positions[self.positions_of[:size]]
         sign = self.sign[:size]
-        for (norm, ffn_norm), sites in zip(self.norms, self.factors, strict=True):
+        for (norm, ffn_norm), sites in zip(decoder.norms, self.factors, strict=True):
             norms = (norm.weight, norm.bias, ffn_norm.weight, ffn_norm.bias)
             hidden = self.layer_step(
-                hidden, sign, self.starts, self.longest, self.heads, norm.eps, norms, tuple(sites.values())
+                hidden, sign, self.starts, self.longest, decoder.heads, norm.eps, norms, tuple(sites.values())
             )
         rows = hidden[self.last]
-        final = self.final_norm
+        final = decoder.final_norm
         losses = self.two_option_losses(
             F.layer_norm(rows, rows.shape[-1:], final.weight, final.bias, final.eps), self.labels
         )

@@ -1,4 +1,4 @@
-"""The six GEMMs of every layer on the packed tokens of both signs, and nothing else. Every exact step pays for them."""
+"""The GEMMs of every layer on the packed tokens of both signs, and nothing else. Every exact step pays for them."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class GemmFloor(HandPacked):
 
     def _step(self, batch: list[list[int]], labels: Tensor) -> tuple[float, float]:
         tokens = 2 * sum(map(len, batch))
-        narrow = torch.ones(tokens, self.model.config.hidden_size, dtype=self.dtype, device=self.device)
-        wide = torch.ones(tokens, self.model.config.ffn_dim, dtype=self.dtype, device=self.device)
+        widths = (self.shape.hidden, self.shape.ffn)
+        inputs = {width: torch.ones(tokens, width, dtype=self.dtype, device=self.device) for width in widths}
         for sites in self.layers:
-            for name, site in sites.items():
-                site.linear(wide if name == "fc2" else narrow)
+            for site in sites.values():
+                site.linear(inputs[site.weight.shape[1]])
         return 0.0, 0.0

@@ -1,7 +1,7 @@
 """Ways to multiply by a constant weight on this machine, and how to find the fastest.
 
-Each builder takes the (O, I) weight and (O,) bias and returns a function of (T, I). After a change of the weight the
-caller builds it again.
+Each builder takes the (O, I) weight and (O,) bias (or None) and returns a function of (T, I). After a change of the
+weight the caller builds it again.
 """
 
 from __future__ import annotations
@@ -14,16 +14,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Linear = Callable[[Tensor], Tensor]
+Builder = Callable[[Tensor, Tensor | None], Linear]
 TYPICAL_TOKENS = 441
 """The mean tokens of a step of 16 prompts and 2 signs (shapes.py)."""
 
 
-def plain(weight: Tensor, bias: Tensor) -> Linear:
+def plain(weight: Tensor, bias: Tensor | None) -> Linear:
     """torch's product, with the weight as torch keeps it."""
     return lambda x: F.linear(x, weight, bias)
 
 
-def onednn(weight: Tensor, bias: Tensor) -> Linear:
+def onednn(weight: Tensor, bias: Tensor | None) -> Linear:
     """vLLM's own CPU path: oneDNN, with the weight in the layout that its kernel wants."""
     import vllm._custom_ops as ops
 
@@ -31,20 +32,24 @@ def onednn(weight: Tensor, bias: Tensor) -> Linear:
     return lambda x: ops.onednn_mm(handler, x, bias)
 
 
-def mkldnn(weight: Tensor, bias: Tensor) -> Linear:
+def mkldnn(weight: Tensor, bias: Tensor | None) -> Linear:
     """torch's oneDNN path with a reordered weight, which TorchInductor uses."""
     packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), TYPICAL_TOKENS)
     return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
 
 
-def float32(weight: Tensor, bias: Tensor) -> Linear:
+def float32(weight: Tensor, bias: Tensor | None) -> Linear:
     """A product with a float32 copy of a 16-bit weight. It is far faster on machines without 16-bit matrix
     instructions."""
-    wide, wide_bias = weight.float(), bias.float()
+    wide, wide_bias = weight.float(), None if bias is None else bias.float()
     return lambda x: F.linear(x.float(), wide, wide_bias).to(x.dtype)
 
 
-PREPACKED: dict[str, Callable[[Tensor, Tensor], Linear]] = {"onednn": onednn, "mkldnn": mkldnn, "float32": float32}
+PREPACKED: dict[str, Builder] = {
+    "onednn": onednn,
+    "mkldnn": mkldnn,
+    "float32": float32,
+}
 
 
 def seconds(linear: Linear, x: Tensor, repeats: int = 7) -> float:
@@ -58,7 +63,7 @@ def seconds(linear: Linear, x: Tensor, repeats: int = 7) -> float:
     return min(taken)
 
 
-def fastest(weight: Tensor, bias: Tensor) -> tuple[str, dict[str, float]]:
+def fastest(weight: Tensor, bias: Tensor | None) -> tuple[str, dict[str, float]]:
     """The name of the fastest kind for this weight, and the milliseconds of all kinds that work here."""
     x = torch.randn(TYPICAL_TOKENS, weight.shape[1]).to(weight.dtype)
     times = {"plain": seconds(plain(weight, bias), x)}
@@ -72,5 +77,5 @@ def fastest(weight: Tensor, bias: Tensor) -> tuple[str, dict[str, float]]:
     return min(times, key=lambda name: times[name]), {name: round(1e3 * t, 3) for name, t in times.items()}
 
 
-def build(name: str, weight: Tensor, bias: Tensor) -> Linear:
+def build(name: str, weight: Tensor, bias: Tensor | None) -> Linear:
     return plain(weight, bias) if name == "plain" else PREPACKED[name](weight, bias)

@@ -4,7 +4,7 @@ It follows optsuite/LOZO `large_models/LOZOtrainer.py` (`lowrank_zo_perturb_para
 `lowrank_zo_update`) and princeton-nlp/MeZO `large_models/utils.py` (`forward_wrap_with_option_len`, the left-padding
 collator) without copying them. It leaves out, all in its favour: the HF Trainer around it, the data loader, the
 key-value cache that `use_cache=True` would fill, the weight-decay term (0 in the published runs, but computed), one of
-the temporaries in the scaling of U V^T and, without `everything`, all parameters but the six linear weights of a layer.
+the temporaries in the scaling of U V^T and, without `everything`, all parameters but the linear weights of the layers.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from benchmarks import gpu
-from benchmarks.baselines.common import PROJECTIONS, Directions, Layout, Step, linears_of, load_model
+from benchmarks.baselines.common import Directions, Layout, Step, linears_of, load_model
 
 SLOT_RANK = 16
 """Rank of an adapter slot, as in ours: one block for the perturbation, the others for the update of each V."""
@@ -108,14 +108,14 @@ class FileAdapters(StockVLLM):
         pairs = [(v, u), *self.learnt.values()]
         a = self.layout.split_v(torch.cat([v for v, _ in pairs], 1).to(self.dtype))
         b = self.layout.split_u(torch.cat([u for _, u in pairs], 1).to(self.dtype))
-        tensors = {}
+        tensors, names = {}, list(self.shape.linears)
         for i, (a_IR, b_OR) in enumerate(zip(a, b, strict=True)):
-            layer, module = divmod(i, len(PROJECTIONS))
-            name = f"base_model.model.model.decoder.layers.{layer}.{PROJECTIONS[module]}"
+            layer, module = divmod(i, len(names))
+            name = f"base_model.model.{self.shape.layers_path}.{layer}.{names[module]}"
             tensors[f"{name}.lora_A.weight"] = a_IR.T.contiguous()
             tensors[f"{name}.lora_B.weight"] = b_OR.contiguous()
         rank = self.rank * len(pairs)
-        targets = [name.rpartition(".")[2] for name in PROJECTIONS]
+        targets = [name.rpartition(".")[2] for name in names]
         # vLLM scales an adapter by alpha / r: equal numbers make that 1.
         config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": targets, "bias": "none"}
         directory.mkdir(exist_ok=True)
@@ -123,7 +123,8 @@ class FileAdapters(StockVLLM):
         save_file(tensors, directory / "adapter_model.safetensors")
 
     def effective_weights(self) -> list[Tensor]:
-        weights = [linear.weight for linear in linears_of(load_model(self.model_dir, torch.float32, self.device))]
+        model = load_model(self.model_dir, torch.float32, self.device)
+        weights = [linear.weight for linear in linears_of(model, self.shape)]
         for v, acc in self.learnt.values():
             factors = zip(self.layout.split_u(acc), self.layout.split_v(v), strict=True)
             weights = [w.addmm(u, v.T) for w, (u, v) in zip(weights, factors, strict=True)]
