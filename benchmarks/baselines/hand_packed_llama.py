@@ -1,8 +1,8 @@
 """What `hand_packed.py` computes of a Llama, besides its linear weights: embeddings, norms, attention and activation.
 
 gate and up are one GEMM, as q, k and v are. The rotary embedding turns q and k together, on the packed rows. Attention
-lets `scaled_dot_product_attention` share the keys and values of a group of heads. Nothing was faster than these: neither
-copies of keys and values for every head, nor views of them in a call for each sign, nor rotation by halves or in place.
+lets `scaled_dot_product_attention` share the keys and values of a group of heads. Nothing was faster: neither copies of
+keys and values for every head, nor views of them in a call for each sign, nor a rotation by halves or in place.
 """
 
 from __future__ import annotations
