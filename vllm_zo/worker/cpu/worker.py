@@ -10,6 +10,7 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from vllm_zo.worker.cpu.crowding import Crowding
+from vllm_zo.worker.cpu.kernels import choose_kernels
 from vllm_zo.worker.cpu.platform import CPUPlatform
 from vllm_zo.worker.worker import ZOWorkerMixin
 
@@ -19,8 +20,9 @@ class ZOCPUWorker(ZOWorkerMixin, CPUWorker):
 
     platform_class = CPUPlatform
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        choose_kernels(vllm_config)
+        super().__init__(vllm_config, *args, **kwargs)
         self._crowding = Crowding()
 
     def execute_model(self, *args: Any, **kwargs: Any) -> Any:
