@@ -15,11 +15,7 @@ from tests import scores
 from tests.engines import SENTIMENT, Engines, reviews
 from tests.test_architectures import TINY
 from vllm_zo import ConfigError, LoZO
-
-needs_avx512 = pytest.mark.skipif(
-    not torch.cpu.get_capabilities().get("avx512_f", True),
-    reason="this CPU has no AVX-512: vLLM's build for it lacks the 4-bit product, and its int8 product overflows",
-)
+from vllm_zo.entrypoints.llm.options import engine_options
 
 JOB: dict[str, Any] = {
     "objective": SENTIMENT, "method": LoZO(rank=2, interval=2, eps=3e-2), "batch_size": 4, "steps": 4, "bases": 2,
@@ -45,6 +41,8 @@ def models(name: str, engines: Engines, tmp_path_factory: pytest.TempPathFactory
 
 @pytest.fixture(scope="module")
 def llm(name: str, models: tuple[Path, Path], engines: Engines) -> Any:
+    if not torch.cpu.get_capabilities().get("avx512_f", True):
+        pytest.skip("this CPU has no AVX-512, and vLLM no right product of quantised weights for it")
     engines.add(name, models[0])
     return engines.get(name, dtype=DTYPES[name], **TINY)
 
@@ -64,7 +62,6 @@ def rounded(x: torch.Tensor) -> torch.Tensor:
     return (x / scale).round() * scale
 
 
-@needs_avx512
 def test_it_takes_the_steps_of_its_plain_twin(llm: Any, name: str, models: tuple[Path, Path], engines: Engines) -> None:
     engines.add(f"{name}, plain", models[1])
     twin = engines.get(f"{name}, plain", dtype=DTYPES[name], **TINY)
@@ -76,7 +73,6 @@ def test_it_takes_the_steps_of_its_plain_twin(llm: Any, name: str, models: tuple
     assert first[0] == pytest.approx(first[1], abs=TOLERANCE[name] / JOB["method"].eps) and any(first[0])
 
 
-@needs_avx512
 def test_peft_computes_what_the_engine_serves(llm: Any, name: str, models: tuple[Path, Path], tmp_path: Path) -> None:
     assert scores.of_vllm(llm, models[0]) == pytest.approx(
         scores.of_transformers(plain(models, name), models[0]), abs=TOLERANCE[name]
@@ -95,3 +91,13 @@ def test_peft_computes_what_the_engine_serves(llm: Any, name: str, models: tuple
 def test_fold_is_refused(llm: Any) -> None:
     with pytest.raises(ConfigError, match="update_space='fold' writes the base weights, and the base is quantised"):
         llm.finetune(reviews(4), **{**JOB, "update_space": "fold", "bases": None})
+
+
+def test_without_avx512_it_is_refused_before_weights_are_read(
+    models: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_f": False})
+    with pytest.raises(ConfigError, match=r"weights are quantised \([\w-]+\), and vLLM has no right product"):
+        engine_options(str(models[0]), True, {})
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)  # another architecture
+    assert engine_options(str(models[0]), True, {})["enable_lora"]

@@ -169,7 +169,7 @@ def _check_architecture(model: str, options: Mapping[str, Any], device: str) -> 
 
     Raises:
         ConfigError: vLLM's class of the model has no LoRA support, takes more than text, or is a mixture of
-            experts on a CPU.
+            experts on a CPU; or the CPU has no right product for its weights.
     """
     from vllm.engine.arg_utils import EngineArgs
     from vllm.model_executor.models import supports_lora
@@ -192,8 +192,21 @@ def _check_architecture(model: str, options: Mapping[str, Any], device: str) -> 
             f"data_parallel_size={engines} with zo_training: {model_class.__name__} is a mixture of experts, whose "
             "engines share every forward; choose a dense model, or set data_parallel_size=1."
         )
+    if device == "cpu" and model_config.quantization and not _has_quantised_products():
+        raise ConfigError(
+            f"model={model!r}: its weights are quantised ({model_config.quantization}), and vLLM has no right product "
+            "for them on an x86 CPU without AVX-512; choose a plain checkpoint, or another machine."
+        )
     if device == "cpu" and model_config.get_num_experts() > 0:
         raise ConfigError(
             f"model={model!r}: {model_class.__name__} is a mixture of experts, whose LoRA layers are Triton kernels "
             "that a CPU cannot run; choose a dense model, or a CUDA device."
         )
+
+
+def _has_quantised_products() -> bool:
+    """Whether vLLM's build for this CPU multiplies quantised weights: without AVX-512 the 4-bit product is missing, and
+    sums overflow in the int8 one. Other CPUs than x86 report no such capability."""
+    import torch
+
+    return bool(torch.cpu.get_capabilities().get("avx512_f", True))
