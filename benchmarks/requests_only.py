@@ -52,22 +52,16 @@ WORKLOADS = {
 }
 
 
-def write_adapter(shape: Shape, directory: Path) -> Path:
-    """Save a LoRA adapter of random factors for all linear layers, in the format of PEFT."""
+def random_adapter(shape: Shape, directory: Path) -> Path:
+    """Save a LoRA adapter of random factors for all linear layers."""
     import torch
-    from safetensors.torch import save_file
 
-    tensors = {}
-    for layer in range(shape.layers):
-        for projection, (outputs, inputs) in shape.linears.items():
-            name = f"base_model.model.{shape.layers_path}.{layer}.{projection}"
-            tensors[f"{name}.lora_A.weight"] = torch.randn(RANK, inputs) / 100
-            tensors[f"{name}.lora_B.weight"] = torch.randn(outputs, RANK) / 100
-    targets = [projection.rpartition(".")[2] for projection in shape.linears]
-    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": RANK, "target_modules": targets, "bias": "none"}
-    directory.mkdir()
-    (directory / "adapter_config.json").write_text(json.dumps(config))
-    save_file(tensors, directory / "adapter_model.safetensors")
+    from benchmarks.baselines.stock_vllm import write_adapter
+
+    sizes = list(shape.linears.values()) * shape.layers
+    a = [torch.randn(inputs, RANK) / 100 for _, inputs in sizes]
+    b = [torch.randn(outputs, RANK) / 100 for outputs, _ in sizes]
+    write_adapter(directory, shape, a, b)
     return directory
 
 
@@ -148,7 +142,7 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         args.model_dir = str(make_checkpoint(args, Path(scratch)))
-        args.adapter = write_adapter(SHAPES[args.shape], Path(scratch) / "adapter")
+        args.adapter = random_adapter(SHAPES[args.shape], Path(scratch) / "adapter")
         seconds = measure(args)
     show(seconds)
     if args.json:

@@ -16,6 +16,7 @@ from tests.engines import SENTIMENT, Engines, reviews
 from tests.test_architectures import TINY
 from vllm_zo import ConfigError, LoZO
 from vllm_zo.entrypoints.llm.options import engine_options
+from vllm_zo.worker.cpu.linear import has_avx512
 
 JOB: dict[str, Any] = {
     "objective": SENTIMENT, "method": LoZO(rank=2, interval=2, eps=3e-2), "batch_size": 4, "steps": 4, "bases": 2,
@@ -41,7 +42,7 @@ def models(name: str, engines: Engines, tmp_path_factory: pytest.TempPathFactory
 
 @pytest.fixture(scope="module")
 def llm(name: str, models: tuple[Path, Path], engines: Engines) -> Any:
-    if not torch.cpu.get_capabilities().get("avx512_f", True):
+    if not has_avx512():
         pytest.skip("this CPU has no AVX-512, and vLLM no right product of quantised weights for it")
     engines.add(name, models[0])
     return engines.get(name, dtype=DTYPES[name], **TINY)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from benchmarks import gpu
 from benchmarks.baselines.common import Directions, Layout, Step, linears_of, load_model
+from benchmarks.shapes import Shape
 
 SLOT_RANK = 16
 """Rank of an adapter slot, as in ours: one block for the perturbation, the others for the update of each V."""
@@ -63,6 +64,26 @@ class StockVLLM(Step):
         right = [self.options[label] for label in labels.tolist()] * len(adapters)
         nats = [-o.outputs[0].logprobs[0][token].logprob for o, token in zip(outputs, right, strict=True)]
         return torch.tensor(nats).view(len(adapters), -1).mean(1).tolist()
+
+
+def write_adapter(directory: Path, shape: Shape, a: Sequence[Tensor], b: Sequence[Tensor]) -> None:
+    """Write a LoRA adapter in the format of PEFT.
+
+    Args:
+        a, b: (I, R) and (O, R) of each linear weight, layer by layer, in the order of `Shape.linears`.
+    """
+    tensors, names, rank = {}, list(shape.linears), a[0].shape[1]
+    for i, (a_IR, b_OR) in enumerate(zip(a, b, strict=True)):
+        layer, module = divmod(i, len(names))
+        name = f"base_model.model.{shape.layers_path}.{layer}.{names[module]}"
+        tensors[f"{name}.lora_A.weight"] = a_IR.T.contiguous()
+        tensors[f"{name}.lora_B.weight"] = b_OR.contiguous()
+    targets = [name.rpartition(".")[2] for name in names]
+    # vLLM scales an adapter by alpha / r: equal numbers make that 1.
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": targets, "bias": "none"}
+    directory.mkdir(exist_ok=True)
+    (directory / "adapter_config.json").write_text(json.dumps(config))
+    save_file(tensors, directory / "adapter_model.safetensors")
 
 
 class FileAdapters(StockVLLM):
@@ -108,19 +129,7 @@ class FileAdapters(StockVLLM):
         pairs = [(v, u), *self.learnt.values()]
         a = self.layout.split_v(torch.cat([v for v, _ in pairs], 1).to(self.dtype))
         b = self.layout.split_u(torch.cat([u for _, u in pairs], 1).to(self.dtype))
-        tensors, names = {}, list(self.shape.linears)
-        for i, (a_IR, b_OR) in enumerate(zip(a, b, strict=True)):
-            layer, module = divmod(i, len(names))
-            name = f"base_model.model.{self.shape.layers_path}.{layer}.{names[module]}"
-            tensors[f"{name}.lora_A.weight"] = a_IR.T.contiguous()
-            tensors[f"{name}.lora_B.weight"] = b_OR.contiguous()
-        rank = self.rank * len(pairs)
-        targets = [name.rpartition(".")[2] for name in names]
-        # vLLM scales an adapter by alpha / r: equal numbers make that 1.
-        config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": targets, "bias": "none"}
-        directory.mkdir(exist_ok=True)
-        (directory / "adapter_config.json").write_text(json.dumps(config))
-        save_file(tensors, directory / "adapter_model.safetensors")
+        write_adapter(directory, self.shape, a, b)
 
     def effective_weights(self) -> list[Tensor]:
         model = load_model(self.model_dir, torch.float32, self.device)

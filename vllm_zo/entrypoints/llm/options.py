@@ -174,6 +174,8 @@ def _check_architecture(model: str, options: Mapping[str, Any], device: str) -> 
     from vllm.engine.arg_utils import EngineArgs
     from vllm.model_executor.models import supports_lora
 
+    from vllm_zo.worker.cpu.linear import has_avx512
+
     given = {name: options[name] for name in _MODEL_OPTIONS if name in options}
     model_config = EngineArgs(model=model, **given).create_model_config()
     model_class, _ = model_config.registry.resolve_model_cls(model_config.architectures, model_config)
@@ -192,7 +194,8 @@ def _check_architecture(model: str, options: Mapping[str, Any], device: str) -> 
             f"data_parallel_size={engines} with zo_training: {model_class.__name__} is a mixture of experts, whose "
             "engines share every forward; choose a dense model, or set data_parallel_size=1."
         )
-    if device == "cpu" and model_config.quantization and not _has_quantised_products():
+    # Without AVX-512 vLLM's build for the CPU lacks the 4-bit product, and sums overflow in its int8 one.
+    if device == "cpu" and model_config.quantization and not has_avx512():
         raise ConfigError(
             f"model={model!r}: its weights are quantised ({model_config.quantization}), and vLLM has no right product "
             "for them on an x86 CPU without AVX-512; choose a plain checkpoint, or another machine."
@@ -202,11 +205,3 @@ def _check_architecture(model: str, options: Mapping[str, Any], device: str) -> 
             f"model={model!r}: {model_class.__name__} is a mixture of experts, whose LoRA layers are Triton kernels "
             "that a CPU cannot run; choose a dense model, or a CUDA device."
         )
-
-
-def _has_quantised_products() -> bool:
-    """Whether vLLM's build for this CPU multiplies quantised weights: without AVX-512 the 4-bit product is missing, and
-    sums overflow in the int8 one. Other CPUs than x86 report no such capability."""
-    import torch
-
-    return bool(torch.cpu.get_capabilities().get("avx512_f", True))

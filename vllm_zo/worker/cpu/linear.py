@@ -47,6 +47,12 @@ def is_emulated(dtype: torch.dtype) -> bool:
     return dtype in _NATIVE and not any(capabilities.get(name, False) for name in _NATIVE[dtype])
 
 
+def has_avx512() -> bool:
+    """Whether this CPU has AVX-512. True on other CPUs than x86, which report no such capability: what is done without
+    it is not for them."""
+    return bool(torch.cpu.get_capabilities().get("avx512_f", True))
+
+
 def plain_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`x W^T + bias` with an unpacked weight: (..., I), (O, I), (O,) -> (..., O). A weight that changes every few steps
     does not repay the time of packing it."""
@@ -66,9 +72,9 @@ def is_kept_plain(layer: Any) -> bool:
     global _bytes_left
     if not hasattr(layer, "zo_kept_plain"):  # kept on the layer, which lives as long as the answer holds
         weight = layer.weight
-        # Other CPUs than x86 report no such capability; MKL was not measured there, so they stay with vLLM's choice.
-        wide = torch.cpu.get_capabilities().get("avx512_f", True)
-        layer.zo_kept_plain = weight.dtype == torch.float32 and weight.nbytes <= _bytes_left and not wide
+        # MKL was not measured on other CPUs than x86, so they stay with vLLM's choice.
+        fits = weight.dtype == torch.float32 and weight.nbytes <= _bytes_left
+        layer.zo_kept_plain = fits and not has_avx512()
         if layer.zo_kept_plain:
             _bytes_left -= weight.nbytes
     return bool(layer.zo_kept_plain)
