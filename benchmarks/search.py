@@ -30,6 +30,7 @@ PLACES: dict[str, dict[str, Any]] = {
     "top-third": {"target_layers": "top-third"},
     "last three": {"target_layers": "-3:"},
     "last": {"target_layers": "last"},
+    "head": {"target_modules": "lm_head"},
 }
 TRICKS: dict[str, dict[str, Any]] = {
     "linear": {"lr_schedule": "linear"},
@@ -78,6 +79,8 @@ def steps_within(passes: int, options: dict[str, Any], layers: int, rows: int) -
 
     first = min(select_layers(options["target_layers"], layers)) if "target_layers" in options else 0
     batch, probes = options["batch_size"], len(options["method"].plan(0, 0, 0).probes)
+    if options.get("target_modules") == "lm_head":  # all probes share what enters the head; the last layer is computed
+        first, probes = layers - 1, 1
     in_epoch = batch * (first + probes * (layers - first)) / layers
     later = batch * probes * (layers - first) / layers
     epoch = rows / batch

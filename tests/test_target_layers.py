@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from tests.engines import SENTIMENT, Engines, members_as_requests, reviews, sche
 from tests.reference import ReferenceTrainer
 from tests.test_concurrent_jobs import losses, start, step
 from vllm_zo import ConfigError, LanguageModeling, LoZO, MeZO
+from vllm_zo.commands import Alone
 from vllm_zo.data import BatchOrder, encode_examples
 from vllm_zo.slot_fit import resolve_bases
 from vllm_zo.worker.cpu import pruned_forward
@@ -107,7 +109,7 @@ def test_rows_below_are_those_of_equal_history_and_serving_rows_are_apart() -> N
             assert plan.below is None
             continue
         below = below_of(plan)
-        assert below.layer == min(3, *(c.first_layer for c in members))
+        assert below.layer == min(LAYERS, *(c.first_layer for c in members))
         # What each row is: a token history of members' base states, or a row of a request.
         history = [
             (() if c.state else (object(),), c.token_ids[: i + 1], c.state is not None)
@@ -221,39 +223,62 @@ def road(request: pytest.FixtureRequest, families: Engines) -> Iterator[tuple[An
             yield llm, request.param
 
 
+SCOPES: list[Settings] = [{"target_layers": "2:"}, {"target_modules": "lm_head", "bases": 1}]
+
+
+@pytest.mark.parametrize("scope", SCOPES, ids=["upper half", "LM head"])
 def test_below_the_first_trained_layer_an_example_is_computed_once_in_all(
-    road: tuple[Any, str], plans: list[RowPlan]
+    road: tuple[Any, str], plans: list[RowPlan], scope: Settings
 ) -> None:
     llm, _ = road
-    run = train(llm, target_layers="2:")
+    run = train(llm, **scope)
     assert len(plans) == STEPS
     computed = [len(below_of(plan).rows_B) for plan in plans]
     epoch = ROWS // BATCH
     for plan, rows in zip(plans[:epoch], computed, strict=False):
-        assert 0 < rows <= len(plan.keep_U) / 2, "once for both signs"
+        assert 0 < rows <= len(plan.expand_T) / 2, "once for both signs"
     assert computed[epoch:] == [0] * (STEPS - epoch), "kept from the first epoch on"
     assert not len(worker_of(llm).zo.platform.rows.kept), "the job has ended"
     assert [record["step"] for record in run.history] == [*range(1, STEPS + 1)]
 
 
+def test_a_job_of_the_lm_head_runs_no_layer_once_all_is_kept(
+    families: Engines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = families.get(f"llama-{LAYERS}")
+    model, calls = worker_of(llm).model_runner.model, 0
+    forward = model.forward
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(model, "forward", counting)
+    train(llm, target_modules="lm_head", bases=1)
+    assert calls == ROWS // BATCH, "once a step in the first epoch"
+
+
+@pytest.mark.parametrize("scope", SCOPES, ids=["upper half", "LM head"])
 def test_what_is_kept_and_what_is_computed_mix_in_a_step(
-    road: tuple[Any, str], plans: list[RowPlan], monkeypatch: pytest.MonkeyPatch
+    road: tuple[Any, str], plans: list[RowPlan], monkeypatch: pytest.MonkeyPatch, scope: Settings
 ) -> None:
     llm, _ = road
     kept = worker_of(llm).zo.platform.rows.kept
-    everything = losses(train(llm, target_layers="2:"))
+    everything = losses(train(llm, **scope))
     monkeypatch.setattr(kept, "limit_bytes", 0)
     plans.clear()
-    assert losses(train(llm, target_layers="2:")) == pytest.approx(everything, abs=LOSS_TOLERANCE)
+    assert losses(train(llm, **scope)) == pytest.approx(everything, abs=LOSS_TOLERANCE)
     assert all(len(below_of(plan).rows_B) and not below_of(plan).kept for plan in plans)
-    monkeypatch.setattr(kept, "limit_bytes", 100_000)
+    monkeypatch.setattr(kept, "limit_bytes", 50_000)
     plans.clear()
-    assert losses(train(llm, target_layers="2:")) == pytest.approx(everything, abs=LOSS_TOLERANCE)
+    assert losses(train(llm, **scope)) == pytest.approx(everything, abs=LOSS_TOLERANCE)
     assert any(len(below_of(plan).rows_B) and below_of(plan).kept for plan in plans), "or this test shows nothing"
 
 
+@pytest.mark.parametrize("scope", SCOPES, ids=["upper half", "LM head"])
 def test_beside_traffic_the_run_and_the_answers_are_those_of_each_alone(
-    families: Engines, plans: list[RowPlan]
+    families: Engines, plans: list[RowPlan], scope: Settings
 ) -> None:
     llm = families.get(f"llama-{LAYERS}")
     tuned = train(llm, learning_rate=5e-2)
@@ -261,9 +286,9 @@ def test_beside_traffic_the_run_and_the_answers_are_those_of_each_alone(
     prompts = ["one long string of cliches", "the story is dull and the acting is terrible", "funny , warm"]
     adapters = [None, tuned.lora_request, None]
     alone = llm.generate(prompts, params, lora_request=adapters, use_tqdm=False)
-    quiet = losses(train(llm, target_layers="2:", steps=24))
+    quiet = losses(train(llm, steps=24, **scope))
     plans.clear()
-    job = start(llm, reviews(ROWS, seed=4), method=LOZO, learning_rate=RATE, steps=24, target_layers="2:")
+    job = start(llm, reviews(ROWS, seed=4), method=LOZO, learning_rate=RATE, steps=24, **scope)
     step(llm, 7)  # further than an epoch: what follows has kept rows beside serving rows
     assert any(below_of(plan).kept for plan in plans)
     plans.clear()
@@ -306,10 +331,15 @@ def test_jobs_that_train_different_layers_share_a_step(families: Engines) -> Non
 
 def test_the_scheduler_knows_what_each_layer_costs(families: Engines) -> None:
     """It paces forwards that stop between layers, and counts a layer by its rows."""
-    llm = families.get(f"opt-{LAYERS}")
+    llm = families.get(f"llama-{LAYERS}")
     zo = scheduler_of(llm).zo
-    for layers, costs in ((None, [1, 1, 1, 1]), ("2:", [0, 0, 1, 1]), ("last", [0, 0, 0, 1]), (None, [1, 1, 1, 1])):
-        train(llm, target_layers=layers)  # more than an epoch: the states of every example are kept
+    of_the_head: Settings = {"target_modules": "lm_head", "bases": 1}
+    scopes: list[tuple[Settings, list[int]]] = [
+        ({}, [1, 1, 1, 1]), ({"target_layers": "2:"}, [0, 0, 1, 1]), ({"target_layers": "last"}, [0, 0, 0, 1]),
+        (of_the_head, [0, 0, 0, 1]), ({}, [1, 1, 1, 1]),
+    ]  # fmt: skip
+    for scope, costs in scopes:
+        train(llm, **scope)  # more than an epoch: the states of every example are kept
         assert [rows / max(zo.layer_rows) for rows in zo.layer_rows] == costs
     start(llm, reviews(ROWS, seed=4), method=LOZO, learning_rate=RATE, steps=50, target_layers="2:")
     step(llm, 2)  # nothing is kept yet: layers below run once for both probes
@@ -319,6 +349,29 @@ def test_the_scheduler_knows_what_each_layer_costs(families: Engines) -> None:
         zo.finish_early(job_id, cancel=True)
     while scheduler_of(llm).has_requests():
         step(llm, 1)
+
+
+def test_a_forward_stops_after_as_many_layers_as_it_may_run_those_without_rows_among_them(
+    families: Engines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = families.get(f"llama-{LAYERS}")
+    scheduler, zo = scheduler_of(llm), worker_of(llm).zo
+    usual = losses(train(llm, target_layers="2:"))
+    stops: list[int] = []
+    go_on, run_layers = zo.go_on, scheduler.zo.run_layers
+
+    def spy(*args: Any) -> None:
+        go_on(*args)
+        if zo._results.stopped_at is not None:
+            stops.append(zo._results.stopped_at)
+
+    def three_at_most(alone: Alone) -> None:
+        run_layers(replace(alone, layers=min(3, len(scheduler.zo.forward.rows) - scheduler.zo.forward.reached)))
+
+    monkeypatch.setattr(zo, "go_on", spy)
+    monkeypatch.setattr(scheduler.zo, "run_layers", three_at_most)
+    assert losses(train(llm, target_layers="2:")) == usual
+    assert stops == [3] * STEPS, "with and without rows below"
 
 
 def test_kept_states_do_not_outlive_the_weights_that_made_them(families: Engines) -> None:

@@ -54,11 +54,12 @@ class ForwardAlone(Protocol):
     layer_rows: tuple[int, ...]
     """How many rows each layer computes, where it may stop; one number for all of them where it may not."""
 
-    def go_on(self, stop: Callable[[], bool]) -> Tensor | None:
+    def go_on(self, stop: Callable[[int], bool]) -> Tensor | None:
         """Run it, or go on where it stopped.
 
         Args:
-            stop: is asked before each layer whether the forward stops there.
+            stop: is asked before a layer that has rows whether the forward stops there, and told how many layers it
+                has gone on by, those without rows among them.
 
         Returns:
             (T, D) final hidden states, sequence after sequence; None: it has stopped.

@@ -403,11 +403,11 @@ class Trainer:
             with self._failing("scoring", members):
                 score_members(self.head, hidden, present)
 
-    def run_alone(self, members: Sequence[ScoreMember], after: Sequence[Command], stop: Callable[[], bool]) -> None:
+    def run_alone(self, members: Sequence[ScoreMember], after: Sequence[Command], stop: Callable[[int], bool]) -> None:
         """Run the whole sequences of members in a forward of their own, fill their cells, then execute `after`.
 
         Args:
-            stop: is asked before each layer whether the forward stops there, for `go_on`.
+            stop: see `ForwardAlone.go_on`.
         """
         assert self._unfinished is None
         members = [m for m in members if m.job_id not in self._failed and m.group_id in self.groups]
@@ -429,11 +429,11 @@ class Trainer:
         self._results.layer_rows = forward.layer_rows
         return Unfinished(members, num_tokens, forward, after)
 
-    def go_on(self, stop: Callable[[], bool] = bool) -> None:
+    def go_on(self, stop: Callable[[int], bool] = lambda gone: False) -> None:
         """Go on with the forward that has stopped, if there is one, and do what comes after it once it has ended.
 
         Args:
-            stop: see `run_alone`; by default nothing stops it.
+            stop: see `ForwardAlone.go_on`; by default nothing stops it.
         """
         unfinished, self._unfinished = self._unfinished, None
         if unfinished is None:

@@ -8,7 +8,6 @@ the hidden states that the runner kept, closes groups, and then lets vLLM sample
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import astuple
@@ -170,11 +169,10 @@ class ZOWorkerMixin(_Base):
         else:
             self.zo.go_on(self._stop(commands.alone))
 
-    def _stop(self, alone: Alone) -> Callable[[], bool]:
-        """A function that is asked before each layer whether the forward stops there."""
+    def _stop(self, alone: Alone) -> Callable[[int], bool]:
+        """See `ForwardAlone.go_on`."""
         rung: Callable[[], bool] = bool if alone.doorbell is None else self._zo_listen(alone.doorbell)
-        layers = itertools.count(1)
-        return lambda: rung() or (alone.layers is not None and next(layers) > alone.layers)
+        return lambda gone: rung() or (alone.layers is not None and gone >= alone.layers)
 
     def _rows_of_requests(self) -> tuple[dict[str, int], Tensor]:
         """First row of each request, by request id, and the hidden states (T, D) of the step that just ran."""

@@ -35,16 +35,19 @@ class AloneForward(Forward):
         self.reached = 0
         layers = 1 if pruner.decoder is None else len(pruner.decoder.layers)
         lower, rows = (0, 0) if self.below is None else (self.below.layer, len(self.below.rows_B))
+        lower = min(lower, layers - 1)  # the work of an LM head that is trained alone counts as the last layer's
         self.layer_rows = (rows,) * lower + (len(self.plan.keep_U),) * (layers - lower)
         self._token_ids = torch.tensor([token for chunk in chunks for token in chunk.token_ids])
         self._positions = torch.cat([torch.arange(chunk.rows) for chunk in chunks])
-        self._stop: Callable[[], bool] = bool
+        self._stop: Callable[[int], bool] = lambda gone: False
+        self._began = 0
+        """Number of the layer at which the last `go_on` began."""
         self._kept: tuple[Sequence[Any], Mapping[str, Any], int | None] | None = None
         """What enters layer `reached`, and `_attentions_before` there, after the forward has stopped."""
 
-    def go_on(self, stop: Callable[[], bool]) -> Tensor | None:
+    def go_on(self, stop: Callable[[int], bool]) -> Tensor | None:
         """See `ForwardAlone`."""
-        self._stop = stop
+        self._stop, self._began = stop, self.reached
         if not self.reached:  # it has run no layer: it begins again
             self._kept, self._attentions_before = None, self.first_attentions
         runner = self.pruner.runner
@@ -55,31 +58,33 @@ class AloneForward(Forward):
         context = set_forward_context(None, runner.vllm_config, num_tokens=len(self.keep))
         try:
             with context, self:
-                # By name, as vLLM's runner calls it: some models take the first two by position only.
-                hidden = runner.model(
-                    input_ids=self._token_ids[self.keep],
-                    positions=self._positions[self.keep],
-                    intermediate_tensors=None,
-                )
+                return self.final_hidden(self._run_model)
         except Stopped:
             return None
-        return self.expand(hidden)
+
+    def _run_model(self) -> Tensor:
+        # By name, as vLLM's runner calls it: some models take the first two by position only.
+        hidden: Tensor = self.pruner.runner.model(
+            input_ids=self._token_ids[self.keep], positions=self._positions[self.keep], intermediate_tensors=None
+        )
+        return hidden
 
     def layer(self, index: int, original: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         if index < self.reached:
             assert self.pruner.decoder is not None
             return self.pruner.decoder.of_no_rows
+        if self._kept is not None:
+            # Before `Forward.layer`, which would take `of_no_rows` for what came out of the layers below.
+            kept_args, kept_kwargs, self._attentions_before = self._kept
+            args = [_or_kept(now, kept) for now, kept in zip(args, kept_args, strict=True)]
+            kwargs = {name: _or_kept(now, kept_kwargs[name]) for name, now in kwargs.items()}
+            self._kept = None
         return super().layer(index, original, args, kwargs)
 
     def run_layer(
         self, index: int, original: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> Any:
-        if self._kept is not None:
-            kept_args, kept_kwargs, self._attentions_before = self._kept
-            args = [_or_kept(now, kept) for now, kept in zip(args, kept_args, strict=True)]
-            kwargs = {name: _or_kept(now, kept_kwargs[name]) for name, now in kwargs.items()}
-            self._kept = None
-        if self._stop():
+        if self._stop(index - self._began):
             self.reached, self._kept = index, (args, kwargs, self._attentions_before)
             self._attentions_before = None  # no linear layer of the replay before layer `reached` is the first one
             raise Stopped

@@ -7,7 +7,8 @@ base weight once for rows that are equal there. After the last attention the lin
 rows, and leave zeros in the others, which are never read.
 
 Where members train only layers l and above, the layers below l get the rows that are distinct whatever their state, and
-none of a sequence whose states are kept. What enters layer l is then spread out to the kept rows (`Forward.layer`).
+none of a sequence whose states are kept. What enters layer l is then spread out to the kept rows (`Forward.layer`). For
+members that train the LM head only, that is what comes out of the last layer (`Forward.final_hidden`).
 
 Shape suffixes are those of `row_plan.py`: T rows of the step, U kept rows, B rows below the first trained layer.
 """
@@ -38,6 +39,9 @@ from vllm_zo.worker.kept_states import KeptStates
 from vllm_zo.worker.platform import Chunk, Chunks
 
 logger = init_logger("vllm.zo.worker")
+
+FINAL = "final"
+"""Name of the final hidden states among what is kept of a sequence."""
 
 
 class RowPruner:
@@ -178,7 +182,12 @@ class RowPruner:
 
     def plan_of(self, chunks: Sequence[Chunk]) -> RowPlan:
         """The plan of a forward with these rows."""
-        return plan_rows(chunks, 0 if self.decoder is None else len(self.decoder.layers), self.kept)
+        return plan_rows(chunks, self.decoder_layers, self.kept)
+
+    @property
+    def decoder_layers(self) -> int:
+        """How many layers there are between which rows can be changed."""
+        return 0 if self.decoder is None else len(self.decoder.layers)
 
 
 class Forward:
@@ -240,6 +249,23 @@ class Forward:
             self.pruner.last_attention = attended
         return attended
 
+    def final_hidden(self, model: Callable[[], Tensor]) -> Tensor:
+        """The final hidden states of the T rows.
+
+        Args:
+            model: computes those of the rows that layers get now. It is not called if all of them are kept, which can
+                be where members train the LM head only.
+        """
+        below = self.below
+        if below is None or below.layer < self.pruner.decoder_layers:
+            return self.expand(model())
+        computed = [model()] if len(below.rows_B) else []
+        if computed:
+            self._keep(below, {FINAL: computed[0]})
+        final_U = self._entering(below, FINAL, computed)
+        self.below = None
+        return self.expand(final_U)
+
     def is_first_linear(self) -> bool:
         """Whether the linear layer that asks is the first one on the kept rows, before their first attention. After it,
         the perturbed weights make equal rows of different states differ."""
@@ -271,15 +297,22 @@ class Forward:
     def _enter(self, below: Below, arguments: Mapping[Any, Any]) -> None:
         """Go over to the kept rows. arguments: of the first trained layer, by place or name."""
         states = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
-        for sequence, rows in below.to_keep.items():
-            self.pruner.kept.keep(sequence, states, rows)
+        self._keep(below, states)
         for name, value in states.items():
-            parts = [value, *(self.pruner.kept[sequence][name][start:] for sequence, start in below.kept)]
-            entering_D = torch.cat(parts) if below.kept else value
-            self._entered[id(value)] = value, entering_D.index_select(0, self.plan.spread_U)
+            self._entered[id(value)] = value, self._entering(below, name, [value])
         self.below = None
         self._attentions_before = self.attentions
         self._take_rows(self.plan.keep_U)
+
+    def _keep(self, below: Below, states: Mapping[Any, Tensor]) -> None:
+        for sequence, rows in below.to_keep.items():
+            self.pruner.kept.keep(sequence, states, rows)
+
+    def _entering(self, below: Below, name: Any, computed: Sequence[Tensor]) -> Tensor:
+        """What the U rows have of a state, from the B rows that were computed, if any were, and the kept ones."""
+        parts = [*computed, *(self.pruner.kept[sequence][name][start:] for sequence, start in below.kept)]
+        entering_D = torch.cat(parts) if len(parts) > 1 else parts[0]
+        return entering_D.index_select(0, self.plan.spread_U)
 
     def _on_kept_rows(self, value: Any) -> Any:
         return self._entered[id(value)][1] if id(value) in self._entered else value
@@ -328,8 +361,9 @@ def _model_forward(pruner: RowPruner, original: Callable[..., Any]) -> Callable[
         if plan is None:
             return original(input_ids, positions, *args, inputs_embeds=inputs_embeds, **kwargs)
         with Forward(pruner, plan) as running:
-            hidden = original(input_ids[running.keep], positions[running.keep], *args, **kwargs)
-        return running.expand(hidden)
+            return running.final_hidden(
+                lambda: original(input_ids[running.keep], positions[running.keep], *args, **kwargs)
+            )
 
     return forward
 
@@ -379,7 +413,7 @@ def _lora_linear(pruner: RowPruner, layer: Any, original: Callable[..., Tensor])
             return original(x, bias)
         if running.is_first_linear() and running.plan.repeats:
             return _first_linear(layer, x, bias, running.plan)
-        if not running.past_attention or not running.plan.prunes:
+        if not running.past_attention or running.below is not None or not running.plan.prunes:
             return original(x, bias)
         needed = running.plan.needed_P
         wrapper = layer.punica_wrapper

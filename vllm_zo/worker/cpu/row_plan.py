@@ -53,7 +53,8 @@ class Below:
     """The layers below the first trained one. They compute B rows; with the kept ones, D rows enter that layer.
 
     Attributes:
-        layer: number of the first layer that computes the U rows (see `RowPlan`), each under its state.
+        layer: number of the first layer that computes the U rows (see `RowPlan`), each under its state; the number of
+            layers if none does.
         rows_B: of the T rows, those that the layers below compute. They are the first B of the D rows.
         loaded_B: whether these are rows of members, which the weights as loaded compute, without an adapter.
         expand_T: for each of the T rows, its place among the B; 0 for a row that is kept, whose result nobody reads.
@@ -127,9 +128,9 @@ def plan_rows(chunks: Sequence[Chunk], layers: int = 0, kept: Container[kept_sta
         kept: sequences whose states at the first trained layer are kept.
     """
     # All members of a step change their rows at one layer: the lowest that any of them trains. In a job that trains
-    # the LM head only, no layer depends on the probe; it enters the last one, all its probes in one state.
+    # the LM head only, no layer depends on the probe; it enters behind the last one, all its probes in one state.
     first = min((chunk.first_layer for chunk in chunks if chunk.state is not None), default=0)
-    rows = _Rows(max(0, min(first, layers - 1)), kept)
+    rows = _Rows(min(first, layers), kept)
     for chunk in chunks:
         rows.add(chunk)
     return rows.plan(whole=all(chunk.whole for chunk in chunks))
