@@ -46,14 +46,20 @@ PROMPTED = {"zero-shot": 0, "8 demonstrations": 8, "16 demonstrations": 16}
 """Contenders that learn nothing: how many solved training rows stand in front of a question."""
 JOBS: dict[str, dict[str, Any]] = {
     "lozo": {"update_space": "fold"},
-    "bank": {},
-    "bank, top third": {"target_layers": "top-third"},
-    "bank, last layer": {"target_layers": "last"},
+    "bank": {"bases": 7},
+    "bank, top third": {"target_layers": "top-third", "bases": 7},
+    "bank, last layer": {"target_layers": "last", "bases": 7},
+    "bank, LM head": {"target_modules": "lm_head", "bases": 31, "batch_size": 64, "lr_schedule": "linear"},
 }
-"""Contenders that the engine trains: the options of `finetune` that are not its defaults. `lozo` is as published."""
+"""Contenders that the engine trains: the options of `finetune` that are not its defaults. `lozo` is as published. Seven
+bases are the default of an engine whose slots have their default rank."""
+SLOTS = {"slot_rank": 64}
+"""Of every engine: 31 bases of rank 2 fit."""
 LORA = "lora"
 TASKS = ("sst2", "rte", "trec", "cb", "copa")
 CONTENDERS = (*PROMPTED, *JOBS, LORA)
+DEFAULT = [contender for contender in CONTENDERS if contender != "bank, LM head"]
+"""vLLM has no adapters for the head of every family: of Llama, not of OPT."""
 KEY = ("model", "task", "contender", "cpu_seconds", "seed")
 
 
@@ -77,6 +83,11 @@ def steps_for(llm: Any, task: Any, options: dict[str, Any], cpu_seconds: float) 
     epoch = math.ceil(len(task.train) / batch)
     left = cpu_seconds - epoch * first
     return max(1, int(epoch + left / later if left > 0 else cpu_seconds / first))
+
+
+def forget_states(worker: Any) -> None:
+    """Drop what earlier jobs have kept of the rows, in an engine's worker, or a later job would find its work done."""
+    worker.zo.platform.forget_states()
 
 
 def restore(llm: Any, run: Any) -> None:
@@ -110,6 +121,7 @@ def train(
             run.stop()
 
     most = steps if math.isinf(cpu_seconds) or "lr_schedule" in options else 2 * steps
+    llm.collective_rpc(forget_states)
     reset_peak()
     try:
         run = llm.finetune(
@@ -253,7 +265,7 @@ def put(parameters: Sequence[Any], values: Sequence[Any]) -> None:
 def engine_child(args: argparse.Namespace, cells: list[tuple[str, str, int]]) -> None:
     from vllm_zo import LLM
 
-    llm = LLM(args.model, dtype=args.dtype, max_model_len=longest(args.model), zo_training=True)
+    llm = LLM(args.model, dtype=args.dtype, max_model_len=longest(args.model), zo_training=SLOTS)
     for name, contender, seed in cells:
         task = load(args, name)
         if contender in PROMPTED:
@@ -387,7 +399,7 @@ def add_common(parser: argparse.ArgumentParser, tasks: str, output: str) -> None
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_common(parser, ",".join(TASKS), "experiment.jsonl")
-    parser.add_argument("--contenders", default=list(CONTENDERS), type=lambda s: [c.strip() for c in s.split(";")],
+    parser.add_argument("--contenders", default=DEFAULT, type=lambda s: [c.strip() for c in s.split(";")],
                         help=f"separated by semicolons: {'; '.join(CONTENDERS)}")  # fmt: skip
     parser.add_argument("--cpu-seconds", type=float, default=400.0, help="for the steps of a trainer")
     parser.add_argument("--lora-dtype", default="float32")

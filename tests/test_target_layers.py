@@ -52,6 +52,12 @@ def plans(monkeypatch: pytest.MonkeyPatch) -> list[RowPlan]:
 
 
 def train(llm: Any, **options: Any) -> Any:
+    """Run a job that finds nothing kept by an earlier one."""
+    worker_of(llm).zo.platform.forget_states()
+    return train_on(llm, **options)
+
+
+def train_on(llm: Any, **options: Any) -> Any:
     settings: Settings = {
         "objective": SENTIMENT, "method": LOZO, "learning_rate": RATE, "batch_size": BATCH, "steps": STEPS,
         "progress": False,
@@ -81,7 +87,7 @@ def test_two_probes_share_the_rows_below_and_a_kept_sequence_has_none_there() ->
         kept: [0, 1, 2],
         Sequence("job", 2, (5, 7, 8)): [0, 1, 3],
     }
-    plan = plan_rows(chunks, LAYERS, {kept})
+    plan = plan_rows(chunks, LAYERS, {kept}.__contains__)
     assert below_of(plan).rows_B.tolist() == [3, 4, 5] and below_of(plan).kept == ((kept, 0),)
     assert plan.spread_U.tolist() == [3, 4, 5, 0, 1, 2] * 2
 
@@ -103,7 +109,7 @@ def test_rows_below_are_those_of_equal_history_and_serving_rows_are_apart() -> N
             chunks.append(chunk)
             if whole and rng.random() < 0.5:
                 kept.add(Sequence(owner, 2, tokens))
-        plan = plan_rows(chunks, LAYERS, kept)
+        plan = plan_rows(chunks, LAYERS, kept.__contains__)
         members = [c for c in chunks if c.state]
         if not members:
             assert plan.below is None
@@ -139,16 +145,37 @@ def test_a_step_whose_jobs_train_the_first_layer_has_nothing_below() -> None:
     assert plan_rows([upper]).below is None, "a model whose layers are unknown"
 
 
-def test_states_beyond_the_budget_are_not_kept_and_an_ended_job_gives_its_room_back() -> None:
-    kept = KeptStates(100)
-    one, two, three = (Sequence(owner, 2, (i,)) for i, owner in enumerate("aab"))
-    for sequence in (one, two, three):
+def keep(kept: KeptStates, *sequences: Sequence) -> None:
+    for sequence in sequences:
         kept.keep(sequence, {0: torch.zeros(30)}, torch.arange(10))
-    assert one in kept and two in kept and three not in kept and kept.bytes == 80
-    kept.forget("a")
-    assert len(kept) == kept.bytes == 0
-    kept.keep(three, {0: torch.zeros(30)}, torch.arange(10))
-    assert three in kept
+
+
+def test_states_beyond_the_budget_are_not_kept_and_those_of_ended_jobs_go_when_room_is_needed() -> None:
+    kept = KeptStates(100)
+    one, two, three, four = (Sequence(owner, 2, (i,)) for i, owner in enumerate("aabb"))
+    keep(kept, one, two, three)
+    assert kept.claim(one) and kept.claim(two) and not kept.claim(three) and kept.bytes == 80
+    kept.ended("a")
+    assert (len(kept), kept.used, kept.bytes) == (2, 0, 80)
+    keep(kept, three)
+    assert not kept.claim(one) and kept.claim(three) and kept.bytes == 80, "the one that was unused first"
+    keep(kept, four)
+    assert not kept.claim(two) and kept.used == 2 and kept.bytes == 80
+
+
+def test_states_are_the_next_jobs_too_and_stay_while_one_of_them_runs() -> None:
+    kept = KeptStates(50)
+    first, second, other = Sequence("a", 2, (5,)), Sequence("b", 2, (5,)), Sequence("b", 2, (6,))
+    keep(kept, first)
+    assert kept.claim(second) and not kept.claim(Sequence("b", 3, (5,))), "of another layer"
+    kept.ended("a")
+    keep(kept, other)
+    assert kept.claim(second) and not kept.claim(other), "b uses the first"
+    kept.ended("b")
+    keep(kept, other)
+    assert kept.claim(other) and not kept.claim(second)
+    kept.clear()
+    assert len(kept) == kept.used == kept.bytes == 0
 
 
 # --- the engine -------------------------------------------------------------------------------------------------------
@@ -238,7 +265,7 @@ def test_below_the_first_trained_layer_an_example_is_computed_once_in_all(
     for plan, rows in zip(plans[:epoch], computed, strict=False):
         assert 0 < rows <= len(plan.expand_T) / 2, "once for both signs"
     assert computed[epoch:] == [0] * (STEPS - epoch), "kept from the first epoch on"
-    assert not len(worker_of(llm).zo.platform.rows.kept), "the job has ended"
+    assert not worker_of(llm).zo.platform.rows.kept.used, "the job has ended"
     assert [record["step"] for record in run.history] == [*range(1, STEPS + 1)]
 
 
@@ -257,6 +284,27 @@ def test_a_job_of_the_lm_head_runs_no_layer_once_all_is_kept(
     monkeypatch.setattr(model, "forward", counting)
     train(llm, target_modules="lm_head", bases=1)
     assert calls == ROWS // BATCH, "once a step in the first epoch"
+
+
+def test_the_next_job_begins_with_what_the_last_one_kept(families: Engines, plans: list[RowPlan]) -> None:
+    llm = families.get(f"llama-{LAYERS}")
+    first = losses(train(llm, target_layers="2:", seed=1))
+    other = losses(train(llm, target_layers="2:", seed=2))
+    plans.clear()
+    assert losses(train_on(llm, target_layers="2:", seed=1)) == pytest.approx(first, abs=LOSS_TOLERANCE) != other
+    assert len(plans) == STEPS and not any(len(below_of(plan).rows_B) for plan in plans)
+
+
+def test_a_job_that_writes_the_base_weights_drops_what_was_kept(families: Engines) -> None:
+    llm = families.get(f"opt-{LAYERS}")
+    kept = worker_of(llm).zo.platform.rows.kept
+    train(llm, target_layers="last")
+    assert len(kept)
+    folded = train_on(llm, target_layers="2:", update_space="fold", learning_rate=0.1)
+    assert not len(kept), "what was kept before the first fold, and by the job itself"
+    llm.restore_base(folded)
+    train_on(llm, target_layers="last")
+    assert len(kept)
 
 
 @pytest.mark.parametrize("scope", SCOPES, ids=["upper half", "LM head"])
@@ -326,7 +374,7 @@ def test_jobs_that_train_different_layers_share_a_step(families: Engines) -> Non
         for run, i in zip(together, pair, strict=True):
             run.poll()
             assert losses(run) == pytest.approx(alone[i], abs=LOSS_TOLERANCE), pair
-    assert not len(worker_of(llm).zo.platform.rows.kept)
+    assert not worker_of(llm).zo.platform.rows.kept.used
 
 
 def test_the_scheduler_knows_what_each_layer_costs(families: Engines) -> None:

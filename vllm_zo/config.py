@@ -83,7 +83,8 @@ class ZOTrainingConfig:
     kept_states_mib: int = option(
         256, minimum=0, panel="Engine", help="MiB for hidden states below the first trained layer; 0 keeps none."
     )
-    """A job with `target_layers` keeps what enters its first layer, an example at a time, until this is full."""
+    """A job with `target_layers` keeps what enters its first layer, an example at a time, until this is full. Later
+    jobs use it too; what no job uses goes when the room is needed."""
     state_dir: str | None = option(None, text="a directory", help="Where jobs keep logs and snapshots.")
     """None stands for a fresh temporary directory; the log names it."""
 

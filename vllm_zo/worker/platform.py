@@ -126,9 +126,11 @@ class Platform(Protocol):
             NotImplementedError: the platform has no such forward (`layers_alone` is 0).
         """
 
-    def forget_states(self, job_id: str | None = None) -> None:
-        """Drop the hidden states that are kept for a job that has ended; for None, of all jobs, because the base
-        weights are others now."""
+    def job_ended(self, job_id: str) -> None:
+        """Note that a job has ended: hidden states that are kept for no other may go when the room is needed."""
+
+    def forget_states(self) -> None:
+        """Drop the hidden states that are kept, because the base weights are others now."""
 
     def after_forward(self, hidden: Tensor | None) -> None:
         """Clean up after members, because their parameters may have diverged.

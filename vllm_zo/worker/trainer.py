@@ -197,6 +197,7 @@ class Trainer:
         if command.update_space == "fold":
             for target in targets:
                 check_writable(target.module.base_layer, target.shape.name)
+            self.platform.forget_states()
         layout = command.method.layout(shapes)
         # Before anything is allocated: a process that runs out of memory takes the server with it.
         check_state(
@@ -229,13 +230,15 @@ class Trainer:
 
     @execute.register
     def _stop(self, command: StopJob) -> None:
-        self.jobs.pop(command.job_id, None)
+        ended = self.jobs.pop(command.job_id, None)
         self.pool.evict_owner(command.job_id)
-        self.platform.forget_states(command.job_id)
+        self.platform.job_ended(command.job_id)
         for group_id in [g for g, opened in self.groups.items() if opened.command.job_id == command.job_id]:
             del self.groups[group_id]
         if command.restore_base:
             logger.info("restored the base weights of %d layers", self.base.restore())
+        if command.restore_base or (ended is not None and ended.start.update_space == "fold"):
+            self.platform.forget_states()
 
     @execute.register
     def _open(self, command: OpenGroup) -> None:

@@ -76,11 +76,11 @@ class CPUPlatform:
     def forward_alone(self, chunks: Sequence[Chunk], slots: Sequence[int]) -> AloneForward:
         return AloneForward(self.rows, chunks, slots)
 
-    def forget_states(self, job_id: str | None = None) -> None:
-        if job_id is None:
-            self.rows.kept.clear()
-        else:
-            self.rows.kept.forget(job_id)
+    def job_ended(self, job_id: str) -> None:
+        self.rows.kept.ended(job_id)
+
+    def forget_states(self) -> None:
+        self.rows.kept.clear()
 
     def after_forward(self, hidden: Tensor | None) -> None:
         """Clean the KV cache if a member diverged. hidden: (T, D); None: the stage has passed on what it had.

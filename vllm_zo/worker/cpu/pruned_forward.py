@@ -182,7 +182,7 @@ class RowPruner:
 
     def plan_of(self, chunks: Sequence[Chunk]) -> RowPlan:
         """The plan of a forward with these rows."""
-        return plan_rows(chunks, self.decoder_layers, self.kept)
+        return plan_rows(chunks, self.decoder_layers, self.kept.claim)
 
     @property
     def decoder_layers(self) -> int:

@@ -18,7 +18,7 @@ The functions here are pure: they read nothing of vLLM.
 
 from __future__ import annotations
 
-from collections.abc import Container, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
@@ -27,6 +27,8 @@ from torch import Tensor
 
 from vllm_zo.worker import kept_states
 from vllm_zo.worker.platform import Chunk
+
+IsKept = Callable[[kept_states.Sequence], bool]
 
 MOST_PADDING = 1.5
 """The longest sequence of a bucket is at most this many times as long as its shortest. With the lengths of SST-2,
@@ -116,7 +118,7 @@ class RowPlan:
         return replace(self, buckets=None, below=below)
 
 
-def plan_rows(chunks: Sequence[Chunk], layers: int = 0, kept: Container[kept_states.Sequence] = frozenset()) -> RowPlan:
+def plan_rows(chunks: Sequence[Chunk], layers: int = 0, is_kept: IsKept = lambda sequence: False) -> RowPlan:
     """Merge common prefixes within each state, and below the first trained layer across states; collect what is read.
 
     Two chunks of one state, with tokens 5 7 9 and 5 7 8 4 and the last row of each as target: T = 7 rows, of which
@@ -125,12 +127,12 @@ def plan_rows(chunks: Sequence[Chunk], layers: int = 0, kept: Container[kept_sta
 
     Args:
         layers: of the model, where a forward can change its rows from layer to layer; else 0.
-        kept: sequences whose states at the first trained layer are kept.
+        is_kept: whether the states of a sequence at the first trained layer are kept.
     """
     # All members of a step change their rows at one layer: the lowest that any of them trains. In a job that trains
     # the LM head only, no layer depends on the probe; it enters behind the last one, all its probes in one state.
     first = min((chunk.first_layer for chunk in chunks if chunk.state is not None), default=0)
-    rows = _Rows(min(first, layers), kept)
+    rows = _Rows(min(first, layers), is_kept)
     for chunk in chunks:
         rows.add(chunk)
     return rows.plan(whole=all(chunk.whole for chunk in chunks))
@@ -143,8 +145,8 @@ class _Rows:
         layer: the first one that depends on the states of members.
     """
 
-    def __init__(self, layer: int, kept: Container[kept_states.Sequence]) -> None:
-        self.layer, self.kept_states = layer, kept
+    def __init__(self, layer: int, kept_at_layer: IsKept) -> None:
+        self.layer, self.kept_at_layer = layer, kept_at_layer
         self.keep: list[int] = []
         self.expand: list[int] = []
         self.needed: set[int] = set()
@@ -166,7 +168,7 @@ class _Rows:
     def add(self, chunk: Chunk) -> None:
         start, entering = len(self.expand), len(self.first)
         sequence = kept_states.Sequence(chunk.owner, self.layer, tuple(chunk.token_ids)) if chunk.whole else None
-        is_kept = self.layer > 0 and sequence is not None and sequence in self.kept_states
+        is_kept = self.layer > 0 and sequence is not None and self.kept_at_layer(sequence)
         # Kept and computed sequences share no rows: the rows that attention needs below are there in one of two ways.
         node: Hashable = ("state", chunk.state, is_kept)  # a tuple, which equals no row number
         for i in range(chunk.rows):

@@ -61,7 +61,10 @@ class CUDAPlatform:
         """
         raise NotImplementedError("members run as requests of vLLM's on CUDA")
 
-    def forget_states(self, job_id: str | None = None) -> None:
+    def job_ended(self, job_id: str) -> None:
+        """Do nothing: nothing is kept for a job."""
+
+    def forget_states(self) -> None:
         """Do nothing: forwards compute every row, and no states are kept."""
 
     def after_forward(self, hidden: Tensor | None) -> None:
