@@ -399,27 +399,43 @@ def test_the_scheduler_knows_what_each_layer_costs(families: Engines) -> None:
         step(llm, 1)
 
 
-def test_a_forward_stops_after_as_many_layers_as_it_may_run_those_without_rows_among_them(
-    families: Engines, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def stops(families: Engines, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, int]]]:
+    """(layers that it was to stop after, layers after which it stopped), of each forward of members alone that stops.
+    Each goes on by a random number of layers, those without rows among them."""
     llm = families.get(f"llama-{LAYERS}")
-    scheduler, zo = scheduler_of(llm), worker_of(llm).zo
-    usual = losses(train(llm, target_layers="2:"))
-    stops: list[int] = []
-    go_on, run_layers = zo.go_on, scheduler.zo.run_layers
+    trainer, controller = worker_of(llm).zo, scheduler_of(llm).zo
+    rng, seen, limits = random.Random(0), list[tuple[int, int]](), [0]
+    go_on, run_layers = trainer.go_on, controller.run_layers
 
     def spy(*args: Any) -> None:
         go_on(*args)
-        if zo._results.stopped_at is not None:
-            stops.append(zo._results.stopped_at)
+        if trainer._results.stopped_at is not None:
+            seen.append((limits[0], trainer._results.stopped_at))
 
-    def three_at_most(alone: Alone) -> None:
-        run_layers(replace(alone, layers=min(3, len(scheduler.zo.forward.rows) - scheduler.zo.forward.reached)))
+    def at_most(alone: Alone) -> None:
+        layers = rng.randint(1, len(controller.forward.rows) - controller.forward.reached)
+        limits[0] = controller.forward.reached + layers
+        run_layers(replace(alone, layers=layers))
 
-    monkeypatch.setattr(zo, "go_on", spy)
-    monkeypatch.setattr(scheduler.zo, "run_layers", three_at_most)
-    assert losses(train(llm, target_layers="2:")) == usual
-    assert stops == [3] * STEPS, "with and without rows below"
+    monkeypatch.setattr(trainer, "go_on", spy)
+    monkeypatch.setattr(controller, "run_layers", at_most)
+    yield seen
+
+
+@pytest.mark.parametrize("limit_bytes", [None, 50_000, 0], ids=["all kept", "some kept", "none kept"])
+@pytest.mark.parametrize("scope", [{"target_layers": "1:"}, *SCOPES], ids=["all but one", "upper half", "LM head"])
+def test_a_forward_that_stops_goes_on_with_its_own_states(
+    families: Engines, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, scope: Settings,
+    limit_bytes: int | None,
+) -> None:  # fmt: skip
+    llm = families.get(f"llama-{LAYERS}")
+    if limit_bytes is not None:
+        monkeypatch.setattr(worker_of(llm).zo.platform.rows.kept, "limit_bytes", limit_bytes)
+    usual = losses(train(llm, **scope))
+    stops = request.getfixturevalue("stops")
+    assert losses(train(llm, **scope)) == usual
+    assert stops and all(layers == told for told, layers in stops)
 
 
 def test_kept_states_do_not_outlive_the_weights_that_made_them(families: Engines) -> None:
