@@ -262,11 +262,11 @@ def put(parameters: Sequence[Any], values: Sequence[Any]) -> None:
 # --- processes --------------------------------------------------------------------------------------------------------
 
 
-def engine_child(args: argparse.Namespace, cells: list[tuple[str, str, int]]) -> None:
+def engine_child(args: argparse.Namespace, cells: list[tuple[str, str, float, int]]) -> None:
     from vllm_zo import LLM
 
     llm = LLM(args.model, dtype=args.dtype, max_model_len=longest(args.model), zo_training=SLOTS)
-    for name, contender, seed in cells:
+    for name, contender, _, seed in cells:
         task = load(args, name)
         if contender in PROMPTED:
             result = prompted(llm, task, PROMPTED[contender])
@@ -276,8 +276,8 @@ def engine_child(args: argparse.Namespace, cells: list[tuple[str, str, int]]) ->
         write(args, name, seed, {"contender": contender, "dtype": args.dtype, **result})
 
 
-def lora_child(args: argparse.Namespace, cells: list[tuple[str, str, int]]) -> None:
-    for name, _, seed in cells:
+def lora_child(args: argparse.Namespace, cells: list[tuple[str, str, float, int]]) -> None:
+    for name, _, _, seed in cells:
         for result in train_lora(args, load(args, name), seed):
             write(args, name, seed, {"dtype": args.lora_dtype, **result})
 
@@ -295,33 +295,21 @@ def write(args: argparse.Namespace, task: str, seed: int, result: dict[str, Any]
     print({name: value for name, value in line.items() if name != "curve"}, flush=True)
 
 
-def wanted(args: argparse.Namespace) -> list[tuple[str, str, int]]:
-    """(task, contender, seed) of the results that are missing. What learns nothing has one seed."""
-    done = {tuple(line[name] for name in KEY) for line in results(args.output)}
-    model = Path(args.model).name
+def cells_of(args: argparse.Namespace) -> list[tuple[str, str, float, int]]:
+    """(task, contender, CPU seconds, seed) of the results that are wanted. What learns nothing has one seed."""
     return [
-        (task, contender, seed)
+        (task, contender, args.cpu_seconds, seed)
         for task in args.tasks
         for seed in args.seeds
         for contender in args.contenders
-        if (model, task, contender, args.cpu_seconds, seed) not in done
-        and (contender not in PROMPTED or seed == args.seeds[0])
+        if contender not in PROMPTED or seed == args.seeds[0]
     ]
 
 
-def missing(
-    args: argparse.Namespace, key: Sequence[str], contenders: Sequence[str], budget: float
-) -> list[tuple[str, str, float, int]]:
-    """(task, contender, factor, seed) of the runs that have no line in --output yet, for benchmarks with --factors."""
+def missing(args: argparse.Namespace, key: Sequence[str], cells: Sequence[Any]) -> list[Any]:
+    """Those cells that have no line in --output yet. key: names the model and then the parts of a cell in a line."""
     model, done = Path(args.model).name, {tuple(line[name] for name in key) for line in results(args.output)}
-    return [
-        (task, contender, factor, seed)
-        for task in args.tasks
-        for seed in args.seeds
-        for contender in contenders
-        for factor in args.factors
-        if (model, task, contender, factor, budget, seed) not in done
-    ]
+    return [cell for cell in cells if (model, *cell) not in done]
 
 
 def results(path: Path) -> list[dict[str, Any]]:
@@ -412,7 +400,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     if not args.report:
-        cells = wanted(args)
+        cells = missing(args, KEY, cells_of(args))
         in_child("ours", engine_child, args, [cell for cell in cells if cell[1] != LORA])
         in_child(LORA, lora_child, args, [cell for cell in cells if cell[1] == LORA])
     print(report(results(args.output)))

@@ -23,7 +23,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from importlib.util import find_spec
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -57,6 +57,8 @@ STEP_SIZES = {"job, all layers": 1e-4, "job, last layer": 1e-3, GRPO: 5e-4}
 """The learning rates of factor 1. Those of jobs make a step of about a third of the radius."""
 CONTENDERS = (*JOBS, GRPO)
 KEY = ("model", "task", "contender", "factor", "cpu_seconds", "seed")
+Run = tuple[str, str, float, float, int]
+"""The parts of KEY after the model."""
 SLOTS = {"slots": 2, "slot_rank": 16}
 
 
@@ -128,12 +130,13 @@ def chat(tokenizer: Any, instruction: str) -> str:
 # --- our jobs ---------------------------------------------------------------------------------------------------------
 
 
-def job_child(args: argparse.Namespace, runs: list[tuple[str, str, float, int]]) -> None:
+def job_child(args: argparse.Namespace, runs: list[Run]) -> None:
     from vllm_zo import LLM, LoZO, Reward
     from vllm_zo.tasks import Task
 
     llm: Any = LLM(args.model, dtype=args.dtype, max_model_len=min(512, longest(args.model)), zo_training=SLOTS)
-    for name, contender, factor, seed in runs:
+    for run in runs:
+        name, contender, factor, _, seed = run
         meter = Meter(llm.get_tokenizer())
         parts, template = load(args, name, llm.get_tokenizer())
         objective = Reward(
@@ -153,7 +156,7 @@ def job_child(args: argparse.Namespace, runs: list[tuple[str, str, float, int]])
         if "curve" in result:
             for point, tokens in zip(result["curve"], meter.at, strict=True):
                 point["written"] = tokens
-        write(args, (name, contender, factor, seed), {**result, "written": meter.tokens, "rate": rate})
+        write(args, run, {**result, "written": meter.tokens, "rate": rate})
 
 
 def seconds_a_step(llm: Any, task: Any, options: dict[str, Any]) -> float:
@@ -169,9 +172,9 @@ def seconds_a_step(llm: Any, task: Any, options: dict[str, Any]) -> float:
 # --- GRPO -------------------------------------------------------------------------------------------------------------
 
 
-def grpo_child(args: argparse.Namespace, runs: list[tuple[str, str, float, int]]) -> None:
+def grpo_child(args: argparse.Namespace, runs: list[Run]) -> None:
     for run in runs:
-        name, _, factor, seed = run
+        name, _, factor, _, seed = run
         write(args, run, train_grpo(args, name, factor * STEP_SIZES[GRPO], seed))
 
 
@@ -268,10 +271,8 @@ def greedy(model: Any, tokenizer: Any, rows: Sequence[dict[str, Any]]) -> float:
 # --- results ----------------------------------------------------------------------------------------------------------
 
 
-def write(args: argparse.Namespace, run: tuple[str, str, float, int], result: dict[str, Any]) -> None:
-    name, contender, factor, seed = run
-    key = (Path(args.model).name, name, contender, factor, args.cpu_seconds, seed)
-    line = {**dict(zip(KEY, key, strict=True)), "dtype": args.dtype, **result}
+def write(args: argparse.Namespace, run: Run, result: dict[str, Any]) -> None:
+    line = {**dict(zip(KEY, (Path(args.model).name, *run), strict=True)), "dtype": args.dtype, **result}
     with args.output.open("a") as file:
         file.write(json.dumps({**line, "rows": args.rows, "cpu": facts.machine([])["cpu"]}) + "\n")
     print({field: value for field, value in line.items() if field != "curve"}, flush=True)
@@ -332,7 +333,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     if not args.report:
-        runs = missing(args, KEY, args.contenders, args.cpu_seconds)
+        cells = product(args.tasks, args.contenders, args.factors, [args.cpu_seconds], args.seeds)
+        runs = missing(args, KEY, list(cells))
         with_trl = [run for run in runs if run[1] == GRPO]
         if with_trl and find_spec("trl") is None:
             print("skipped: grpo needs TRL; pip install trl", file=sys.stderr)

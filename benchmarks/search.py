@@ -14,6 +14,7 @@ are left to experiment.py. Every run is a line of --output, so a second call goe
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 from collections.abc import Iterable
@@ -87,17 +88,17 @@ def steps_within(passes: int, options: dict[str, Any], layers: int, rows: int) -
     return int(min(passes / in_epoch, epoch) + max(0.0, passes - epoch * in_epoch) / later)
 
 
-def child(args: argparse.Namespace, runs: list[tuple[str, str, float, int]]) -> None:
+def child(args: argparse.Namespace, runs: list[tuple[str, str, float, int, int]]) -> None:
     from vllm_zo import LLM
 
     llm: Any = LLM(args.model, dtype=args.dtype, max_model_len=longest(args.model), zo_training=SLOTS)
     layers = llm.llm_engine.model_config.hf_config.num_hidden_layers
-    for name, variant, factor, seed in runs:
+    for run in runs:
+        name, variant, factor, passes, seed = run
         task, options = replace(load(args, name), test=[]), options_of(variant)
-        steps = steps_within(args.passes, options, layers, len(task.train))
+        steps = steps_within(passes, options, layers, len(task.train))
         result = train(llm, task, {**options, "learning_rate_multiplier": factor}, steps, seed, EVALUATIONS)
-        key = (Path(args.model).name, name, variant, factor, args.passes, seed)
-        line = {**dict(zip(KEY, key, strict=True)), **result}
+        line = {**dict(zip(KEY, (Path(args.model).name, *run), strict=True)), **result}
         with args.output.open("a") as file:
             file.write(json.dumps(line) + "\n")
         print({field: value for field, value in line.items() if field != "curve"}, flush=True)
@@ -152,7 +153,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     if not args.report:
-        in_child("ours", child, args, missing(args, KEY, args.variants, args.passes))
+        runs = itertools.product(args.tasks, args.variants, args.factors, [args.passes], args.seeds)
+        in_child("ours", child, args, missing(args, KEY, list(runs)))
     print(report(results(args.output)))
 
 

@@ -108,10 +108,13 @@ def test_what_is_done_is_not_wanted_again(tmp_path: Path) -> None:
         ["--model", "somewhere/tiny", "--tasks", "sst2", "--contenders", "zero-shot; bank; lora", "--cpu-seconds", "1",
          "--seeds", "0,1", "--output", str(tmp_path / "results.jsonl")]
     )  # fmt: skip
-    assert len(experiment.wanted(args)) == 5  # what learns nothing has one seed
+    cells = experiment.cells_of(args)
+    assert len(cells) == 5  # what learns nothing has one seed
+    assert experiment.missing(args, experiment.KEY, cells) == cells
     args.output.write_text(json.dumps(line({}, "bank")) + "\n")
-    assert ("sst2", "bank", 0) not in experiment.wanted(args)
-    assert len(experiment.wanted(Namespace(**{**vars(args), "cpu_seconds": 2.0}))) == 5
+    assert set(cells) - set(experiment.missing(args, experiment.KEY, cells)) == {("sst2", "bank", 1.0, 0)}
+    longer = experiment.cells_of(Namespace(**{**vars(args), "cpu_seconds": 2.0}))
+    assert experiment.missing(args, experiment.KEY, longer) == longer
 
 
 @pytest.mark.slow  # two processes that load a model each
