@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor
@@ -35,7 +35,7 @@ _Key = tuple[int, tuple[int, ...]]
 @dataclass
 class _Kept:
     states: Mapping[Hashable, Tensor]
-    jobs: set[Hashable] = field(default_factory=set)
+    jobs: set[Hashable]
     """Those that have asked for it and have not ended."""
 
     @property
