@@ -5,9 +5,10 @@
     python benchmarks/experiment.py --report                                    # tables of what is there
 
 Each trainer gets the same CPU seconds for its steps, on one thread: they do not depend on who else uses the machine, as
-wall clock does. Evaluations and the start are not in them. A short job says first how many steps that is. All have
-the same training, validation and test rows, the papers' prompts (vllm_zo/tasks), the loss of the task's objective, and
-batches in the same order. `bank` and `lora` give back the state of their best evaluation, `fold` the last.
+wall clock does. Evaluations and the start are not in them, but for a job that measures its V the pass that does is. A
+short job says first how many steps that is. All have the same training, validation and test rows, the papers' prompts
+(vllm_zo/tasks), the loss of the task's objective, and batches in the same order. `bank` and `lora` give back the state
+of their best evaluation, `fold` the last.
 
 `lora` goes on to LONGER times the seconds, as a line of its own. Every result is a line of --output, so a second call
 goes on where the first one stopped. Contenders in the engine take turns in one process, LoRA has its own; name one
@@ -44,12 +45,14 @@ MAX_LEN = 4096
 
 PROMPTED = {"zero-shot": 0, "8 demonstrations": 8, "16 demonstrations": 16}
 """Contenders that learn nothing: how many solved training rows stand in front of a question."""
+HEAD = {"target_modules": "lm_head", "bases": 31, "batch_size": 64, "lr_schedule": "linear"}
 JOBS: dict[str, dict[str, Any]] = {
     "lozo": {"update_space": "fold"},
     "bank": {"bases": 7},
     "bank, top third": {"target_layers": "top-third", "bases": 7},
     "bank, last layer": {"target_layers": "last", "bases": 7},
-    "bank, LM head": {"target_modules": "lm_head", "bases": 31, "batch_size": 64, "lr_schedule": "linear"},
+    "bank, LM head": HEAD,
+    "bank, LM head, V measured": {**HEAD, "method": {"name": "lozo", "v": "activations"}},
 }
 """Contenders that the engine trains: the options of `finetune` that are not its defaults. `lozo` is as published. Seven
 bases are the default of an engine whose slots have their default rank."""
@@ -58,7 +61,7 @@ SLOTS = {"slot_rank": 64}
 LORA = "lora"
 TASKS = ("sst2", "rte", "trec", "cb", "copa")
 CONTENDERS = (*PROMPTED, *JOBS, LORA)
-DEFAULT = [contender for contender in CONTENDERS if contender != "bank, LM head"]
+DEFAULT = [contender for contender in CONTENDERS if JOBS.get(contender, {}).get("target_modules") != "lm_head"]
 """vLLM has no adapters for the head of every family: of Llama, not of OPT."""
 KEY = ("model", "task", "contender", "cpu_seconds", "seed")
 
@@ -69,7 +72,8 @@ KEY = ("model", "task", "contender", "cpu_seconds", "seed")
 def steps_for(llm: Any, task: Any, options: dict[str, Any], cpu_seconds: float) -> int:
     """How many steps of a job these seconds pay for, by a short job that changes nothing.
 
-    The first epoch is measured apart: with `target_layers` it computes the layers below, and later ones do not.
+    The first epoch is measured apart: with `target_layers` it computes the layers below, and later ones do not. Where V
+    is measured, the pass for it has done that before the first step.
     """
     batch = options.get("batch_size", BATCH)
     clock = Clock(time.process_time)
@@ -81,8 +85,22 @@ def steps_for(llm: Any, task: Any, options: dict[str, Any], cpu_seconds: float) 
     restore(llm, run)
     first, later = mean(clock.steps[1:PILOT_EPOCH]), median(clock.steps[PILOT_EPOCH + 1 :])
     epoch = math.ceil(len(task.train) / batch)
+    if measures_v(options):
+        return max(1, int((cpu_seconds - clock.steps[0] * epoch / PILOT_EPOCH) / later))
     left = cpu_seconds - epoch * first
     return max(1, int(epoch + left / later if left > 0 else cpu_seconds / first))
+
+
+def measures_v(options: dict[str, Any]) -> bool:
+    method = options.get("method")
+    return isinstance(method, dict) and "v" in method
+
+
+def spent(clock: Clock, options: dict[str, Any], steps: int | None = None) -> float:
+    """CPU seconds of the first `steps` steps, and of all that comes before them where V is measured: that pass over the
+    rows, and the first evaluation with it."""
+    before = clock.evaluations[0] if measures_v(options) and clock.evaluations else 0.0
+    return before + sum(clock.steps[:steps])
 
 
 def forget_states(worker: Any) -> None:
@@ -117,7 +135,7 @@ def train(
     clock = Clock(time.process_time)
 
     def stop(run: Any, record: dict[str, Any]) -> None:
-        if sum(clock.steps) >= cpu_seconds:
+        if spent(clock, options) >= cpu_seconds:
             run.stop()
 
     most = steps if math.isinf(cpu_seconds) or "lr_schedule" in options else 2 * steps
@@ -130,18 +148,19 @@ def train(
             **{"batch_size": BATCH, **options},
         )  # fmt: skip
     except JobError as error:  # a run that diverged is a result too
-        return {"diverged": str(error), "steps": len(clock.steps), "spent": sum(clock.steps)}
+        return {"diverged": str(error), "steps": len(clock.steps), "spent": spent(clock, options)}
     peak = peak_rss()
     # `fold` can give back no earlier state than its last.
     given_back = run.evaluations[-1] if run.config.space == "fold" else min(run.evaluations, key=validation_loss)
     tested = {"test": figures(llm.evaluate(task.test, task.final_objective, run=run))} if task.test else {}
     restore(llm, run)
     return {
-        "steps": len(clock.steps), "spent": sum(clock.steps), "tokens": run.history[-1]["tokens"],
+        "steps": len(clock.steps), "spent": spent(clock, options), "tokens": run.history[-1]["tokens"],
         "rate": max(step["learning_rate"] for step in run.history), "peak_mib": peak / MIB,
         "validation": figures(given_back, "eval_"), **tested,
         "curve": [
-            {"step": e["step"], "spent": sum(clock.steps[: e["step"]]), **figures(e, "eval_")} for e in run.evaluations
+            {"step": e["step"], "spent": spent(clock, options, e["step"]), **figures(e, "eval_")}
+            for e in run.evaluations
         ],
     }  # fmt: skip
 

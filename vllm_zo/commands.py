@@ -148,6 +148,14 @@ class ApplyRecord:
 
 
 @dataclass(frozen=True)
+class MeasureV:
+    """Make V of what entered the modules in the job's groups of the base, and write the state to `path`."""
+
+    job_id: str
+    path: str
+
+
+@dataclass(frozen=True)
 class DropGroup:
     """Forget a cancelled group, which changes nothing."""
 
@@ -200,8 +208,8 @@ class ReportDigest:
 
 
 Command = (
-    StartJob | StopJob | Fold | OpenGroup | Materialise | CloseGroup | ReportCells | ApplyRecord | DropGroup | Publish
-    | Unpublish | ForgetVersions | Snapshot | ReportDigest
+    StartJob | StopJob | Fold | OpenGroup | Materialise | CloseGroup | ReportCells | ApplyRecord | MeasureV | DropGroup
+    | Publish | Unpublish | ForgetVersions | Snapshot | ReportDigest
 )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from vllm_zo.methods.schedules import LR_SCHEDULES, LRSchedule
 from vllm_zo.methods.spaces import SPACES, check_space
 from vllm_zo.methods.step_size import AUTO
 from vllm_zo.methods.targets import EMBEDDINGS, LM_HEAD, PRESETS, target_pattern
-from vllm_zo.objectives import OBJECTIVES, Objective, ReferencedObjective, Rollout
+from vllm_zo.objectives import OBJECTIVES, GeneratingObjective, Objective, ReferencedObjective, Rollout
 from vllm_zo.objectives.shared_options import PANEL
 from vllm_zo.options import check_options, option
 from vllm_zo.registry import describe
@@ -326,6 +326,8 @@ class JobConfig:
         if self.space == "fold" and self.bases not in (None, 1):
             raise ConfigError(f"bases={self.bases}: update_space='fold' keeps one basis; drop bases, or use 'bank'.")
         target_pattern(self.target_modules)
+        if self.method.coordinates.measures_v:
+            self._check_measures_v()
         if self.target_layers is not None:
             check_layers(self.target_layers)
             if self.target_modules in (EMBEDDINGS, LM_HEAD):
@@ -338,6 +340,15 @@ class JobConfig:
                 f"target_modules={self.target_modules!r}: update_space='fold' writes linear layers only; use 'bank' "
                 "and a method that runs in it."
             )
+
+    def _check_measures_v(self) -> None:
+        measured = f"{self.method.name}.v='activations' measures what enters the LM head where the training rows are "
+        if self.target_modules != LM_HEAD:
+            raise ConfigError(f"target_modules={self.target_modules!r}: {measured}scored; train {LM_HEAD!r} alone.")
+        if self.continual:
+            raise ConfigError(f"continual=True: {measured}scored, before the first step; later rows may be others.")
+        if isinstance(self.objective, GeneratingObjective | Rollout | ReferencedObjective):
+            raise ConfigError(f"objective={self.objective.name!r}: {measured}scored; use v='normal'.")
 
     def _check_continual(self) -> None:
         object.__setattr__(self, "steps", MANY_STEPS)

@@ -43,7 +43,8 @@ def state_bytes(method: Method, modules: Sequence[ModuleShape], num_bases: int, 
     optimizer = method.optimizer.init(torch.empty(numbers, device="meta"))
     in_optimizer = sum(tensor.numel() * tensor.element_size() for tensor in optimizer.values())
     vectors = (num_bases + directions + TEMPORARIES) * numbers + (1 + RESIDENT * num_bases) * factors
-    return NUMBER_BYTES * vectors + in_optimizer
+    measured = num_bases * layout.v_ranges.total if method.coordinates.measures_v else 0
+    return NUMBER_BYTES * (vectors + measured) + in_optimizer
 
 
 def check_state(

@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Collection, Iterator
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from vllm_zo.validation import check_bool, check_int, check_known, read_float, read_int, reject
@@ -35,6 +35,8 @@ class Option:
         fix: the advice in error messages.
         flag: name of the flag if it is not the field's ("option" for `options`, "keep-best/--keep-last").
         metavar: name of the flag's value in the help text; for a value with a syntax, also the syntax.
+        unsaid: a description leaves it out where it has its default (`registry.settings`): for an option that files of
+            older versions lack, so that they still agree with what is made now.
     """
 
     help: str
@@ -49,6 +51,7 @@ class Option:
     fix: str = ""
     flag: str = ""
     metavar: str = ""
+    unsaid: bool = False
 
 
 def option(default: Any = MISSING, *, factory: Any = MISSING, hash: bool | None = None, **of_option: Any) -> Any:
@@ -60,6 +63,12 @@ def option(default: Any = MISSING, *, factory: Any = MISSING, hash: bool | None 
     """
     given = {"default": default} if factory is MISSING else {"default_factory": factory}
     return field(**given, hash=hash, metadata={_KEY: Option(**of_option)})
+
+
+def is_unsaid(of: Field[Any]) -> bool:
+    """Whether a field is an option that a description leaves out where it has its default."""
+    found: Option | None = of.metadata.get(_KEY)
+    return found is not None and found.unsaid
 
 
 @dataclass(frozen=True)

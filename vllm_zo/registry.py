@@ -21,6 +21,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Generic, TypeVar
 
 from vllm_zo.errors import ConfigError
+from vllm_zo.options import is_unsaid
 from vllm_zo.validation import check_keys, check_known, reject
 
 Part = TypeVar("Part")
@@ -174,7 +175,8 @@ def describe(part: Any) -> dict[str, Any]:
 
 
 def settings(part: Any) -> dict[str, Any]:
-    """Fields of a part by name. A part inside it is described, or left out if it is the field's default.
+    """Fields of a part by name. A part inside it is described, or left out if it is the field's default, as an option
+    is that says so (`Option.unsaid`).
 
     Because defaults are left out, a job file names what was chosen, and a later version can add a part with a default.
     """
@@ -182,7 +184,8 @@ def settings(part: Any) -> dict[str, Any]:
     for f in fields(part):
         value = getattr(part, f.name)
         if not is_dataclass(value):
-            described[f.name] = value
+            if not (is_unsaid(f) and value == _default(f)):
+                described[f.name] = value
         elif value != _default(f):
             described[f.name] = describe(value)
     return described

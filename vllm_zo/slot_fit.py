@@ -69,6 +69,8 @@ def describe_space(method: Method, space: str, steps: int, num_bases: int) -> st
     line = f"update_space=bank: {bases} of rank {rank}, an adapter of rank {num_bases * rank}; "
     if steps >= MANY_STEPS:
         return f"{line}they take turns without end"
+    if method.coordinates.measures_v:
+        return f"{line}{drawn} is measured before the first step: not {method.name} as published"
     needed = num_intervals(method, steps)
     if equals_published(method, space, steps, num_bases):
         return f"{line}{drawn} is drawn {needed} times and none returns: equals {method.name} as published"

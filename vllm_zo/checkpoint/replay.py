@@ -16,7 +16,7 @@ from torch import Tensor
 from vllm_zo import noise
 from vllm_zo.checkpoint.seed_log.format import StepRecord
 from vllm_zo.checkpoint.seed_log.reader import SeedLog
-from vllm_zo.checkpoint.snapshot import load_snapshot, snapshot_step
+from vllm_zo.checkpoint.snapshot import START, load_snapshot, snapshot_step
 from vllm_zo.errors import ConfigError
 from vllm_zo.methods.fold import fold_into
 from vllm_zo.methods.spaces import basis_of
@@ -75,7 +75,7 @@ def replay_into(
     """
     header, method = log.header, state.method
     end = _end(log, upto)
-    start = _start(state, snapshot, end)
+    start = _start(state, snapshot, end) or _measured(state, log, end)
     for record in log.records[start:end]:
         basis = basis_of(method, record.step, header.update_space, header.num_bases)
         if header.update_space == "fold" and state.last_basis not in (None, basis):
@@ -134,6 +134,20 @@ def _end(log: SeedLog, upto: int | None) -> int:
     if not 0 <= upto <= log.num_steps:
         raise ConfigError(f"upto={upto}: {log.path} holds {log.num_steps} intact steps. {log.note}".rstrip())
     return upto
+
+
+def _measured(state: AdapterState, log: SeedLog, end: int) -> int:
+    """Load what a job has measured before its first step, if it has; returns 0, the steps that this holds.
+
+    Raises:
+        ConfigError: the file is not beside the log, which has steps.
+    """
+    path = log.path.with_name(START)
+    if state.measured_BN is None or (not end and not path.exists()):
+        return 0
+    if not path.exists():
+        raise ConfigError(f"{path}: is missing. The job measured its V, and the log has none; put the file beside it.")
+    return load_snapshot(path, state)
 
 
 def _start(state: AdapterState, snapshot: Path | str | None, end: int) -> int:

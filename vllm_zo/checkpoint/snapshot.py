@@ -18,6 +18,8 @@ from vllm_zo.methods.state import AdapterState
 from vllm_zo.registry import settings
 
 FORMAT = "vllm_zo snapshot 2"
+START = "start.safetensors"
+"""Name of the snapshot before the first step, beside the log of a job that has measured its V: no log has that V."""
 METADATA_KEY = "vllm_zo"
 """The only key of a file's metadata; its value is a JSON object with sorted keys. Equal runs must write equal bytes,
 but safetensors writes several keys in an order that changes from process to process."""

@@ -26,6 +26,8 @@ from vllm_zo.commands import (
     StopJob,
 )
 from vllm_zo.config import JobConfig
+from vllm_zo.engine.base_pass import BasePass
+from vllm_zo.engine.before_steps import pass_before
 from vllm_zo.engine.evaluation import Evaluations
 from vllm_zo.engine.group import Work
 from vllm_zo.engine.measurements import Measurements
@@ -44,7 +46,7 @@ from vllm_zo.methods.schedules import eps_factor_at, learning_rate_at
 from vllm_zo.methods.spaces import basis_of
 from vllm_zo.methods.step_size import StepSize
 from vllm_zo.objectives import Rollout
-from vllm_zo.objectives.base import EncodedExample, GeneratingObjective, ReferencedObjective
+from vllm_zo.objectives.base import EncodedExample, GeneratingObjective
 
 logger = logging.getLogger("vllm.zo")
 
@@ -106,7 +108,7 @@ class Job:
             self._step_size.note(coefficients)
         self._eval_batch = eval_batch
         self._evaluations = Evaluations(0, eval_batch, config.eval_interval)
-        self._references: References | None = None
+        self._base_pass: BasePass | None = None
         """While the base has yet to score examples."""
         self._rewarded = isinstance(config.objective, GeneratingObjective | Rollout)
         """Whether losses are minus rewards."""
@@ -189,11 +191,12 @@ class Job:
         if isinstance(objective := self.config.objective, Rollout):
             self._validation = [objective.evaluated(example) for example in self._validation]
         self._evaluations = Evaluations(len(self._validation), self._eval_batch, self.config.eval_interval)
-        if isinstance(objective := self.config.objective, ReferencedObjective):
-            rows, used = self.fixed_rows.examples, self.fixed_rows.used(self.config.steps)
-            references = References(objective, self.directory, rows, used, self._validation, self._eval_batch)
-            references.check_base(folded=self.space == "fold" and self.first_step > 0)
-            self._refer(references)
+        needed = pass_before(
+            self.directory, self.config, self.rows, self._validation,
+            trains=not self.evaluate_only, first_step=self.first_step, piece=self._eval_batch,
+        )  # fmt: skip
+        if needed is not None:
+            self._wait_for(needed)
 
     @property
     def fixed_rows(self) -> FixedRows:
@@ -201,15 +204,20 @@ class Job:
         assert isinstance(self.rows, FixedRows)
         return self.rows
 
-    def _refer(self, references: References) -> None:
-        """Keep what is missing of the reference, or add the reference to the examples once it is whole."""
-        if references.missing:
-            if self._references is None:
-                logger.info("job %s: the base scores %d rows before the first step", self.job_id, references.missing)
-            self._references = references
-        else:
-            self._references = None
-            self.fixed_rows.examples, self._validation = references.attached()
+    def _wait_for(self, base_pass: BasePass) -> None:
+        """Take no step before the base has scored all examples of a pass; then use what it has said."""
+        if base_pass.missing:
+            if self._base_pass is None:
+                logger.info(
+                    "job %s: the base scores %d rows before the first step, for %s",
+                    self.job_id, base_pass.missing, base_pass.purpose,
+                )  # fmt: skip
+            self._base_pass = base_pass
+            return
+        self._base_pass = None
+        self._commands += base_pass.commands()
+        if isinstance(base_pass, References):
+            self.fixed_rows.examples, self._validation = base_pass.attached()
 
     def pause(self) -> None:
         """Rest at the next group boundary; see `may_rest`."""
@@ -303,8 +311,8 @@ class Job:
         if self._open is not None:  # nothing else: what follows needs the state after this step
             return self._issue(self._open.next_shard())
         self._look_at_the_clock()
-        if self._references is not None:  # every loss needs it
-            return self._issue(self._references.next_work(self._step))
+        if self._base_pass is not None:  # every step needs it
+            return self._issue(self._base_pass.next_work(self._step))
         if self._evaluations.is_due(self._step, at_end=self._no_more_steps):
             self._evaluations.begin(self._step)
         # All pieces before the next training step, which would change the state that they measure.
@@ -418,8 +426,8 @@ class Job:
         self._outstanding -= 1
         # Only an open group is dropped, and that is the job's newest: no later step is under way.
         if work.plan.of_base:
-            assert self._references is not None
-            self._references.put_back(work.example_ids)
+            assert self._base_pass is not None
+            self._base_pass.put_back(work.example_ids)
         elif work.shard is not None:
             assert self._open is not None
             self._open.put_back(work.shard)
@@ -459,9 +467,9 @@ class Job:
         if cost is not None:
             self._measured.played(cost)
         if isinstance(result, GroupCells) and work.plan.of_base:
-            assert self._references is not None
-            self._references.add(work, result.cells)
-            self._refer(self._references)
+            assert self._base_pass is not None
+            self._base_pass.add(work, result.cells)
+            self._wait_for(self._base_pass)
         elif isinstance(result, GroupCells):
             self._on_shard(work, result)
         elif work.trains:

@@ -27,6 +27,7 @@ MAX_EVAL_BATCH = 128
 """Most examples in an evaluation group: keeps the loss table and the members of one step few."""
 MAX_EVAL_SEQUENCES = 4096
 """Most sequences in an evaluation group, for a reward that takes many samples of an example."""
+ONE_WORKER = "is measured in one worker, and with several each would have a V of its own"
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class EngineFacts:
         quantization: vLLM's name of the base's quantisation; None: the base is not quantised.
         max_sequences: sequences that an engine runs at once.
         stages: pipeline stages. Only the last one has losses, so with several a step is decided by the host.
+        workers: processes that hold the model, in all stages.
     """
 
     zo: ZOTrainingConfig
@@ -45,11 +47,12 @@ class EngineFacts:
     quantization: str | None
     max_sequences: int
     stages: int = 1
+    workers: int = 1
 
     @classmethod
-    def of(cls, zo: ZOTrainingConfig, model: Any, max_sequences: int, stages: int = 1) -> EngineFacts:
+    def of(cls, zo: ZOTrainingConfig, model: Any, max_sequences: int, stages: int = 1, workers: int = 1) -> EngineFacts:
         """model: vLLM's `ModelConfig`."""
-        return cls(zo, str(model.dtype).removeprefix("torch."), model.quantization, max_sequences, stages)
+        return cls(zo, str(model.dtype).removeprefix("torch."), model.quantization, max_sequences, stages, workers)
 
 
 def load_job(
@@ -72,8 +75,8 @@ def load_job(
 
     Raises:
         ConfigError: the method cannot run in the update space or does not fit the slots, a `fold` job has a quantised
-            base or an engine with pipeline stages, the state to evaluate is not on disk, or the reward cannot be
-            loaded.
+            base or an engine with pipeline stages, V would be measured in more than one worker, the state to evaluate
+            is not on disk, or the reward cannot be loaded.
         CorruptLogError: the header of the seed log cannot be read.
     """
     description = directory.read_description()
@@ -89,6 +92,9 @@ def load_job(
             f"update_space='fold' with pipeline_parallel_size={engine.stages}: every stage would have to write its "
             "part of the base; train with update_space='bank', or with tensor_parallel_size in place of stages."
         )
+    # `read` is None where a coordinator of several engines makes the job.
+    if config.method.coordinates.measures_v and (read is None or engine.workers > 1):
+        raise ConfigError(f"{config.method.name}.v='activations' {ONE_WORKER}; use v='normal'.")
     if shards is None and engine.stages > 1:
         shards = 1
     num_bases = resolve_bases(config.method, space, config.steps, engine.zo.slot_rank, config.bases)

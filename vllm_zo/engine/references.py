@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import logging
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
 from hashlib import blake2b
@@ -19,26 +18,27 @@ import msgspec
 import torch
 
 from vllm_zo.checkpoint.files import write_atomically
+from vllm_zo.commands import Command
+from vllm_zo.engine.base_pass import BasePass
 from vllm_zo.engine.group import Work
 from vllm_zo.errors import ConfigError, JobError
 from vllm_zo.jobs.directory import JobDir
-from vllm_zo.methods.plan import Probe, ProbePlan
 from vllm_zo.objectives.base import EncodedExample, ReferencedObjective
 
 logger = logging.getLogger("vllm.zo")
 
-PIECE = 16
-"""Most examples of a group: all of its scores go to the host."""
 Examples = Sequence[EncodedExample]
 
 
-class References:
+class References(BasePass):
     """Tracks which examples have yet to be scored by the base, and what it said of the others.
 
     Args:
         used: numbers of the training examples that the steps read.
         piece: examples in a group.
     """
+
+    purpose = "what the steps compare with"
 
     def __init__(
         self,
@@ -59,40 +59,23 @@ class References:
         if self._path.exists():
             self._known = {key: tuple(said) for key, said in json.loads(self._path.read_bytes()).items()}
         first_with = {key: number for number, key in reversed(self._keys.items()) if key not in self._known}
-        missing = sorted(first_with.values())
-        self._missing = len(missing)
-        piece = min(piece, PIECE)
-        self._pieces = deque(tuple(missing[i : i + piece]) for i in range(0, len(missing), piece))
+        super().__init__({number: self._examples[number] for number in sorted(first_with.values())}, piece)
 
     @staticmethod
     def numbered(train: Examples, validation: Examples) -> list[EncodedExample]:
         """The examples by their numbers in groups of the base: those of training, then those of validation."""
         return [*train, *validation]
 
-    @property
-    def missing(self) -> int:
-        """Examples of which the base has said nothing yet."""
-        return self._missing
-
-    def next_work(self, step: int) -> Work | None:
-        """The next examples that the base scores; None: all are issued."""
-        if not self._pieces:
-            return None
-        ids = self._pieces.popleft()
-        plan = ProbePlan(step=step, probes=(Probe(key=0, sign=0, eps=0.0, of_base=True),), basis=0)
-        return Work(plan, ids, tuple(self._examples[i] for i in ids), None)
-
-    def put_back(self, piece: tuple[int, ...]) -> None:
-        """Take back a piece whose group was dropped; it comes next."""
-        self._pieces.appendleft(piece)
-
     def add(self, work: Work, cells: Sequence[Sequence[float]]) -> None:
-        """Take in the (1, cells) scores of a piece. The last piece is followed by the file."""
+        """Keep what the base said of a piece. The last piece is followed by the file."""
         said = self._objective.reference(torch.tensor(cells, dtype=torch.float32), work.examples)
         self._known |= {self._keys[i]: of_one for i, of_one in zip(work.example_ids, said, strict=True)}
-        self._missing -= len(said)
-        if not self._missing:
+        super().add(work, cells)
+        if not self.missing:
             self._write()
+
+    def commands(self) -> list[Command]:
+        return []
 
     def _write(self) -> None:
         try:
@@ -102,7 +85,7 @@ class References:
 
     def attached(self) -> tuple[list[EncodedExample], list[EncodedExample]]:
         """The examples of training and of validation with what the base said of them."""
-        assert not self._missing
+        assert not self.missing
         read = {i: replace(self._examples[i], reference=self._known[key]) for i, key in self._keys.items()}
         first = len(self._train)
         return [read.get(i, example) for i, example in enumerate(self._train)], [
@@ -118,9 +101,9 @@ class References:
         Raises:
             ConfigError: some examples have no reference.
         """
-        if folded and self._missing:
+        if folded and self.missing:
             raise ConfigError(
-                f"{self._path}: lacks what the base said of {self._missing} examples, and a resumed `fold` job has "
+                f"{self._path}: lacks what the base said of {self.missing} examples, and a resumed `fold` job has "
                 "changed the base; resume with the validation data of the start, or start a new job."
             )
 

@@ -565,7 +565,8 @@ class ZOSchedulerMixin(_Base):
     @property
     def zo_facts(self) -> EngineFacts:
         """What a job must know of this engine."""
-        return EngineFacts.of(self.zo_config, self.vllm_config.model_config, self.max_num_active_reqs, self._zo_stages)
+        model, workers = self.vllm_config.model_config, self.vllm_config.parallel_config.world_size
+        return EngineFacts.of(self.zo_config, model, self.max_num_active_reqs, self._zo_stages, workers)
 
     @cached_property
     def _zo_writing(self) -> Writing:

@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 
 from vllm_zo.checkpoint.files import write_atomically
+from vllm_zo.checkpoint.snapshot import START
 from vllm_zo.config import JobConfig
 from vllm_zo.errors import ConfigError
 from vllm_zo.jobs.records import Metrics
@@ -81,6 +82,11 @@ class JobDir:
     def reference(self) -> Path:
         """What the base says of the examples, where the objective asks (`engine/references.py`)."""
         return self.path / "reference.json"
+
+    @property
+    def start(self) -> Path:
+        """The state before the first step, of a job that measures its V for it (`engine/measured_v.py`)."""
+        return self.path / START
 
     @property
     def appended(self) -> Path:

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import get_args
 
+from vllm_zo.errors import ConfigError
 from vllm_zo.methods.base import LowRankMethod
+from vllm_zo.methods.coordinates import Coordinates, LeftFactor
+from vllm_zo.methods.coordinates.left_factor import ACTIVATIONS, LoZODraw
+from vllm_zo.options import option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,3 +40,25 @@ class LoZO(LowRankMethod):
     """
 
     name = "lozo"
+
+    v: LoZODraw = option(
+        "normal",
+        choices=get_args(LoZODraw),
+        panel="Method",
+        help="normal, or activations: V spans what enters the LM head most.",
+        unsaid=True,
+    )
+    """"activations" is not the published method: V is measured once, before the first step, from the training rows
+    (methods/leading.py). It is for jobs that train the LM head alone, whose inputs do not change."""
+
+    @property
+    def coordinates(self) -> Coordinates:
+        return LeftFactor(self.rank, v=self.v)
+
+    def check_space(self, space: str) -> None:
+        super().check_space(space)
+        if space == "fold" and self.coordinates.measures_v:
+            raise ConfigError(
+                f"v={ACTIVATIONS!r}: update_space='fold' writes linear layers only, and this V is one of the LM head; "
+                "use 'bank'."
+            )

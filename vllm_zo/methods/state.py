@@ -48,6 +48,10 @@ class AdapterState:
         self.device = torch.device(device)
         numbers = self.coordinates.ranges(layout).total
         self.acc_BN = torch.zeros(num_bases, numbers, dtype=torch.float32, device=device)
+        self.measured_BN: Tensor | None = None
+        """The V of each basis, flat (B, N_V), of coordinates that measure it (methods/leading.py). Zero before."""
+        if self.coordinates.measures_v:
+            self.measured_BN = torch.zeros(num_bases, layout.v_ranges.total, dtype=torch.float32, device=device)
         self.optimizer_state: State = method.optimizer.init(self.acc_BN[0])
         self.versions = [0] * num_bases
         """How often each accumulator has changed. Together with its basis this names its content."""
@@ -82,7 +86,9 @@ class AdapterState:
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors of a snapshot, by name."""
-        return {"acc_BN": self.acc_BN} | {f"optimizer.{name}": t for name, t in self.optimizer_state.items()}
+        measured = {} if self.measured_BN is None else {"measured_BN": self.measured_BN}
+        optimizer = {f"optimizer.{name}": t for name, t in self.optimizer_state.items()}
+        return {"acc_BN": self.acc_BN, **measured, **optimizer}
 
     def digest(self) -> int:
         """64 bits that tell states apart. The device is waited for."""
@@ -95,10 +101,13 @@ class AdapterState:
     # --- factors ----------------------------------------------------------------------------------------------------
 
     def frozen(self, basis: int) -> Any:
-        """What `Coordinates.draw_frozen` gives for the key of a basis. The state keeps the last one only.
+        """What `Coordinates.draw_frozen` gives for the key of a basis, or the V that was measured for it.
 
-        A state in `bank` space with M bases would need M times the memory to keep all; it draws again instead.
+        The state keeps the last one drawn only. In `bank` space with M bases it would need M times the memory to keep
+        all; it draws again instead.
         """
+        if self.measured_BN is not None:
+            return self.measured_BN[self.index_of(basis)]
         if self._frozen is None or self._frozen[0] != basis:
             key = noise.derive_key(self.job_seed, BASIS_STREAM, basis)
             self._frozen = basis, self.coordinates.draw_frozen(key, self.layout, self.device)

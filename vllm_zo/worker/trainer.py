@@ -39,6 +39,7 @@ from vllm_zo.commands import (
     Fold,
     ForgetVersions,
     Materialise,
+    MeasureV,
     OpenGroup,
     Publish,
     ReportCells,
@@ -58,9 +59,11 @@ from vllm_zo.methods import drift
 from vllm_zo.methods.adapter import whole_adapter
 from vllm_zo.methods.decide import decide
 from vllm_zo.methods.layers import layer_of
+from vllm_zo.methods.leading import Inputs
 from vllm_zo.methods.plan import ProbePlan
-from vllm_zo.methods.state import AdapterState, regenerates
+from vllm_zo.methods.state import BASIS_STREAM, AdapterState, regenerates
 from vllm_zo.methods.targets import EMBEDDINGS, LINEAR, LM_HEAD, kind_of
+from vllm_zo.upload import upload
 from vllm_zo.worker.base_weights import check_writable
 from vllm_zo.worker.head import Head
 from vllm_zo.worker.host_copy import Pending, PendingCells, PendingGroup
@@ -81,6 +84,8 @@ class JobState:
     start: StartJob
     state: AdapterState
     targets: tuple[Target, ...]
+    inputs: Inputs | None = None
+    """What enters the LM head, while the job measures its V."""
 
     @functools.cached_property
     def kinds(self) -> frozenset[str]:
@@ -105,6 +110,8 @@ class OpenedGroup:
     table: LossTable
     slot_of_probe: dict[int, int] = field(default_factory=dict)
     """Probe -> index among the pool's slots."""
+    inputs: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    """(sequence, its first token of the step) -> (T, I) what enters the head, where a group of the base measures it."""
 
 
 @dataclass
@@ -296,8 +303,28 @@ class Trainer:
         opened = self.groups.pop(command.group_id)
         if opened.command.job_id in self._failed:
             return
+        if opened.inputs:
+            self._measure(self.jobs[opened.command.job_id], opened.inputs)
         cells = opened.table.cells_PC if command.cells is None else torch.tensor(command.cells)
         self._pending.append(PendingCells(command.group_id, self.platform.copy_to_host([cells])))
+
+    @staticmethod
+    def _measure(job: JobState, inputs: Mapping[tuple[int, int], Tensor]) -> None:
+        # Sorted: how a group was cut into forwards must not change the order of a sum, or equal jobs would differ.
+        rows_TI = torch.cat([inputs[key] for key in sorted(inputs)])
+        if job.inputs is None:
+            job.inputs = Inputs(rows_TI.shape[1], rows_TI.device)
+        job.inputs.add(rows_TI)
+
+    @execute.register
+    def _measure_v(self, command: MeasureV) -> None:
+        job = self.jobs[command.job_id]
+        state, inputs, job.inputs = job.state, job.inputs, None
+        assert inputs is not None and state.measured_BN is not None
+        count = state.num_bases * state.coordinates.rank
+        v_IC = inputs.leading(count, noise.derive_key(state.job_seed, BASIS_STREAM, 0))
+        state.measured_BN.copy_(v_IC.view(len(v_IC), state.num_bases, -1).transpose(0, 1).flatten(1))
+        self._save(job, command.path, 0)
 
     @execute.register
     def _apply(self, command: ApplyRecord) -> None:
@@ -405,6 +432,23 @@ class Trainer:
             assert self.head is not None, "hidden states come out of the last stage"
             with self._failing("scoring", members):
                 score_members(self.head, hidden, present)
+                self._keep_inputs(hidden, present)
+
+    def _keep_inputs(self, hidden: Tensor, present: Sequence[Present]) -> None:
+        """Keep what enters the head at the positions that are scored, of groups that measure it for V."""
+        for member, table, first_row, tokens, _ in present:
+            opened = self.groups[member.group_id]
+            measures = self.jobs[member.job_id].state.measured_BN is not None
+            if not (measures and opened.command.plan.of_base):
+                continue
+            start = member.num_computed_tokens
+            rows = [
+                first_row + position - start
+                for position in table.sequences[member.sequence].positions
+                if start <= position < start + tokens
+            ]
+            if rows:
+                opened.inputs[member.sequence, start] = hidden[upload(rows, hidden.device)]
 
     def run_alone(self, members: Sequence[ScoreMember], after: Sequence[Command], stop: Callable[[int], bool]) -> None:
         """Run the whole sequences of members in a forward of their own, fill their cells, then execute `after`.

@@ -80,6 +80,11 @@ class Coordinates(ABC):
         """(N,) the direction that is number `index` of its step, from its draw."""
         return draw
 
+    @property
+    def measures_v(self) -> bool:
+        """Whether V is no noise, but made of what enters the modules (`AdapterState.measured_BN`)."""
+        return False
+
     @abstractmethod
     def draw_frozen(self, key: int, layout: FactorLayout, device: torch.device) -> Any:
         """The part that stays fixed between refreshes. The methods below receive it as `frozen`."""

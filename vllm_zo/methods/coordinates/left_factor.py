@@ -16,7 +16,9 @@ from vllm_zo.methods.layout import FactorLayout
 from vllm_zo.methods.linear_algebra import check_columns_fit, orthonormal
 from vllm_zo.methods.plan import ModuleShape
 
-Draw = Literal["normal", "rademacher", "orthonormal", "kaiming"]
+Draw = Literal["normal", "rademacher", "orthonormal", "kaiming", "activations"]
+LoZODraw = Literal["normal", "activations"]
+ACTIVATIONS = "activations"
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,8 @@ class LeftFactor(Coordinates):
     Attributes:
         u: how to draw the entries of a direction: "normal" N(0, 1), or "rademacher", +1 or -1.
         v: how to draw V: "normal", "rademacher", "orthonormal" columns (QR of a Gaussian), or "kaiming", which is
-            uniform in +-1/sqrt(I), as `peft` initialises A.
+            uniform in +-1/sqrt(I), as `peft` initialises A. Or "activations": V is not drawn, but measured
+            (methods/leading.py).
         v_scale: a factor of V (an adapter's alpha / r).
 
     Source: normal U and V: LoZO, arXiv:2410.07698, Algorithm 1; random signs: FZOO, arXiv:2506.09034, Algorithm 1;
@@ -44,6 +47,10 @@ class LeftFactor(Coordinates):
         kept = type(self).draw is LeftFactor.draw and type(self).embed is Coordinates.embed
         return self.u == "normal" and kept
 
+    @property
+    def measures_v(self) -> bool:
+        return self.v == ACTIVATIONS
+
     def check_module(self, module: ModuleShape) -> None:
         if self.v == "orthonormal":
             check_columns_fit(module, self.rank, module.in_features)
@@ -56,6 +63,7 @@ class LeftFactor(Coordinates):
 
     def draw_frozen(self, key: int, layout: FactorLayout, device: torch.device) -> Tensor:
         """(N_V,) float32 V."""
+        assert not self.measures_v, "the state holds a V that is measured"
         if self.v == "orthonormal":
             parts = layout.split_v(noise.normal(key, layout.v_ranges, device))
             v_N = torch.cat([orthonormal(part).flatten() for part in parts])
@@ -70,7 +78,8 @@ class LeftFactor(Coordinates):
         return theta_N, frozen
 
     def transfer(self, vector_N: Tensor, old: Tensor, new: Tensor, layout: FactorLayout) -> Tensor:
-        """`M V_old^T V_new / I`, the projection of M V_old^T on the new V. An orthonormal V needs no division by I.
+        """`M V_old^T V_new / I`, the projection of M V_old^T on the new V. An orthonormal V needs no division by I, and
+        a measured one, whose columns have any length, needs `(V_new^T V_new)^-1` in its place.
 
         It computes in float64 and rounds once, because a product's order of addition depends on the number of threads
         and would change the last bits of a float32 replay.
@@ -80,9 +89,13 @@ class LeftFactor(Coordinates):
         moved = []
         parts = zip(layout.split_u(vector_N), layout.split_v(old), layout.split_v(new), strict=True)
         for m_OR, old_IR, new_IR in parts:
-            overlap = old_IR.double().T @ new_IR.double()
-            norm = 1.0 if self.v == "orthonormal" else float(len(old_IR))
-            moved.append((m_OR.double() @ overlap / norm).float().flatten())
+            old_V, new_V = old_IR.double(), new_IR.double()
+            overlap = old_V.T @ new_V
+            if self.measures_v:
+                overlap = torch.linalg.solve(new_V.T @ new_V, overlap, left=False)
+            elif self.v != "orthonormal":
+                overlap = overlap / len(old_IR)
+            moved.append((m_OR.double() @ overlap).float().flatten())
         return torch.cat(moved)
 
     def matrices(self, theta_N: Tensor, layout: FactorLayout) -> list[Tensor]:

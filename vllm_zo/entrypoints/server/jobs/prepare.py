@@ -11,6 +11,7 @@ from typing import Any
 
 from vllm_zo.config import JobConfig
 from vllm_zo.data.encode import check_bos_token_id
+from vllm_zo.engine.load_job import ONE_WORKER
 from vllm_zo.entrypoints.llm.chats import Render, rendered
 from vllm_zo.entrypoints.llm.limits import check_layers_exist, check_step, sequences_known
 from vllm_zo.entrypoints.llm.prepare import check_trust, prepare_job
@@ -80,6 +81,10 @@ class Preparer:
         check_layers_exist(config, self.engine.model_config.get_total_num_hidden_layers())
         self._check_bounds(config)
         self._check_engines(objective, config.space, config.continual)
+        if self.engines > 1 and config.method.coordinates.measures_v:
+            raise ConfigError(
+                f"{config.method.name}.v='activations' {ONE_WORKER}; use v='normal', or a server with one engine."
+            )
         if isinstance(objective, Rollout) and config.space == "fold":
             raise ConfigError(
                 "update_space='fold' with rollouts: the server answers no requests while a `fold` job changes the "
