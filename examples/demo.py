@@ -4,7 +4,7 @@
 
 It shows the zero-shot accuracy, trains with LoZO and a progress bar, shows the final accuracy, and saves a PEFT adapter
 and a picture of the run. The small model is in this repository. `--model` (`make demo MODEL=smollm2`) takes a real one,
-which models.py fetches once.
+which models.py fetches once, and trains what is cheapest there (docs/methods.md, "Which modules").
 """
 
 from __future__ import annotations
@@ -20,19 +20,28 @@ from models import MODELS, FetchError, fetch
 HERE = Path(__file__).parent
 SMALL, REVIEWS = HERE / "demo" / "model", HERE / "demo" / "reviews"
 TEMPLATE, OPTIONS = "{sentence} It was", [" terrible", " great"]
+HEAD = {"target_modules": "lm_head", "bases": 31, "batch_size": 64, "lr_schedule": "linear"}
+LAST = {"target_layers": "last", "bases": 7, "batch_size": 16}
+TRAINED = {  # of each model: what its job trains, in how many steps, and the rank of its slots
+    None: ({"bases": 1, "batch_size": 16}, 400, 16),
+    "smollm2": ({"method": {"name": "lozo", "v": "activations", "interval": 10}, **HEAD}, 1500, 64),
+    "gemma3": (LAST, 1500, 16),  # vLLM has no adapters for its LM head
+}
 EXAMPLES = ("a warm and clever story , beautifully told .", "the soup was cold and the waiter never came back .")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=MODELS, help="a pretrained model in place of the small one")
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, help="(default: 400; of a pretrained model 1500)")
     parser.add_argument("--output", type=Path, default=Path("demo-run"), help="job, adapter/ and run.png go here")
     args = parser.parse_args()
     try:
         model = fetch(args.model) if args.model else SMALL
     except FetchError as error:
         sys.exit(f"demo.py: {error}")
+    trained, steps, slot_rank = TRAINED[args.model]
+    steps = args.steps or steps
     job = args.output / time.strftime("%Y%m%d-%H%M%S")
 
     # Before the import of vLLM, which reads its logging level then.
@@ -42,27 +51,25 @@ def main() -> None:
     from vllm_zo.entrypoints.llm.cpu_defaults import has_native_bfloat16
 
     apply_cpu_defaults()
-    from vllm_zo import LLM, Classification, LoZO
+    from vllm_zo import LLM, Classification
 
     print("Starting vLLM with", model, file=sys.stderr)
     dtype = "auto" if has_native_bfloat16() else "float32"  # emulated bfloat16 is slower than float32
-    llm = LLM(str(model), max_model_len=256, dtype=dtype, zo_training=True)
+    llm = LLM(str(model), max_model_len=256, dtype=dtype, zo_training={"slot_rank": slot_rank})
     run = llm.finetune(
         train=REVIEWS / "train.jsonl",
         validation=REVIEWS / "validation.jsonl",
         objective=Classification(TEMPLATE, OPTIONS),
-        method=LoZO(rank=2, eps=1e-3),
-        bases=1,
-        batch_size=16,
-        steps=args.steps,
-        eval_interval=max(1, args.steps // 4),
+        steps=steps,
+        eval_interval=max(1, steps // 4),
         output_dir=str(job),
+        **trained,
     )
     run.save(job / "adapter")
     run.plot(job / "run.png")
 
     before, after = run.metrics["initial_accuracy"], run.metrics["accuracy"]
-    print(f"\nValidation accuracy: {before:.3f} zero-shot, {after:.3f} after {args.steps} steps of LoZO.")
+    print(f"\nValidation accuracy: {before:.3f} zero-shot, {after:.3f} after {steps} steps of LoZO.")
     for sentence in EXAMPLES:
         prompt = TEMPLATE.format(sentence=sentence)
         words = [next_option(llm, prompt, adapter) for adapter in (None, run.lora_request)]
