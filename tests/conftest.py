@@ -49,6 +49,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from tests.scheduling import TogetherByFixture
+
+    return TogetherByFixture(config, log) if config.getoption("dist") == "loadfile" else None
+
+
 def cuda_available() -> bool:
     import torch
 
@@ -76,6 +83,21 @@ def servers(engines: Engines, tmp_path_factory: pytest.TempPathFactory) -> Itera
     servers = Servers(str(engines.model("opt")), tmp_path_factory.mktemp("server") / "state")
     yield servers
     servers.end()
+
+
+@pytest.fixture(scope="session")
+def engine_apart(engines: Engines) -> Iterator[Any]:
+    """An engine in a process of its own, as vLLM starts it by default, shared by the session."""
+    from vllm import envs
+
+    from tests.children import engine
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+        envs.disable_envs_cache()  # an engine in this process has frozen vLLM's settings
+        llm = engine(str(engines.model("opt")), zo_training=True)
+    yield llm
+    llm.llm_engine.engine_core.shutdown()
 
 
 @pytest.fixture(scope="module")

@@ -159,7 +159,8 @@ class Servers:
         if self._server is None or self._server.process.poll() is not None:
             if not self.keys.exists():
                 KeyFile().write(self.keys)
-            self._server = Server(self.model, self.state_dir, *FLAGS, "--zo-keys", str(self.keys)).wait_until_ready()
+            flags = (*FLAGS, "--zo-keys", str(self.keys), "--allow-python-graders")
+            self._server = Server(self.model, self.state_dir, *flags).wait_until_ready()
         return self._server
 
     def key_of(self, project: str, **limits: int) -> str:

@@ -17,6 +17,7 @@ from vllm_zo.entrypoints.cli import check as check_module
 from vllm_zo.entrypoints.cli import train as train_module
 from vllm_zo.entrypoints.cli.check import describe_example, describe_rows
 from vllm_zo.entrypoints.cli.work import Work
+from vllm_zo.methods import LoZO
 from vllm_zo.objectives import Classification, LanguageModeling, MultipleChoice, Objective, Preference, Reward
 
 Capture = pytest.CaptureFixture[str]
@@ -125,6 +126,14 @@ def test_the_rows_that_the_base_scores_are_counted(tokenizer: Any) -> None:
         lines = list(Work.of(config, examples, examples[:5]).described())
         assert lines[0].startswith("a step: 2 probes x 4 rows x 2 sequences a row = 16 forward passes")
         assert lines[2] == f"before: the base scores {read + 5} rows, about {(read + 5) * tokens} tokens"
+
+
+def test_so_are_those_from_which_v_is_measured(tokenizer: Any) -> None:
+    labels = Classification("{prompt} is", [" good", " bad"])
+    examples = rows_of([{"prompt": "a film", "label": 1}] * 20, labels, tokenizer).examples
+    config = JobConfig(objective=labels, method=LoZO(v="activations"), target_modules="lm_head", batch_size=4, steps=3)
+    lines = list(Work.of(config, examples, examples[:5]).described())
+    assert lines[2] == f"before: the base scores 12 rows, about {12 * examples[0].num_tokens} tokens"
 
 
 def test_the_time_of_a_run_follows_from_two_measured_steps(

@@ -1,4 +1,4 @@
-"""What a hostile client sends: none of it holds the event loop or the engine, ends in a 500, or outlives a SIGTERM.
+"""What a hostile client sends: none of it holds the event loop or the engine, or ends in a 500.
 
 The first part sends to the routes without an engine, the second to a real server while another client uses it.
 """
@@ -16,16 +16,14 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import httpx
-import psutil
 import pytest
 from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.engines import Engines, reviews
+from tests.engines import reviews
 from tests.openai_app import NoEngine, app_client, upload
-from tests.openai_server import FLAGS, METHOD, SENTIMENT, Server, create, jsonl, upload_reviews, wait_for
+from tests.openai_server import METHOD, SENTIMENT, Server, Servers, create, jsonl, upload_reviews, wait_for
 from vllm_zo.checkpoint.hf_checkpoint import base_fingerprint
 from vllm_zo.config import JobConfig
 from vllm_zo.entrypoints.server.jobs import runner
@@ -345,7 +343,6 @@ HEALTH_BOUND_S, SLOWER, ATTEMPTS = 0.1, 2.0, 12
 compared with what the same client saw just before, and tried again where they fail: the cores are shared with other
 programs, and what really holds the server up does so every time. Of a /health the time does not count in which the
 server's loop or the client could have run and had no core."""
-END_BOUND_S = 10.0
 
 
 def without_core(thread: int) -> float:
@@ -437,21 +434,13 @@ POSTS: list[tuple[str, Any, int]] = [
 ]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def state_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("hostile-server") / "state"
-
-
-@pytest.fixture(scope="module")
-def server(engines: Engines, state_dir: Path) -> Iterator[Server]:
-    running = Server(str(engines.model("opt")), state_dir, *FLAGS, "--allow-python-graders").wait_until_ready()
-    yield running
-    if running.process.poll() is None:
-        running.kill()
+@pytest.fixture
+def server(servers: Servers) -> Server:
+    return servers.running()
 
 
 def test_no_request_holds_up_another_client(server: Server) -> None:
-    client, http = server.client(), server.http()
+    client, http, told = server.client(), server.http(), len(server.log.read_text())
     training_file = upload_reviews(client)
     long_line = b'{"prompt": "' + b"x" * (4 << 20) + b'"}\n'  # more of it takes the cores to send, not to read
     jobs = [
@@ -493,7 +482,7 @@ def test_no_request_holds_up_another_client(server: Server) -> None:
                 raise AssertionError(f"attack {number}, (usual, under attack) of (/health, completion): {seen}")
     failed = wait_for(client, client.fine_tuning.jobs.list().data[0].id, "failed")
     assert "matches no module" in failed.error.message
-    assert "Traceback" not in server.log.read_text()
+    assert "Traceback" not in server.log.read_text()[told:]
 
 
 def test_a_line_of_60_mib_costs_no_more_memory_than_a_line_may_have(server: Server) -> None:
@@ -534,27 +523,3 @@ def test_a_slow_reward_of_a_job_does_not_slow_the_engine(server: Server) -> None
         if completion["slow"] < SLOWER * completion["quick"]:
             return
     raise AssertionError(f"a completion beside a job: {seen}")
-
-
-def test_sigterm_ends_the_server_in_time_whatever_its_graders_do(server: Server) -> None:
-    client = server.client()
-    job_id = reward_job(client, python_grader("return 1.0"), [{"prompt": "It was"}] * 16)
-    wait_for(client, job_id, "running", step=1)
-    endless = {"grader": {"type": "python", "name": "p", "source": "while True: pass"}, "model_sample": "x"}
-
-    def ask() -> None:
-        with pytest.raises(httpx.TransportError):
-            server.http().post(f"{GRADERS}/run", json=endless)
-
-    threads = [threading.Thread(target=ask) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    time.sleep(1.0)
-    children = psutil.Process(server.process.pid).children(recursive=True)
-    started = time.monotonic()
-    server.stop()
-    assert time.monotonic() - started < END_BOUND_S
-    for thread in threads:
-        thread.join()
-    _, alive = psutil.wait_procs(children, timeout=30)
-    assert not alive, "graders and engine end with the server"

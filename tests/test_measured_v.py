@@ -188,6 +188,12 @@ def test_rows_with_too_few_directions_end_the_job_with_the_reason(llm: Any) -> N
         train(llm, rows=same)
 
 
+def test_fewer_rows_than_columns_are_refused_before_the_job_is_made(llm: Any, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"bases=3: .* = 6 directions, and the training data has 5 rows"):
+        train(llm, rows=reviews(5), output_dir=str(tmp_path / "job"))
+    assert not (tmp_path / "job" / "job.json").exists()
+
+
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "layers": ({"target_modules": "all-linear"}, "measures what enters the LM head"),
     "fold": ({"update_space": "fold"}, "update_space='fold'"),

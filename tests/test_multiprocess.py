@@ -1,6 +1,6 @@
 """The engine in a process of its own, as vLLM starts it by default: jobs, traffic, failures and ends cross the border.
 
-The engine is made once for this file; `Child` programs are for what ends the front end itself.
+The engine is made once for all tests; `Child` programs are for what ends the front end itself.
 """
 
 from __future__ import annotations
@@ -10,20 +10,20 @@ import json
 import signal
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-from vllm import SamplingParams, envs
+from vllm import SamplingParams
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.lora.request import LoRARequest
 from vllm.v1.engine import EngineCoreRequestType
 from vllm.v1.engine.async_llm import AsyncLLM
 
-from tests.children import ENDLESS, ONE_PROCESS, Child, engine
+from tests.children import ENDLESS, ONE_PROCESS, Child
 from tests.engines import SENTIMENT, Engines, reviews
 from tests.test_durability import interrupted
 from tests.test_seams import PROMPTS
@@ -37,14 +37,9 @@ PROMPTLY_S = 20.0
 """From the signal to the last process gone. vLLM takes 4 to 5 s on a quiet machine, for an engine without work too."""
 
 
-@pytest.fixture(scope="module")
-def llm(engines: Engines) -> Iterator[Any]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
-        envs.disable_envs_cache()  # an engine in this process has frozen vLLM's settings
-        llm = engine(str(engines.model("opt")), zo_training=True)
-    yield llm
-    llm.llm_engine.engine_core.shutdown()
+@pytest.fixture
+def llm(engine_apart: Any) -> Any:
+    return engine_apart
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
@@ -305,13 +300,3 @@ def test_a_front_end_ended_by_sigterm_takes_its_engine_along(engines: Engines, t
                 process.kill()
     assert child.process.wait(PROMPTLY_S) == -signal.SIGTERM
     assert_complete_and_resumable(engines.get(), directory)
-
-
-def test_an_engine_shut_down_during_a_job_ends_in_good_order(engines: Engines, llm: Any, tmp_path: Path) -> None:
-    """The last test of this file: it takes the engine away."""
-    run = train(llm, **ENDLESS, wait=False, output_dir=str(tmp_path / "run"))
-    wait_for_steps(run, 20)
-    process = engine_process(llm)
-    llm.llm_engine.engine_core.shutdown()
-    wait_until(lambda: ended(process), PROMPTLY_S)
-    assert_complete_and_resumable(engines.get(), run.directory)

@@ -1,6 +1,6 @@
-"""The real server in a child process, driven by the real OpenAI SDK, until it is killed: and once more after that.
+"""The real server in a child process, driven by the real OpenAI SDK.
 
-The tests share one server (with those of the page and of the schema); the last ones take it away.
+The tests share one server with other files. Its ends are in test_server_ends.py.
 """
 
 from __future__ import annotations
@@ -22,13 +22,10 @@ from typing import Any
 import openai
 import pytest
 from openai import OpenAI
-from safetensors.torch import load_file
 
 from tests.engines import reviews
 from tests.openai_server import KEY, METHOD, SENTIMENT, Server, Servers, create, jsonl, upload_reviews, wait_for
-from vllm_zo.checkpoint.seed_log.reader import read_seed_log
 from vllm_zo.entrypoints.server.metrics import ADAPTER_SETS, INTERVAL_S, KEPT_SETS
-from vllm_zo.entrypoints.server.state.store import Store
 from vllm_zo.jobs.status import UNFINISHED
 
 PROMPT = "a warm and clever story It was"
@@ -533,98 +530,3 @@ def test_no_route_of_ours_answers_without_the_key(server: Server, client: OpenAI
     assert checked >= 22
     page = stranger._client.get(f"{server.url}/fine-tuning")
     assert page.status_code == 200 and "ftjob" not in page.text, "the page holds no data"
-
-
-# --- the end of the server --------------------------------------------------------------------------------------------
-
-
-def reference_steps(state_dir: Path, client: OpenAI, data: str, **options: Any) -> tuple[Any, ...]:
-    job = wait_for(client, create(client, data, **options).id, "succeeded")
-    return read_seed_log(state_dir / "jobs" / job.id / "seeds.log").records
-
-
-def test_killed_at_any_moment_it_goes_on_where_it_was(
-    servers: Servers, client: OpenAI, data: str, state_dir: Path
-) -> None:
-    # At METHOD's learning rate rounding grows by a factor of ten in a few steps: two runs would part by themselves.
-    hyperparameters = {"steps": 200, "publish_interval": 25, "checkpoint_interval": 30, "learning_rate": 1e-3}
-    options: Any = {"seed": 11, "hyperparameters": hyperparameters}
-    done = wait_for(client, create(client, data, hyperparameters={"steps": 4}).id, "succeeded")
-    answered = answer(client, done.fine_tuned_model)
-    unbroken = reference_steps(state_dir, client, data, **options)
-    endless: Any = {"hyperparameters": {"steps": LONG, "divergence_factor": None}}
-    paused = create(client, data, **endless)
-    wait_for(client, paused.id, "running", step=1)
-    client.fine_tuning.jobs.pause(paused.id)
-    wait_for(client, paused.id, "paused")
-    running = create(client, data, **options)
-    beside = create(client, data, **endless)
-    queued = create(client, data, hyperparameters={"steps": 5})
-    wait_for(client, running.id, "running", step=35)
-    known = {job.id: job.status for job in client.fine_tuning.jobs.list(limit=100)}
-    events = [event.id for event in client.fine_tuning.jobs.list_events(running.id, limit=1000)]
-    servers.running().kill()
-
-    client = servers.running().client()
-    now = {job.id: job.status for job in client.fine_tuning.jobs.list(limit=100)}
-    assert set(now) == set(known), "everything is listed"
-    ended = ("succeeded", "failed", "cancelled")
-    assert all(now[job] == status for job, status in known.items() if status in ended)
-    # Not "are running": by now a short job may have gone on to its end.
-    assert now[paused.id] == "paused"
-    assert not {now[running.id], now[beside.id], now[queued.id]} & {"failed", "cancelled"}
-    assert not differs(answer(client, done.fine_tuned_model), answered), "what was served is served"
-    client.fine_tuning.jobs.cancel(beside.id)
-    finished = wait_for(client, running.id, "succeeded")
-    log = read_seed_log(state_dir / "jobs" / running.id / "seeds.log")
-    assert [r.step for r in log.records] == list(range(200))
-    assert finished.fine_tuned_model is not None
-    adapter = state_dir / "adapters" / running.id / "step-200" / "adapter_model.safetensors"
-    assert load_file(adapter), "exported"
-    told = [event.id for event in client.fine_tuning.jobs.list_events(running.id, limit=1000)]
-    assert told[-len(events) :] == events, "nothing that was told is taken back"
-    steps = [
-        e.data["step"]  # type: ignore[index]
-        for e in client.fine_tuning.jobs.list_events(running.id, limit=1000)
-        if e.type == "metrics"
-    ]
-    assert steps == list(range(200, 0, -1)), "each step is told once"
-    assert any("goes on from step" in e.message for e in client.fine_tuning.jobs.list_events(running.id, limit=1000))
-    wait_for(client, queued.id, "succeeded")
-    # Another job ran beside this one, so that losses may differ by rounding: the first steps by nothing else.
-    for ours, theirs in zip(log.records[:100], unbroken[:100], strict=True):
-        assert ours.coefficients == pytest.approx(theirs.coefficients, rel=1e-2, abs=1e-2)
-    client.fine_tuning.jobs.resume(paused.id)
-    wait_for(client, paused.id, "running", step=3)
-    client.fine_tuning.jobs.cancel(paused.id)
-
-
-def test_a_server_that_is_asked_to_stop_leaves_its_jobs_to_go_on(
-    servers: Servers, client: OpenAI, data: str, state_dir: Path
-) -> None:
-    job = create(client, data, hyperparameters={"steps": LONG, "divergence_factor": None, "publish_interval": 20})
-    wait_for(client, job.id, "running", step=50)
-    servers.running().stop()
-    store = Store(state_dir / "server.db")
-    record = store.job(job.id)
-    assert record.status == "running" and record.error is None, "not failed"
-    store.close()
-
-
-def test_a_crash_of_the_engine_fails_its_jobs_with_the_reason(servers: Servers, state_dir: Path) -> None:
-    server = servers.running()
-    client = server.client()
-    (job,) = [job for job in client.fine_tuning.jobs.list(limit=100) if job.status in ("queued", "running")]
-    wait_for(client, job.id, "running", step=60)
-    while not client.fine_tuning.jobs.checkpoints.list(job.id).data:  # it follows the steps
-        time.sleep(0.1)
-    server.engine.kill()
-    deadline = time.monotonic() + 30
-    while server.process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.1)
-    store = Store(state_dir / "server.db")
-    record = store.job(job.id)
-    store.close()
-    assert record.status == "failed" and record.error is not None, server.tail()
-    assert record.error["code"] == "engine_died"
-    assert record.error["message"].startswith("The engine process died. Its last checkpoint is ft:tiny:vllm-zo:")

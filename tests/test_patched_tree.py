@@ -95,6 +95,7 @@ def test_a_job_on_the_patched_tree_is_the_same_job_without_the_run_time_patches(
     assert set(report["replaced_on_objects"]) == OF_OBJECTS and report["wrapper"] == "GroupedPunicaWrapper"
 
 
+@pytest.mark.slow
 def test_the_flag_and_the_endpoint_plugins_it_opts_into(engines: Engines, tree: Path, tmp_path: Path) -> None:
     package = tmp_path / "other-1.0.dist-info"
     package.mkdir()

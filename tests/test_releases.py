@@ -12,7 +12,6 @@ import pytest
 from vllm import SamplingParams
 
 from tests.engines import Engines, members_as_requests, reviews, scheduler_of, worker_of
-from tests.test_multiprocess import llm as engine_apart  # noqa: F401  (a fixture)
 from tests.test_multiprocess import wait_for_steps
 from tests.test_seams import GREEDY, PROMPTS, RUN, job_in_progress, top_logprob
 from tests.trajectories import Trajectory, train
@@ -82,8 +81,7 @@ def test_members_do_not_keep_prompts_waiting_for_their_interval(engines: Engines
 
 
 def test_a_paused_engine_refuses_requests_and_the_job_goes_on_after_it(
-    engines: Engines,
-    engine_apart: Any,  # noqa: F811
+    engine_apart: Any,
 ) -> None:
     """From 0.33 on vLLM refuses what comes while it is paused. The bell that such a request rings is not answered, and
     must not stop every forward from then on."""

@@ -47,10 +47,9 @@ def check_exact(device: str) -> None:
         for outs, ins in SHAPES:
             weight = (torch.randint(-512, 512, (outs, ins), generator=generator) / 256).to(dtype)
             u, v = (2.0 ** torch.randint(-5, 3, (n, 2), generator=generator) for n in (outs, ins))
-            for key in KEYS:
-                for factors in ((u, v), (u @ v.T, None)):
-                    plain = fold.fold_into(weight, *factors, key, "m")
-                    assert same_bits(folded(weight, *factors, key, device), plain), (dtype, outs, ins)
+            for key, factors in zip(KEYS, ((u, v), (u @ v.T, None)), strict=True):
+                plain = fold.fold_into(weight, *factors, key, "m")
+                assert same_bits(folded(weight, *factors, key, device), plain), (dtype, outs, ins)
 
 
 def check_random(device: str) -> None:
@@ -58,7 +57,7 @@ def check_random(device: str) -> None:
     the same but where the two float32 sums lie on two sides of the noise, which is one element in some thousands."""
     differing = elements = 0
     for seed, dtype in enumerate(DTYPES):
-        for rank in (1, 2, 20):
+        for rank in (1, 20):
             for outs, ins in SHAPES:
                 weight, u, v = draw(dtype, outs, ins, rank, seed)
                 ours, plain = folded(weight, u, v, 9, device), fold.fold_into(weight, u, v, 9, "m")

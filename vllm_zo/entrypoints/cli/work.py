@@ -48,9 +48,10 @@ class Work:
         if config.eval_interval and config.steps:
             times += (config.steps - 1) // config.eval_interval
         referenced: list[EncodedExample] = []
-        if not config.continual and isinstance(config.objective, ReferencedObjective):
+        compares = isinstance(config.objective, ReferencedObjective)
+        if not config.continual and (compares or config.method.coordinates.measures_v):
             order = BatchOrder(len(train), min(rows, len(train)), config.seed)
-            referenced = [*(train[i] for i in order.first(config.steps)), *scored]
+            referenced = [*(train[i] for i in order.first(config.steps)), *(scored if compares else ())]
         return cls(
             steps=None if config.continual else config.steps,
             probes=probes,

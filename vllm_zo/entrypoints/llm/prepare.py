@@ -113,6 +113,12 @@ def prepare_job(
             f"batch_size={config.batch_size}{times}: the training data has {len(train_examples)} rows; lower "
             "batch_size."
         )
+    needed = bases * config.method.coordinates.rank
+    if config.method.coordinates.measures_v and needed > len(train_examples):
+        raise ConfigError(
+            f"bases={bases}: {config.method.name}.v='activations' measures bases * rank = {needed} directions, and the "
+            f"training data has {len(train_examples)} rows; lower bases, or give more rows."
+        )
     # The worst case: a step may draw examples that all have as many sequences as the largest one.
     most = max(len(example.sequences) for example in train_examples)
     check_step(config, most, engine.vllm_config.scheduler_config.max_num_seqs)
