@@ -16,6 +16,7 @@ from vllm_zo import ConfigError, JobError, LoZO, job_memory
 from vllm_zo.entrypoints.server.jobs import prepare
 from vllm_zo.job_memory import GIB, free_memory, state_bytes
 from vllm_zo.methods import METHODS
+from vllm_zo.methods.base import Method
 from vllm_zo.methods.plan import ModuleShape
 from vllm_zo.methods.state import AdapterState
 from vllm_zo.worker import trainer
@@ -25,9 +26,8 @@ JOBS = "/v1/fine_tuning/jobs"
 MIB = 1 << 20
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_a_state_takes_no_more_than_was_calculated(name: str) -> None:
-    method = METHODS[name]()
+@pytest.mark.parametrize("method", [*(METHODS[name]() for name in METHODS), LoZO(v="activations")], ids=str)
+def test_a_state_takes_no_more_than_was_calculated(method: Method) -> None:
     bases = 1 if not method.coordinates.has_factors else 3
     layout = method.layout(MODULES)
     state = AdapterState(method, layout, job_seed=1, num_bases=bases)
@@ -39,6 +39,9 @@ def test_a_state_takes_no_more_than_was_calculated(name: str) -> None:
 
 def test_directions_bases_and_rank_count() -> None:
     little = state_bytes(LoZO(rank=2), MODULES, 2)
+    head = (ModuleShape("lm_head", 512, 256),)
+    moment = 3 * 8 * 256**2
+    assert state_bytes(LoZO(v="activations"), head, 2) > state_bytes(LoZO(), head, 2) + moment
     for method, bases in ((LoZO(rank=2, queries=100), 2), (LoZO(rank=20), 2), (LoZO(rank=2), 40)):
         assert state_bytes(method, MODULES, bases) > 5 * little
     several = state_bytes(LoZO(rank=2, queries=100), MODULES, 2)

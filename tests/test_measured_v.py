@@ -151,6 +151,9 @@ def test_a_resumed_job_and_a_replay_have_the_same_v(llm: Any, tmp_path: Path) ->
     from_zero, from_snapshot = rebuild_state(log, 9), rebuild_state(log, 9, whole.directory / "snapshot.safetensors")
     for name, tensor in from_zero.tensors().items():
         assert torch.equal(tensor, from_snapshot.tensors()[name]), name
+    (whole.directory / "start.safetensors").write_bytes(b"half a file")
+    with pytest.raises(ConfigError, match="cannot be read .*put the job's own beside its log, which has no V"):
+        rebuild_state(log, 9)
     (whole.directory / "start.safetensors").unlink()
     with pytest.raises(ConfigError, match=r"start\.safetensors: is missing\. The job measured its V"):
         rebuild_state(log, 9)

@@ -16,6 +16,8 @@ NUMBER_BYTES = 4
 """Every trained number, factor and direction is float32."""
 TEMPORARIES = 3
 """Vectors of all trained numbers that an update makes beside the state."""
+MOMENT_BYTES = 3 * 8
+"""Where V is measured: the float64 second moment of the inputs, its eigenvectors, and as much to find them."""
 RESIDENT = 4
 """Published adapters that stay in host memory. Each has rank x (inputs + outputs) elements for every module; making one
 again takes milliseconds."""
@@ -43,8 +45,10 @@ def state_bytes(method: Method, modules: Sequence[ModuleShape], num_bases: int, 
     optimizer = method.optimizer.init(torch.empty(numbers, device="meta"))
     in_optimizer = sum(tensor.numel() * tensor.element_size() for tensor in optimizer.values())
     vectors = (num_bases + directions + TEMPORARIES) * numbers + (1 + RESIDENT * num_bases) * factors
-    measured = num_bases * layout.v_ranges.total if method.coordinates.measures_v else 0
-    return NUMBER_BYTES * (vectors + measured) + in_optimizer
+    measured = 0
+    if method.coordinates.measures_v:
+        measured = NUMBER_BYTES * num_bases * layout.v_ranges.total + MOMENT_BYTES * modules[0].in_features ** 2
+    return NUMBER_BYTES * vectors + measured + in_optimizer
 
 
 def check_state(

@@ -147,7 +147,7 @@ def _measured(state: AdapterState, log: SeedLog, end: int) -> int:
         return 0
     if not path.exists():
         raise ConfigError(f"{path}: is missing. The job measured its V, and the log has none; put the file beside it.")
-    return load_snapshot(path, state)
+    return load_snapshot(path, state, fix="put the job's own beside its log, which has no V")
 
 
 def _start(state: AdapterState, snapshot: Path | str | None, end: int) -> int:

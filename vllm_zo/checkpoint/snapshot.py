@@ -23,6 +23,7 @@ START = "start.safetensors"
 METADATA_KEY = "vllm_zo"
 """The only key of a file's metadata; its value is a JSON object with sorted keys. Equal runs must write equal bytes,
 but safetensors writes several keys in an order that changes from process to process."""
+REBUILDS = "delete it: the seed log rebuilds the state without it"
 UNREADABLE = (SafetensorError, OSError, RuntimeError)
 """What safetensors raises. The last one: a file that is removed between its two looks at it."""
 
@@ -50,13 +51,15 @@ def save_snapshot(path: Path | str, state: AdapterState, step: int) -> None:
     write_atomically(Path(path), save(tensors, metadata={METADATA_KEY: json.dumps(metadata, sort_keys=True)}))
 
 
-def load_snapshot(path: Path | str, state: AdapterState) -> int:
+def load_snapshot(path: Path | str, state: AdapterState, fix: str = REBUILDS) -> int:
     """Read accumulators and optimizer state into a fresh state of the same job; returns how many steps they hold.
+
+    Args:
+        fix: what the user can do where the file is of no use, as the end of a message.
 
     Raises:
         ConfigError: the file is missing, damaged, or belongs to another job; the message names what differs.
     """
-    fix = "delete it: the seed log rebuilds the state without it"
     try:
         # Not "pt": each tensor would lose two objects (safetensors 0.8).
         with safe_open(path, framework="np") as file:

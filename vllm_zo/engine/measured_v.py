@@ -14,9 +14,11 @@ from vllm_zo.objectives.base import EncodedExample
 
 
 class MeasuredV(BasePass):
-    """Args:
-    examples: number -> example, those that the steps read.
-    piece: examples in a group.
+    """Has the base score the examples that the steps read, and then the workers make V.
+
+    Args:
+        examples: number -> example.
+        piece: examples in a group.
     """
 
     purpose = "V"
