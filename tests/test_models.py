@@ -19,6 +19,7 @@ from tests.reference import ReferenceTrainer
 from vllm_zo import LoZO
 from vllm_zo.data import encode_examples, load_examples
 from vllm_zo.data.batches import BatchOrder
+from vllm_zo.jobs.directory import JobDir
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SCRIPT = EXAMPLES / "models.py"
@@ -136,3 +137,19 @@ def test_the_demo_runs_with_a_real_model(smollm2: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     assert re.search(r"Validation accuracy: 0\.\d+ zero-shot, 0\.\d+ after 2 steps of LoZO", done.stdout)
     assert list(tmp_path.glob("*/adapter/adapter_model.safetensors"))
+
+
+@pytest.mark.slow
+def test_the_recipe_for_labels_learns_with_a_real_model(smollm2: Path, tmp_path: Path) -> None:
+    environment = {**os.environ, "MODEL": str(smollm2), "VLLM_LOGGING_LEVEL": "ERROR"}
+    environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
+    command = [
+        "train", "--recipe", "labels", "--steps", "800", "--eval-interval", "400", "--output", tmp_path / "run",
+    ]  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", "from vllm_zo.entrypoints.cli.app import main; main()", *map(str, command)],
+        cwd=EXAMPLES.parent, env=environment, capture_output=True, text=True, timeout=580,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    accuracies = [r["eval_accuracy"] for r in JobDir(tmp_path / "run").read_metrics() if "eval_accuracy" in r]
+    assert accuracies[-1] > accuracies[0] + 0.1, accuracies
