@@ -296,6 +296,13 @@ def show(results: dict[str, Any]) -> None:
     Console(width=180).print(table)
 
 
+def add_requests(parser: argparse.ArgumentParser) -> None:
+    """Add the options that `client_args` reads."""
+    parser.add_argument("--prompt", type=int, default=16, help="tokens of a prompt")
+    parser.add_argument("--tokens", type=int, default=32, help="tokens a request generates")
+    parser.add_argument("--burstiness", type=float, default=1.0, help="1: Poisson; below 1 requests come in bursts")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--slowdowns", default="1.1", help="values of --zo-slowdown; 0 is no target")
@@ -303,9 +310,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, help="the saturating rate, if it is known: requests a second")
     parser.add_argument("--saturating", type=int, default=300, help="requests that measure the saturating rate")
     parser.add_argument("--together", type=int, default=16, help="requests under way at the saturating rate")
-    parser.add_argument("--prompt", type=int, default=16, help="tokens of a prompt")
-    parser.add_argument("--tokens", type=int, default=32, help="tokens a request generates")
-    parser.add_argument("--burstiness", type=float, default=1.0, help="1: Poisson; below 1 requests come in bursts")
+    add_requests(parser)
     parser.add_argument("--seconds", type=float, default=20.0, help="length of a window")
     parser.add_argument("--requests", type=int, help="of each kind at each share, in place of --seconds")
     parser.add_argument("--rounds", type=int, default=2, help="windows of each kind")
