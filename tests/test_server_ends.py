@@ -11,14 +11,13 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import httpx
 import psutil
 import pytest
-from openai import OpenAI
 from safetensors.torch import load_file
 
 from tests.engines import Engines
@@ -27,51 +26,21 @@ from tests.test_hostile import GRADERS, python_grader, reward_job
 from tests.test_openai_server import LONG, answer, differs
 from vllm_zo.checkpoint.seed_log.reader import read_seed_log
 from vllm_zo.entrypoints.server.state.store import Store
-from vllm_zo.jobs.status import UNFINISHED
 
 END_BOUND_S = 10.0
 """Until the process has ended; its children follow at once."""
 
 
-@pytest.fixture
-def server(servers: Servers) -> Server:
-    return servers.running()
-
-
-@pytest.fixture(scope="module")
-def state_dir(servers: Servers) -> Path:
-    return servers.state_dir
-
-
-@pytest.fixture
-def client(server: Server) -> Iterator[OpenAI]:
-    client = server.client()
-    yield client
-    if server.process.poll() is None:  # else a test has ended it, and the next one looks at what it left
-        for job in client.fine_tuning.jobs.list(limit=100).data:
-            if job.status in UNFINISHED:  # a test has failed: the next ones need its lane
-                client.fine_tuning.jobs.cancel(job.id)
-
-
-@pytest.fixture(scope="module")
-def data(servers: Servers) -> str:
-    return upload_reviews(servers.running().client(), 24)
-
-
-def reference_steps(state_dir: Path, client: OpenAI, data: str, **options: Any) -> tuple[Any, ...]:
-    job = wait_for(client, create(client, data, **options).id, "succeeded")
-    return read_seed_log(state_dir / "jobs" / job.id / "seeds.log").records
-
-
-def test_killed_at_any_moment_it_goes_on_where_it_was(
-    servers: Servers, client: OpenAI, data: str, state_dir: Path
-) -> None:
+def test_killed_at_any_moment_it_goes_on_where_it_was(servers: Servers) -> None:
+    client, state_dir = servers.running().client(), servers.state_dir
+    data = upload_reviews(client, 24)
     # At METHOD's learning rate rounding grows by a factor of ten in a few steps: two runs would part by themselves.
     hyperparameters = {"steps": 200, "publish_interval": 25, "checkpoint_interval": 30, "learning_rate": 1e-3}
     options: Any = {"seed": 11, "hyperparameters": hyperparameters}
     done = wait_for(client, create(client, data, hyperparameters={"steps": 4}).id, "succeeded")
     answered = answer(client, done.fine_tuned_model)
-    unbroken = reference_steps(state_dir, client, data, **options)
+    reference = wait_for(client, create(client, data, **options).id, "succeeded")
+    unbroken = read_seed_log(state_dir / "jobs" / reference.id / "seeds.log").records
     endless: Any = {"hyperparameters": {"steps": LONG, "divergence_factor": None}}
     paused = create(client, data, **endless)
     wait_for(client, paused.id, "running", step=1)
@@ -119,10 +88,14 @@ def test_killed_at_any_moment_it_goes_on_where_it_was(
     client.fine_tuning.jobs.cancel(paused.id)
 
 
-def test_asked_to_stop_it_ends_in_time_whatever_its_graders_do_and_leaves_its_jobs_to_go_on(
-    server: Server, client: OpenAI, data: str, state_dir: Path
-) -> None:
-    job = create(client, data, hyperparameters={"steps": LONG, "divergence_factor": None, "publish_interval": 20})
+def test_asked_to_stop_it_ends_in_time_whatever_its_graders_do_and_leaves_its_jobs_to_go_on(servers: Servers) -> None:
+    server = servers.running()
+    client = server.client()
+    job = create(
+        client,
+        upload_reviews(client, 24),
+        hyperparameters={"steps": LONG, "divergence_factor": None, "publish_interval": 20},
+    )
     wait_for(client, job.id, "running", step=50)
     rewarded = reward_job(client, python_grader("return 1.0"), [{"prompt": "It was"}] * 16)
     wait_for(client, rewarded, "running", step=1)
@@ -139,13 +112,13 @@ def test_asked_to_stop_it_ends_in_time_whatever_its_graders_do_and_leaves_its_jo
     ends_in_time(server)
     for thread in threads:
         thread.join()
-    store = Store(state_dir / "server.db")
+    store = Store(servers.state_dir / "server.db")
     for record in (store.job(job.id), store.job(rewarded)):
         assert record.status == "running" and record.error is None, "not failed"
     store.close()
 
 
-def test_a_crash_of_the_engine_fails_its_jobs_with_the_reason(servers: Servers, state_dir: Path) -> None:
+def test_a_crash_of_the_engine_fails_its_jobs_with_the_reason(servers: Servers) -> None:
     server = servers.running()
     client = server.client()
     rewarded, job = (job for job in client.fine_tuning.jobs.list(limit=100) if job.status in ("queued", "running"))
@@ -157,7 +130,7 @@ def test_a_crash_of_the_engine_fails_its_jobs_with_the_reason(servers: Servers, 
     deadline = time.monotonic() + 30
     while server.process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.1)
-    store = Store(state_dir / "server.db")
+    store = Store(servers.state_dir / "server.db")
     record = store.job(job.id)
     store.close()
     assert record.status == "failed" and record.error is not None, server.tail()

@@ -75,7 +75,9 @@ def replay_into(
     """
     header, method = log.header, state.method
     end = _end(log, upto)
-    start = _start(state, snapshot, end) or _measured(state, log, end)
+    start = _start(state, snapshot, end)
+    if not start and state.measured_BN is not None:
+        _load_measured(state, log, end)
     for record in log.records[start:end]:
         basis = basis_of(method, record.step, header.update_space, header.num_bases)
         if header.update_space == "fold" and state.last_basis not in (None, basis):
@@ -136,18 +138,17 @@ def _end(log: SeedLog, upto: int | None) -> int:
     return upto
 
 
-def _measured(state: AdapterState, log: SeedLog, end: int) -> int:
-    """Load what a job has measured before its first step, if it has; returns 0, the steps that this holds.
+def _load_measured(state: AdapterState, log: SeedLog, end: int) -> None:
+    """Load what a job has measured before its first step, if it has.
 
     Raises:
         ConfigError: the file is not beside the log, which has steps.
     """
     path = log.path.with_name(START)
-    if state.measured_BN is None or (not end and not path.exists()):
-        return 0
-    if not path.exists():
+    if path.exists():
+        load_snapshot(path, state, fix="put the job's own beside its log, which has no V")
+    elif end:
         raise ConfigError(f"{path}: is missing. The job measured its V, and the log has none; put the file beside it.")
-    return load_snapshot(path, state, fix="put the job's own beside its log, which has no V")
 
 
 def _start(state: AdapterState, snapshot: Path | str | None, end: int) -> int:

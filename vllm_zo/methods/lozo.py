@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import get_args
 
-from vllm_zo.errors import ConfigError
 from vllm_zo.methods.base import LowRankMethod
 from vllm_zo.methods.coordinates import Coordinates, LeftFactor
-from vllm_zo.methods.coordinates.left_factor import ACTIVATIONS, LoZODraw
+from vllm_zo.methods.coordinates.left_factor import LoZODraw
 from vllm_zo.options import option
 
 
@@ -54,11 +53,3 @@ class LoZO(LowRankMethod):
     @property
     def coordinates(self) -> Coordinates:
         return LeftFactor(self.rank, v=self.v)
-
-    def check_space(self, space: str) -> None:
-        super().check_space(space)
-        if space == "fold" and self.coordinates.measures_v:
-            raise ConfigError(
-                f"v={ACTIVATIONS!r}: update_space='fold' writes linear layers only, and this V is one of the LM head; "
-                "use 'bank'."
-            )

@@ -47,6 +47,11 @@ def score_members(head: Head, hidden: Tensor, members: Sequence[Present]) -> Non
         head.score_logprobs(hidden, logprobs)
 
 
+def scored_rows(present: Present) -> list[int]:
+    """The rows of the hidden states at which a member is scored in this engine step, in order."""
+    return sorted({entry.row for entry in _entries(present)})
+
+
 def _entries(present: Present) -> list[Entry]:
     """The entries of a member, at those of its positions that have a row in this step.
 

@@ -71,7 +71,7 @@ from vllm_zo.worker.lora_targets import Module, ModuleNames, Target, choose, fin
 from vllm_zo.worker.loss_table import LossTable
 from vllm_zo.worker.platform import Chunk, ForwardAlone, Platform
 from vllm_zo.worker.published import VersionStore, serve_versions
-from vllm_zo.worker.scoring import Present, score_members
+from vllm_zo.worker.scoring import Present, score_members, scored_rows
 from vllm_zo.worker.slots import SlotPool
 
 logger = logging.getLogger("vllm.zo.worker")
@@ -110,8 +110,8 @@ class OpenedGroup:
     table: LossTable
     slot_of_probe: dict[int, int] = field(default_factory=dict)
     """Probe -> index among the pool's slots."""
-    inputs: dict[tuple[int, int], Tensor] = field(default_factory=dict)
-    """(sequence, its first token of the step) -> (T, I) what enters the head, where a group of the base measures it."""
+    inputs: dict[tuple[int, int], Tensor] | None = None
+    """(sequence, its first token of the step) -> (T, I) what enters the head; None: the group does not measure it."""
 
 
 @dataclass
@@ -250,7 +250,8 @@ class Trainer:
     @execute.register
     def _open(self, command: OpenGroup) -> None:
         table = LossTable.empty(command.examples, len(command.plan.probes), self.device)
-        self.groups[command.group_id] = OpenedGroup(command, table)
+        measures = command.plan.of_base and self.jobs[command.job_id].state.measured_BN is not None
+        self.groups[command.group_id] = OpenedGroup(command, table, inputs={} if measures else None)
 
     @execute.register
     def _drop(self, command: DropGroup) -> None:
@@ -432,23 +433,10 @@ class Trainer:
             assert self.head is not None, "hidden states come out of the last stage"
             with self._failing("scoring", members):
                 score_members(self.head, hidden, present)
-                self._keep_inputs(hidden, present)
-
-    def _keep_inputs(self, hidden: Tensor, present: Sequence[Present]) -> None:
-        """Keep what enters the head at the positions that are scored, of groups that measure it for V."""
-        for member, table, first_row, tokens, _ in present:
-            opened = self.groups[member.group_id]
-            measures = self.jobs[member.job_id].state.measured_BN is not None
-            if not (measures and opened.command.plan.of_base):
-                continue
-            start = member.num_computed_tokens
-            rows = [
-                first_row + position - start
-                for position in table.sequences[member.sequence].positions
-                if start <= position < start + tokens
-            ]
-            if rows:
-                opened.inputs[member.sequence, start] = hidden[upload(rows, hidden.device)]
+                for one in present:
+                    if (inputs := self.groups[one.member.group_id].inputs) is not None:
+                        rows = upload(scored_rows(one), hidden.device)
+                        inputs[one.member.sequence, one.member.num_computed_tokens] = hidden[rows]
 
     def run_alone(self, members: Sequence[ScoreMember], after: Sequence[Command], stop: Callable[[int], bool]) -> None:
         """Run the whole sequences of members in a forward of their own, fill their cells, then execute `after`.
