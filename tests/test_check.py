@@ -125,7 +125,7 @@ def test_the_rows_that_the_base_scores_are_counted(tokenizer: Any) -> None:
         config = JobConfig(objective=Preference(), batch_size=4, steps=steps)
         lines = list(Work.of(config, examples, examples[:5]).described())
         assert lines[0].startswith("a step: 2 probes x 4 rows x 2 sequences a row = 16 forward passes")
-        assert lines[2] == f"before: the base scores {read + 5} rows, about {(read + 5) * tokens} tokens"
+        assert lines[2] == f"before: the base reads {read + 5} rows, about {(read + 5) * tokens} tokens"
 
 
 def test_so_are_those_from_which_v_is_measured(tokenizer: Any) -> None:
@@ -133,7 +133,7 @@ def test_so_are_those_from_which_v_is_measured(tokenizer: Any) -> None:
     examples = rows_of([{"prompt": "a film", "label": 1}] * 20, labels, tokenizer).examples
     config = JobConfig(objective=labels, method=LoZO(v="activations"), target_modules="lm_head", batch_size=4, steps=3)
     lines = list(Work.of(config, examples, examples[:5]).described())
-    assert lines[2] == f"before: the base scores 12 rows, about {12 * examples[0].num_tokens} tokens"
+    assert lines[2] == f"before: the base reads 12 rows, about {12 * examples[0].num_tokens} tokens"
 
 
 def test_the_time_of_a_run_follows_from_two_measured_steps(

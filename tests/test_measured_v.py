@@ -152,10 +152,10 @@ def test_a_resumed_job_and_a_replay_have_the_same_v(llm: Any, tmp_path: Path) ->
     for name, tensor in from_zero.tensors().items():
         assert torch.equal(tensor, from_snapshot.tensors()[name]), name
     (whole.directory / "start.safetensors").write_bytes(b"half a file")
-    with pytest.raises(ConfigError, match="cannot be read .*put the job's own beside its log, which has no V"):
+    with pytest.raises(ConfigError, match="cannot be read .*put the job's own beside its log, which does not have it"):
         rebuild_state(log, 9)
     (whole.directory / "start.safetensors").unlink()
-    with pytest.raises(ConfigError, match=r"start\.safetensors: is missing\. The job measured its V"):
+    with pytest.raises(ConfigError, match=r"start\.safetensors: is missing\. It holds what the job measured"):
         rebuild_state(log, 9)
 
 
@@ -220,7 +220,7 @@ def test_with_several_workers_or_engines_it_is_refused(llm: Any) -> None:
     job = prepare_job(llm.llm_engine, reviews(ROWS), None, None, JobConfig.from_options(given))
     facts, read = scheduler_of(llm).zo_facts, scheduler_of(llm).zo_read
     load_job(JobDir(job.directory), facts, read)
-    with pytest.raises(ConfigError, match="v='activations' is measured in one worker"):
+    with pytest.raises(ConfigError, match="v='activations' is measured by one worker"):
         load_job(JobDir(job.directory), replace(facts, workers=2), read)
-    with pytest.raises(ConfigError, match="v='activations' is measured in one worker"):
+    with pytest.raises(ConfigError, match="v='activations' is measured by one worker"):
         load_job(JobDir(job.directory), facts, None)  # as a coordinator of several engines does

@@ -156,6 +156,16 @@ class MeasureV:
 
 
 @dataclass(frozen=True)
+class SizeU:
+    """Give the rows of the job's U the sizes of what the base has written, and write the state to `path`."""
+
+    job_id: str
+    path: str
+    counts: tuple[tuple[int, int], ...]
+    """(token, how often it was written)."""
+
+
+@dataclass(frozen=True)
 class DropGroup:
     """Forget a cancelled group, which changes nothing."""
 
@@ -208,8 +218,8 @@ class ReportDigest:
 
 
 Command = (
-    StartJob | StopJob | Fold | OpenGroup | Materialise | CloseGroup | ReportCells | ApplyRecord | MeasureV | DropGroup
-    | Publish | Unpublish | ForgetVersions | Snapshot | ReportDigest
+    StartJob | StopJob | Fold | OpenGroup | Materialise | CloseGroup | ReportCells | ApplyRecord | MeasureV | SizeU
+    | DropGroup | Publish | Unpublish | ForgetVersions | Snapshot | ReportDigest
 )  # fmt: skip
 
 

@@ -326,8 +326,8 @@ class JobConfig:
         if self.space == "fold" and self.bases not in (None, 1):
             raise ConfigError(f"bases={self.bases}: update_space='fold' keeps one basis; drop bases, or use 'bank'.")
         target_pattern(self.target_modules)
-        if self.method.coordinates.measures_v:
-            self._check_measures_v()
+        if self.method.coordinates.measured:
+            self._check_measures()
         if self.target_layers is not None:
             check_layers(self.target_layers)
             if self.target_modules in (EMBEDDINGS, LM_HEAD):
@@ -341,14 +341,20 @@ class JobConfig:
                 "and a method that runs in it."
             )
 
-    def _check_measures_v(self) -> None:
-        measured = f"{self.method.name}.v='activations' measures what enters the LM head where the training rows are "
+    def _check_measures(self) -> None:
+        coordinates = self.method.coordinates
+        of_v, of_u = "measures what enters the LM head where the", "counts the tokens that the base writes for the"
+        what = f"{of_v} training rows are scored" if coordinates.measures_v else f"{of_u} training rows"
+        measured = f"{self.method.name}.{coordinates.measured} {what}"
         if self.target_modules != LM_HEAD:
-            raise ConfigError(f"target_modules={self.target_modules!r}: {measured}scored; train {LM_HEAD!r} alone.")
+            raise ConfigError(f"target_modules={self.target_modules!r}: {measured}; train {LM_HEAD!r} alone.")
         if self.continual:
-            raise ConfigError(f"continual=True: {measured}scored, before the first step; later rows may be others.")
-        if isinstance(self.objective, GeneratingObjective | Rollout | ReferencedObjective):
-            raise ConfigError(f"objective={self.objective.name!r}: {measured}scored; use v='normal'.")
+            raise ConfigError(f"continual=True: {measured}, before the first step; later rows may be others.")
+        writes = isinstance(self.objective, GeneratingObjective)
+        if coordinates.measures_v and (writes or isinstance(self.objective, Rollout | ReferencedObjective)):
+            raise ConfigError(f"objective={self.objective.name!r}: {measured}; use v='normal'.")
+        if coordinates.measures_u and not writes:
+            raise ConfigError(f"objective={self.objective.name!r}: {measured}, for a reward; use u='normal'.")
 
     def _check_continual(self) -> None:
         object.__setattr__(self, "steps", MANY_STEPS)

@@ -45,7 +45,7 @@ def state_bytes(method: Method, modules: Sequence[ModuleShape], num_bases: int, 
     optimizer = method.optimizer.init(torch.empty(numbers, device="meta"))
     in_optimizer = sum(tensor.numel() * tensor.element_size() for tensor in optimizer.values())
     vectors = (num_bases + directions + TEMPORARIES) * numbers + (1 + RESIDENT * num_bases) * factors
-    measured = 0
+    measured = NUMBER_BYTES * numbers if method.coordinates.measures_u else 0
     if method.coordinates.measures_v:
         measured = NUMBER_BYTES * num_bases * layout.v_ranges.total + MOMENT_BYTES * modules[0].in_features ** 2
     return NUMBER_BYTES * vectors + measured + in_optimizer

@@ -71,6 +71,8 @@ def describe_space(method: Method, space: str, steps: int, num_bases: int) -> st
         return f"{line}they take turns without end"
     if method.coordinates.measures_v:
         return f"{line}{drawn} is measured before the first step: not {method.name} as published"
+    if method.coordinates.measures_u:
+        return f"{line}the sizes of U's rows are measured before the first step: not {method.name} as published"
     needed = num_intervals(method, steps)
     if equals_published(method, space, steps, num_bases):
         return f"{line}{drawn} is drawn {needed} times and none returns: equals {method.name} as published"

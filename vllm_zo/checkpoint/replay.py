@@ -76,7 +76,7 @@ def replay_into(
     header, method = log.header, state.method
     end = _end(log, upto)
     start = _start(state, snapshot, end)
-    if not start and state.measured_BN is not None:
+    if not start and state.coordinates.measured:
         _load_measured(state, log, end)
     for record in log.records[start:end]:
         basis = basis_of(method, record.step, header.update_space, header.num_bases)
@@ -146,9 +146,12 @@ def _load_measured(state: AdapterState, log: SeedLog, end: int) -> None:
     """
     path = log.path.with_name(START)
     if path.exists():
-        load_snapshot(path, state, fix="put the job's own beside its log, which has no V")
+        load_snapshot(path, state, fix="put the job's own beside its log, which does not have it")
     elif end:
-        raise ConfigError(f"{path}: is missing. The job measured its V, and the log has none; put the file beside it.")
+        raise ConfigError(
+            f"{path}: is missing. It holds what the job measured before its first step, and the log does not; put the "
+            "file beside the log."
+        )
 
 
 def _start(state: AdapterState, snapshot: Path | str | None, end: int) -> int:

@@ -1,4 +1,7 @@
-"""Groups of the base before a job's first step: a pass over its examples for something that the steps need."""
+"""Groups of the base before a job's first step: a pass over its examples for something that the steps need.
+
+The base scores them, or it writes a completion of each.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +19,10 @@ PIECE = 16
 
 
 class BasePass(ABC):
-    """Hands out the examples that the base has yet to score, in pieces.
+    """Hands out the examples that the base has yet to read, in pieces.
 
     Args:
-        examples: number -> example, in the order in which they are scored.
+        examples: number -> example, in the order in which they are read.
         piece: examples in a group.
     """
 
@@ -30,11 +33,11 @@ class BasePass(ABC):
         self._to_score = examples
         numbers, piece = list(examples), min(piece, PIECE)
         self.missing = len(numbers)
-        """Examples whose scores are not in."""
+        """Examples whose groups have not answered."""
         self._pieces = deque(tuple(numbers[i : i + piece]) for i in range(0, len(numbers), piece))
 
     def next_work(self, step: int) -> Work | None:
-        """The next examples that the base scores; None: all are issued."""
+        """The next examples that the base reads; None: all are issued."""
         if not self._pieces:
             return None
         ids = self._pieces.popleft()

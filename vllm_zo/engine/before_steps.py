@@ -9,6 +9,7 @@ from vllm_zo.engine.base_pass import BasePass
 from vllm_zo.engine.measured_v import MeasuredV
 from vllm_zo.engine.references import References
 from vllm_zo.engine.training_rows import FixedRows, TrainingRows
+from vllm_zo.engine.written_tokens import WrittenTokens
 from vllm_zo.jobs.directory import JobDir
 from vllm_zo.objectives import ReferencedObjective
 from vllm_zo.objectives.base import EncodedExample
@@ -34,8 +35,8 @@ def pass_before(
     Raises:
         ConfigError: a resumed `fold` job would ask a base that it has changed.
     """
-    objective = config.objective
-    measures = config.method.coordinates.measures_v and trains and config.steps > 0 and not directory.start.exists()
+    objective, coordinates = config.objective, config.method.coordinates
+    measures = coordinates.measured and trains and config.steps > 0 and not directory.start.exists()
     if not measures and not isinstance(objective, ReferencedObjective):
         return None
     assert isinstance(rows, FixedRows), "JobConfig refuses both in a continual job"
@@ -44,4 +45,7 @@ def pass_before(
         references = References(objective, directory, rows.examples, used, validation, piece)
         references.check_base(folded=config.space == "fold" and first_step > 0)
         return references
-    return MeasuredV(directory, {i: rows.examples[i] for i in used}, piece)
+    read = {i: rows.examples[i] for i in used}
+    if coordinates.measures_u:
+        return WrittenTokens(directory, read, config.seed, piece)
+    return MeasuredV(directory, read, piece)

@@ -26,7 +26,7 @@ from vllm_zo.objectives.cells import flatten_sequences
 
 @dataclass(frozen=True)
 class Work:
-    """What a group does: a training step, a piece of an evaluation, or a piece of the reference (`references.py`)."""
+    """What a group does: a training step, a piece of an evaluation, or of a pass of the base (`base_pass.py`)."""
 
     plan: ProbePlan
     example_ids: tuple[int, ...]
@@ -35,7 +35,7 @@ class Work:
     """None: the group does not train."""
     last_of_evaluation: bool = False
     sampling_seeds: tuple[int, ...] = ()
-    """One for each sequence of an objective whose losses are rewards. All probes share them, so that they differ by
+    """One for each sequence that is continued or played. All probes share them, so that they differ by
     their weights only."""
     shard: int | None = None
     """Its number, for a shard of a training step: the group reports its cells, and updates nothing. None: the group is
@@ -141,7 +141,7 @@ class PerturbationGroup:
     @property
     def rewarded(self) -> bool:
         """Whether its losses are rewards, which are computed outside the workers."""
-        return bool(self.work.sampling_seeds)
+        return bool(self.work.sampling_seeds) and not self.work.plan.of_base
 
     @property
     def wave_done(self) -> bool:
@@ -178,10 +178,10 @@ class PerturbationGroup:
 
     def _member(self, probe: int, index: int, slot: int) -> Member:
         sequence, generation = self.sequences[index], self.sequences[index].generation
-        if generation is not None and not self.work.trains:
+        if generation is not None and not self.work.trains and not self.work.plan.of_base:
             generation = replace(generation, temperature=0.0)  # an evaluation is greedy
         req_id = f"{self.group_id}/{probe}/{index}"
-        seed = self.work.sampling_seeds[index] if self.rewarded else 0
+        seed = self.work.sampling_seeds[index] if self.work.sampling_seeds else 0
         return Member(self, probe, index, slot, req_id, sequence.token_ids, generation, seed)
 
     def units(self) -> tuple[list[Unit], list[list[Member]]]:

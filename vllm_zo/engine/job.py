@@ -38,6 +38,7 @@ from vllm_zo.engine.rewarder import Cells, Rewarder
 from vllm_zo.engine.rollouts import Cost
 from vllm_zo.engine.training_rows import FixedRows, TrainingRows
 from vllm_zo.engine.versions import Versions
+from vllm_zo.engine.written_tokens import WrittenTokens
 from vllm_zo.jobs.directory import JobDir
 from vllm_zo.jobs.records import best, evaluations_since_best
 from vllm_zo.jobs.status import FINAL, JobStatus
@@ -209,7 +210,7 @@ class Job:
         if base_pass.missing:
             if self._base_pass is None:
                 logger.info(
-                    "job %s: the base scores %d rows before the first step, for %s",
+                    "job %s: the base reads %d rows before the first step, for %s",
                     self.job_id, base_pass.missing, base_pass.purpose,
                 )  # fmt: skip
             self._base_pass = base_pass
@@ -446,6 +447,11 @@ class Job:
     def wrote(self, num_tokens: int) -> None:
         """Count the tokens of a completion that a member has finished."""
         self._measured.wrote(num_tokens)
+
+    def base_wrote(self, completions: Sequence[Sequence[int]]) -> None:
+        """Take in what the base has written before the first step."""
+        assert isinstance(self._base_pass, WrittenTokens)
+        self._base_pass.wrote(completions)
 
     def on_result(
         self,

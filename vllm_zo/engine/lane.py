@@ -124,7 +124,8 @@ class Lane:
         )
 
     def generated(self, member: Member, token_ids: Sequence[int], *, finished: bool) -> None:
-        """Note that a member has written `token_ids`. After the last member a thread starts to compute the rewards."""
+        """Note that a member has written `token_ids`. After the last member a thread starts to compute the rewards, if
+        the group has some."""
         member.output += token_ids
         if not finished:
             return
@@ -132,7 +133,7 @@ class Lane:
         assert job is not None and job.rewarder is not None
         group.finish(member)
         job.wrote(len(member.output))
-        if group.done:
+        if group.done and group.rewarded:
             group.await_rewards(job.rewarder.start(group.work.examples, group.completions()))
 
     def rewards(self) -> Cells | None:
@@ -177,6 +178,8 @@ class Lane:
         group, self.group = self.group, None
         assert group is not None and self.job is not None
         group.close(cells)
+        if group.work.plan.of_base and group.work.sampling_seeds:
+            self.job.base_wrote(group.completions())
         close: Command = CloseGroup(group.job_id, group.group_id, group.work.learning_rate, cells)
         if group.work.reports_cells:
             close = ReportCells(group.job_id, group.group_id, cells)

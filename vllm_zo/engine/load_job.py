@@ -27,7 +27,7 @@ MAX_EVAL_BATCH = 128
 """Most examples in an evaluation group: keeps the loss table and the members of one step few."""
 MAX_EVAL_SEQUENCES = 4096
 """Most sequences in an evaluation group, for a reward that takes many samples of an example."""
-ONE_WORKER = "is measured in one worker, and with several each would have a V of its own"
+ONE_WORKER = "is measured by one worker of one engine"
 
 
 @dataclass(frozen=True)
@@ -93,8 +93,8 @@ def load_job(
             "part of the base; train with update_space='bank', or with tensor_parallel_size in place of stages."
         )
     # `read` is None where a coordinator of several engines makes the job.
-    if config.method.coordinates.measures_v and (read is None or engine.workers > 1):
-        raise ConfigError(f"{config.method.name}.v='activations' {ONE_WORKER}; use v='normal'.")
+    if config.method.coordinates.measured and (read is None or engine.workers > 1):
+        raise ConfigError(f"{config.method.name}.{config.method.coordinates.measured} {ONE_WORKER}; use 'normal'.")
     if shards is None and engine.stages > 1:
         shards = 1
     num_bases = resolve_bases(config.method, space, config.steps, engine.zo.slot_rank, config.bases)

@@ -7,7 +7,7 @@ from typing import get_args
 
 from vllm_zo.methods.base import LowRankMethod
 from vllm_zo.methods.coordinates import Coordinates, LeftFactor
-from vllm_zo.methods.coordinates.left_factor import LoZODraw
+from vllm_zo.methods.coordinates.left_factor import LoZOLeft, LoZORight
 from vllm_zo.options import option
 
 
@@ -40,16 +40,25 @@ class LoZO(LowRankMethod):
 
     name = "lozo"
 
-    v: LoZODraw = option(
+    v: LoZORight = option(
         "normal",
-        choices=get_args(LoZODraw),
+        choices=get_args(LoZORight),
         panel="Method",
         help="normal, or activations: V spans what enters the LM head most.",
         unsaid=True,
     )
     """"activations" is not the published method: V is measured once, before the first step, from the training rows
     (methods/leading.py). It is for jobs that train the LM head alone, whose inputs do not change."""
+    u: LoZOLeft = option(
+        "normal",
+        choices=get_args(LoZOLeft),
+        panel="Method",
+        help="normal, or written: rows of U are as large as the base writes their tokens often.",
+        unsaid=True,
+    )
+    """"written" is not the published method: before the first step the base writes completions of training rows, and
+    counts the tokens (methods/written.py). It is for rewards, in jobs that train the LM head alone."""
 
     @property
     def coordinates(self) -> Coordinates:
-        return LeftFactor(self.rank, v=self.v)
+        return LeftFactor(self.rank, u=self.u, v=self.v)

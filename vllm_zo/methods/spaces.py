@@ -37,6 +37,6 @@ def num_intervals(method: Method, steps: int) -> int:
 
 def equals_published(method: Method, space: str, steps: int, num_bases: int) -> bool:
     """Whether the run equals the published algorithm: in `bank` if no basis returns (LoZO: steps <= M * interval)."""
-    if method.coordinates.measures_v:  # no paper's V
+    if method.coordinates.measured:  # no paper's
         return False
     return space == "fold" or num_intervals(method, steps) <= num_bases

@@ -52,6 +52,11 @@ class AdapterState:
         """The V of each basis, flat (B, N_V), of coordinates that measure it (methods/leading.py). Zero before."""
         if self.coordinates.measures_v:
             self.measured_BN = torch.zeros(num_bases, layout.v_ranges.total, dtype=torch.float32, device=device)
+        self.sizes_N: Tensor | None = None
+        """What the numbers of every direction are multiplied by, of coordinates that measure it (methods/written.py).
+        Zero before."""
+        if self.coordinates.measures_u:
+            self.sizes_N = torch.zeros(numbers, dtype=torch.float32, device=device)
         self.optimizer_state: State = method.optimizer.init(self.acc_BN[0])
         self.versions = [0] * num_bases
         """How often each accumulator has changed. Together with its basis this names its content."""
@@ -86,9 +91,9 @@ class AdapterState:
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors of a snapshot, by name."""
-        measured = {} if self.measured_BN is None else {"measured_BN": self.measured_BN}
+        measured = {"measured_BN": self.measured_BN, "sizes_N": self.sizes_N}
         optimizer = {f"optimizer.{name}": t for name, t in self.optimizer_state.items()}
-        return {"acc_BN": self.acc_BN, **measured, **optimizer}
+        return {"acc_BN": self.acc_BN, **{name: t for name, t in measured.items() if t is not None}, **optimizer}
 
     def digest(self) -> int:
         """64 bits that tell states apart. The device is waited for."""
@@ -119,7 +124,8 @@ class AdapterState:
         return self.coordinates.module_factors(theta_N, self.frozen(basis), self.layout)
 
     def draws(self, keys: Sequence[int]) -> Tensor:
-        """(K, M) float32, one `Coordinates.draw` for each key. The state keeps them until a caller asks for other keys.
+        """(K, M) float32, one `Coordinates.draw` for each key, times `sizes_N` if there is one. The state keeps them
+        until a caller asks for other keys.
 
         So the update after a probe uses the very tensor of the probe. Nothing is lost if the state drops them, because
         the keys give them again.
@@ -127,7 +133,8 @@ class AdapterState:
         wanted = tuple(keys)
         if self._draws is None or self._draws[0] != wanted:
             drawn = [self.coordinates.draw(key, self.layout, self.device) for key in wanted]
-            self._draws = wanted, torch.stack(drawn)
+            draws_KM = torch.stack(drawn)
+            self._draws = wanted, draws_KM if self.sizes_N is None else draws_KM.mul_(self.sizes_N)
         return self._draws[1]
 
     @property

@@ -45,6 +45,7 @@ from vllm_zo.commands import (
     ReportCells,
     ReportDigest,
     ScoreMember,
+    SizeU,
     Snapshot,
     StartJob,
     StateDigest,
@@ -63,6 +64,7 @@ from vllm_zo.methods.leading import Inputs
 from vllm_zo.methods.plan import ProbePlan
 from vllm_zo.methods.state import BASIS_STREAM, AdapterState, regenerates
 from vllm_zo.methods.targets import EMBEDDINGS, LINEAR, LM_HEAD, kind_of
+from vllm_zo.methods.written import row_sizes
 from vllm_zo.upload import upload
 from vllm_zo.worker.base_weights import check_writable
 from vllm_zo.worker.head import Head
@@ -325,6 +327,16 @@ class Trainer:
         count = state.num_bases * state.coordinates.rank
         v_IC = inputs.leading(count, noise.derive_key(state.job_seed, BASIS_STREAM, 0))
         state.measured_BN.copy_(v_IC.view(len(v_IC), state.num_bases, -1).transpose(0, 1).flatten(1))
+        self._save(job, command.path, 0)
+
+    @execute.register
+    def _size_u(self, command: SizeU) -> None:
+        job = self.jobs[command.job_id]
+        state = job.state
+        assert state.sizes_N is not None
+        (head,) = state.layout.modules
+        sizes_O = row_sizes(command.counts, head.out_features, state.device)
+        state.sizes_N.copy_(sizes_O.repeat_interleave(state.coordinates.rank))
         self._save(job, command.path, 0)
 
     @execute.register

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from vllm_zo.config import JobConfig
 from vllm_zo.data.batches import BatchOrder
+from vllm_zo.engine.written_tokens import WrittenTokens
 from vllm_zo.objectives.base import EncodedExample, ReferencedObjective
 
 
@@ -24,7 +25,7 @@ class Work:
         evaluations: how many there are.
         scored: rows of an evaluation.
         passes, evaluation_tokens: of an evaluation.
-        referenced, reference_tokens: rows that the base scores before the first step, and their tokens.
+        referenced, reference_tokens: rows that the base reads before the first step, and their tokens.
     """
 
     steps: int | None
@@ -48,10 +49,12 @@ class Work:
         if config.eval_interval and config.steps:
             times += (config.steps - 1) // config.eval_interval
         referenced: list[EncodedExample] = []
-        compares = isinstance(config.objective, ReferencedObjective)
-        if not config.continual and (compares or config.method.coordinates.measures_v):
+        compares, coordinates = isinstance(config.objective, ReferencedObjective), config.method.coordinates
+        if not config.continual and (compares or coordinates.measured):
             order = BatchOrder(len(train), min(rows, len(train)), config.seed)
             referenced = [*(train[i] for i in order.first(config.steps)), *(scored if compares else ())]
+        if coordinates.measures_u:
+            referenced = WrittenTokens.read(referenced)
         return cls(
             steps=None if config.continual else config.steps,
             probes=probes,
@@ -82,7 +85,7 @@ class Work:
             f"{_count(self.steps * self.step_tokens)} tokens"
         )
         if self.referenced:
-            yield f"before: the base scores {self.referenced} rows, about {_count(self.reference_tokens)} tokens"
+            yield f"before: the base reads {self.referenced} rows, about {_count(self.reference_tokens)} tokens"
         if self.evaluations:
             yield (
                 f"evaluations: {self.evaluations} of {self.scored} rows, {self.passes} forward passes and about "

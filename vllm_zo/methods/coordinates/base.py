@@ -81,9 +81,20 @@ class Coordinates(ABC):
         return draw
 
     @property
+    def measures_u(self) -> bool:
+        """Whether the sizes of a direction's numbers are measured (`AdapterState.sizes_N`)."""
+        return False
+
+    @property
     def measures_v(self) -> bool:
         """Whether V is no noise, but made of what enters the modules (`AdapterState.measured_BN`)."""
         return False
+
+    @property
+    def measured(self) -> str | None:
+        """The option of the method, as a user writes it, for which the base is asked something before the first step
+        that no key gives again; None: there is none."""
+        return None
 
     @abstractmethod
     def draw_frozen(self, key: int, layout: FactorLayout, device: torch.device) -> Any:

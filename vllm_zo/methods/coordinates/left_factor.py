@@ -16,9 +16,10 @@ from vllm_zo.methods.layout import FactorLayout
 from vllm_zo.methods.linear_algebra import check_columns_fit, orthonormal
 from vllm_zo.methods.plan import ModuleShape
 
-Draw = Literal["normal", "rademacher", "orthonormal", "kaiming", "activations"]
-LoZODraw = Literal["normal", "activations"]
-ACTIVATIONS = "activations"
+Draw = Literal["normal", "rademacher", "orthonormal", "kaiming", "activations", "written"]
+LoZOLeft = Literal["normal", "written"]
+LoZORight = Literal["normal", "activations"]
+ACTIVATIONS, WRITTEN = "activations", "written"
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,8 @@ class LeftFactor(Coordinates):
     """`delta W = U V^T` with theta = U.
 
     Attributes:
-        u: how to draw the entries of a direction: "normal" N(0, 1), or "rademacher", +1 or -1.
+        u: how to draw the entries of a direction: "normal" N(0, 1), or "rademacher", +1 or -1. Or "written": normal,
+            with rows in measured sizes (methods/written.py).
         v: how to draw V: "normal", "rademacher", "orthonormal" columns (QR of a Gaussian), or "kaiming", which is
             uniform in +-1/sqrt(I), as `peft` initialises A. Or "activations": V is not drawn, but measured
             (methods/leading.py).
@@ -48,8 +50,18 @@ class LeftFactor(Coordinates):
         return self.u == "normal" and kept
 
     @property
+    def measures_u(self) -> bool:
+        return self.u == WRITTEN
+
+    @property
     def measures_v(self) -> bool:
         return self.v == ACTIVATIONS
+
+    @property
+    def measured(self) -> str | None:
+        if self.measures_v:
+            return f"v={self.v!r}"
+        return f"u={self.u!r}" if self.measures_u else None
 
     def check_module(self, module: ModuleShape) -> None:
         if self.v == "orthonormal":
@@ -105,6 +117,7 @@ class LeftFactor(Coordinates):
 _DRAWS: dict[str, Callable[[int, noise.ElementRanges, torch.device], Tensor]] = {
     "normal": lambda key, ranges, device: noise.normal(key, ranges, device),
     "rademacher": lambda key, ranges, device: noise.rademacher(key, ranges, device),
+    "written": lambda key, ranges, device: noise.normal(key, ranges, device),  # the state has the rows' sizes
 }
 
 

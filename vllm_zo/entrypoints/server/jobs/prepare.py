@@ -81,9 +81,9 @@ class Preparer:
         check_layers_exist(config, self.engine.model_config.get_total_num_hidden_layers())
         self._check_bounds(config)
         self._check_engines(objective, config.space, config.continual)
-        if self.engines > 1 and config.method.coordinates.measures_v:
+        if self.engines > 1 and (measured := config.method.coordinates.measured):
             raise ConfigError(
-                f"{config.method.name}.v='activations' {ONE_WORKER}; use v='normal', or a server with one engine."
+                f"{config.method.name}.{measured} {ONE_WORKER}; use 'normal', or a server with one engine."
             )
         if isinstance(objective, Rollout) and config.space == "fold":
             raise ConfigError(

@@ -1,0 +1,139 @@
+"""LoZO(u="written"): each row of U is as large as the base writes its token often, and a replay has the same rows."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from vllm import SamplingParams
+
+from tests.engines import SENTIMENT, Engines, client_of, reviews, scheduler_of
+from tests.test_concurrent_jobs import step
+from vllm_zo import ConfigError, LoZO, Preference, Reward, noise
+from vllm_zo.checkpoint.replay import rebuild_state
+from vllm_zo.checkpoint.seed_log.reader import read_seed_log
+from vllm_zo.config import JobConfig
+from vllm_zo.data import BatchOrder
+from vllm_zo.engine import written_tokens
+from vllm_zo.entrypoints.llm.prepare import prepare_job
+from vllm_zo.methods.written import row_sizes
+from vllm_zo.objectives.base import Trust
+from vllm_zo.registry import settings
+
+ROWS, STEPS, BATCH, RANK, TOKENS = 24, 6, 4, 2, 5
+asked: list[list[str]] = []
+"""The completions of each call of the reward."""
+
+
+def length(completions: list[str], **columns: Any) -> list[float]:
+    asked.append(completions)
+    return [float(len(text)) for text in completions]
+
+
+OBJECTIVE = Reward("{sentence}", reward=length, max_tokens=TOKENS, temperature=0.7, samples=2, top_p=1.0)
+OPTIONS: dict[str, Any] = {
+    "objective": OBJECTIVE, "method": LoZO(rank=RANK, interval=2, eps=0.1, u="written"), "target_modules": "lm_head",
+    "bases": 2, "learning_rate": 1e-2, "batch_size": BATCH, "steps": STEPS, "checkpoint_interval": 4,
+    "divergence_factor": None, "progress": False,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def llm(engines: Engines) -> Any:
+    return engines.get("llama")
+
+
+@pytest.fixture(autouse=True)
+def few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(written_tokens, "MOST_ROWS", 20)
+
+
+def train(llm: Any, **options: Any) -> Any:
+    asked.clear()
+    return llm.finetune(options.pop("rows", reviews(ROWS, seed=4)), **(OPTIONS | options))
+
+
+def sizes(run: Any) -> torch.Tensor:
+    """(O, R) of the state before the first step."""
+    state = rebuild_state(read_seed_log(run.directory / "seeds.log"), 0)
+    assert state.sizes_N is not None
+    return state.layout.split_u(state.sizes_N)[0]
+
+
+def test_sizes_are_roots_of_shares() -> None:
+    expected = torch.tensor([0.0, 1.0, 0.5, 0.0, 0.5**0.5])
+    torch.testing.assert_close(row_sizes([(1, 4), (2, 1), (4, 2)], 5), expected)
+
+
+def test_the_sizes_are_those_of_what_the_base_writes(llm: Any) -> None:
+    run = train(llm)
+    assert len(asked) == STEPS, "nobody rewards what the base writes"
+    rows, read = reviews(ROWS, seed=4), list(BatchOrder(ROWS, BATCH, 0).first(STEPS))[:20]
+    seeds = [noise.derive_key(0, written_tokens.STREAM, i) >> 1 for i in read]
+    prompts = [{"prompt_token_ids": llm.get_tokenizer()(rows[i]["sentence"])["input_ids"]} for i in read]
+    params = [SamplingParams(max_tokens=TOKENS, temperature=0.7, top_p=1.0, seed=seed) for seed in seeds]
+    written = llm.generate(prompts, params, use_tqdm=False)
+    counts = Counter(token for output in written for token in output.outputs[0].token_ids)
+    found = sizes(run)
+    torch.testing.assert_close(found[:, 0], row_sizes(sorted(counts.items()), len(found)))
+    assert torch.equal(found[:, 0], found[:, 1])
+    # Rows of tokens that were not written never move.
+    state = rebuild_state(read_seed_log(run.directory / "seeds.log"))
+    moved = sum(u_OR.abs().sum(1) for u_OR in (state.layout.split_u(acc)[0] for acc in state.acc_BN))
+    assert torch.equal(moved > 0, found[:, 0] > 0)
+
+
+def test_a_resumed_job_and_a_replay_have_the_same_sizes(llm: Any, tmp_path: Path) -> None:
+    whole = train(llm, output_dir=str(tmp_path / "whole"))
+    train(
+        llm, output_dir=str(tmp_path / "stopped"),
+        callbacks=[lambda run, record: run.stop() if record["step"] == 3 else None],
+    )  # fmt: skip
+    resumed = train(llm, resume_from=tmp_path / "stopped")
+    assert (resumed.directory / "start.safetensors").read_bytes() == (
+        whole.directory / "start.safetensors"
+    ).read_bytes()
+    logs = [read_seed_log(run.directory / "seeds.log").records for run in (whole, resumed)]
+    assert logs[0] == logs[1] and len(logs[0]) == STEPS
+    log = read_seed_log(whole.directory / "seeds.log")
+    assert log.header.method_fields["u"] == "written" and "u" not in settings(LoZO()), "older logs still agree"
+    from_zero, from_snapshot = rebuild_state(log, 5), rebuild_state(log, 5, whole.directory / "snapshot.safetensors")
+    for name, tensor in from_zero.tensors().items():
+        assert torch.equal(tensor, from_snapshot.tensors()[name]), name
+
+
+def test_a_pass_that_is_interrupted_counts_each_completion_once(llm: Any, tmp_path: Path) -> None:
+    whole = train(llm, output_dir=str(tmp_path / "whole"))
+    given = {name: value for name, value in OPTIONS.items() if name != "progress"}
+    config = JobConfig.from_options(given)
+    job = prepare_job(llm.llm_engine, reviews(ROWS, seed=4), None, None, config, trust=Trust.IMPORTS)
+    client_of(llm).call("zo_start", str(job.directory))
+    scheduler = scheduler_of(llm)
+    for _ in range(5):
+        step(llm, 3)
+        scheduler._forget_members()  # as a pause does
+    assert not (job.directory / "start.safetensors").exists(), "or nothing was interrupted"
+    while scheduler.zo.has_work():
+        step(llm, 1)
+    assert (job.directory / "start.safetensors").read_bytes() == (whole.directory / "start.safetensors").read_bytes()
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "layers": ({"target_modules": "all-linear"}, r"lozo\.u='written' counts the tokens .*; train 'lm_head' alone"),
+    "labels": ({"objective": SENTIMENT}, "objective='classification': .* for a reward; use u='normal'"),
+    "preference": ({"objective": Preference()}, "objective='preference'"),
+    "continual": ({"continual": True, "steps": None}, "continual=True"),
+    "both": ({"method": {"name": "lozo", "u": "written", "v": "activations"}}, "objective='reward': .* use v='normal'"),
+    "another word": ({"method": {"name": "lozo", "u": "often"}}, "unknown lozo.u 'often'"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_where_it_means_nothing_it_is_refused(case: str) -> None:
+    options, message = REFUSED[case]
+    given = {k: v for k, v in (OPTIONS | options).items() if k != "progress" and v is not None}
+    with pytest.raises(ConfigError, match=message):
+        JobConfig.from_options(given)
