@@ -7,7 +7,8 @@
 A game is an instruction to a chat model and a reward that is 1 for the right answer in exactly the format asked for,
 and 0 for everything else. A step has COMPLETIONS completions for every contender. Seconds are those of the process on
 one thread, in steps only; tokens are those of the completions of training, and the end of each. All start from the same
-model, see the same rows, sample at temperature 1, and give back the state of their best greedy evaluation.
+model, see the same rows, sample at temperature 1, and give back the state of their best greedy evaluation. What a step
+earned is the mean reward of its completions, sampled: the table has the mean of each fifth of the steps.
 
 GRPO is TRL's GRPOTrainer (`pip install trl`) with its defaults, but for a constant rate, float32 (faster than bfloat16
 in PyTorch on a CPU) and no checkpointing: transformers writes with a key-value cache, and AdamW trains LoRA of rank 8
@@ -48,18 +49,22 @@ from benchmarks.memory import MIB, peak_rss, reset_peak
 COMPLETIONS, GROUP, MAX_TOKENS, PILOT_STEPS = 32, 8, 8, 4
 """Completions of a step; GRPO's for one prompt; and the most tokens of one."""
 GRPO = "grpo"
-JOBS: dict[str, tuple[float, dict[str, Any]]] = {
-    "job, all layers": (3e-3, {}),
-    "job, last layer": (1e-2, {"target_layers": "last"}),
+JOBS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "job, all layers": ({"eps": 3e-3}, {}),
+    "job, last layer": ({"eps": 1e-2}, {"target_layers": "last"}),
+    "job, LM head": ({"eps": 3e-2, "u": "written", "interval": 10}, {"target_modules": "lm_head", "bases": 4}),
 }
-"""The radius of a probe, and further options of `finetune`. With three times the radius probes hit hardly anything."""
-STEP_SIZES = {"job, all layers": 1e-4, "job, last layer": 1e-3, GRPO: 5e-4}
+"""Options of LoZO, with the radius of a probe, and further ones of `finetune`. In layers, with three times the radius,
+probes hit hardly anything."""
+STEP_SIZES = {"job, all layers": 1e-4, "job, last layer": 1e-3, "job, LM head": 5e-3, GRPO: 5e-4}
 """The learning rates of factor 1. Those of jobs make a step of about a third of the radius."""
 CONTENDERS = (*JOBS, GRPO)
 KEY = ("model", "task", "contender", "factor", "cpu_seconds", "seed")
 Run = tuple[str, str, float, float, int]
 """The parts of KEY after the model."""
 SLOTS = {"slots": 2, "slot_rank": 16}
+BLOCK = 32
+"""Tokens of a KV block, the fewest that vLLM has on a CPU: probes of the LM head share the whole blocks of a prompt."""
 
 
 # --- the games --------------------------------------------------------------------------------------------------------
@@ -96,12 +101,28 @@ class Meter:
         self.tokens = 0
         self.at: list[int] = []
         """The tokens before each evaluation of a job."""
+        self.earned: list[float] = []
+        """The mean reward of each step's completions."""
 
     def reward(self, completions: Sequence[str], answers: Sequence[str], part: Sequence[str], **_: Any) -> list[float]:
-        trained = [text for text, of in zip(completions, part, strict=True) if of == "train"]
-        if trained:
-            self.tokens += sum(len(ids) + 1 for ids in self._tokenizer(trained, add_special_tokens=False)["input_ids"])
-        return exact(completions, answers)
+        rewards = exact(completions, answers)
+        if part[0] == "train":  # a group has rows of one part
+            ids = self._tokenizer(list(completions), add_special_tokens=False)["input_ids"]
+            self.tokens += sum(len(of_one) + 1 for of_one in ids)
+            self.earned.append(mean(rewards))
+        return rewards
+
+    def start_again(self) -> None:
+        """Forget what a pilot has written."""
+        self.tokens = 0
+        self.earned.clear()
+
+    @property
+    def fifths(self) -> list[float]:
+        """The mean reward of the steps' completions, in each fifth of the steps."""
+        count = len(self.earned)
+        parts = [self.earned[count * i // 5 : count * (i + 1) // 5] for i in range(5)]
+        return [mean(part) for part in parts if part]
 
     def __call__(self, run: Any, record: dict[str, Any]) -> None:
         """A callback of `finetune`."""
@@ -134,7 +155,9 @@ def job_child(args: argparse.Namespace, runs: list[Run]) -> None:
     from vllm_zo import LLM, LoZO, Reward
     from vllm_zo.tasks import Task
 
-    llm: Any = LLM(args.model, dtype=args.dtype, max_model_len=min(512, longest(args.model)), zo_training=SLOTS)
+    llm: Any = LLM(
+        args.model, dtype=args.dtype, max_model_len=min(512, longest(args.model)), zo_training=SLOTS, block_size=BLOCK
+    )
     for run in runs:
         name, contender, factor, _, seed = run
         meter = Meter(llm.get_tokenizer())
@@ -144,19 +167,19 @@ def job_child(args: argparse.Namespace, runs: list[Run]) -> None:
         )  # fmt: skip
         task = Task(name, objective, parts["train"], parts["validation"], parts["test"], objective)
         rate = factor * STEP_SIZES[contender]
-        radius, options = JOBS[contender]
+        method, options = JOBS[contender]
         options = {
-            "method": LoZO(eps=radius), "batch_size": COMPLETIONS // 2, "bases": 1, "divergence_factor": None, **options
+            "method": LoZO(**method), "batch_size": COMPLETIONS // 2, "bases": 1, "divergence_factor": None, **options
         }  # fmt: skip
         steps = max(1, int(args.cpu_seconds / seconds_a_step(llm, task, options)))
-        meter.tokens = 0
+        meter.start_again()
         result = train(
             llm, task, {**options, "learning_rate": rate}, steps, seed, cpu_seconds=args.cpu_seconds, callbacks=[meter]
         )
         if "curve" in result:
             for point, tokens in zip(result["curve"], meter.at, strict=True):
                 point["written"] = tokens
-        write(args, run, {**result, "written": meter.tokens, "rate": rate})
+        write(args, run, {**result, "written": meter.tokens, "earned": meter.fifths, "rate": rate})
 
 
 def seconds_a_step(llm: Any, task: Any, options: dict[str, Any]) -> float:
@@ -241,7 +264,7 @@ def train_grpo(args: argparse.Namespace, name: str, rate: float, seed: int) -> d
     return {
         "steps": trainer.state.global_step, "spent": spent, "written": meter.tokens, "rate": rate,
         "dtype": args.grpo_dtype, "peak_mib": peak / MIB,
-        "validation": {"accuracy": best}, "test": {"accuracy": test}, "curve": curve,
+        "validation": {"accuracy": best}, "test": {"accuracy": test}, "earned": meter.fifths, "curve": curve,
     }  # fmt: skip
 
 
@@ -296,7 +319,7 @@ def report(lines: Iterable[dict[str, Any]]) -> str:
         least = min(run["written"] for run in runs if "curve" in run)
         columns = [
             "", "rate", "seed", "steps", "CPU seconds", "tokens written", "at the start",
-            f"after {least} tokens", "best", "test", "peak MiB",
+            f"after {least} tokens", "best", "test", "sampled, by fifths", "peak MiB",
         ]  # fmt: skip
         rows = [row(run, least) for run in sorted(runs, key=lambda run: (run["contender"], run["factor"], run["seed"]))]
         heading = f"{task}, {model}, {seconds:g} CPU seconds, {runs[0]['cpu']}; greedy reward of {runs[0]['rows']} rows"
@@ -308,9 +331,10 @@ def row(run: dict[str, Any], least: int) -> str:
     cells = [run["contender"], f"{run['rate']:g}", run["seed"], run["steps"], f"{run['spent']:.0f}", run["written"]]
     if "curve" in run:
         scores = run["curve"][0]["accuracy"], at_tokens(run["curve"], least), run["validation"]["accuracy"]
-        cells += [f"{score:.3f}" for score in (*scores, run["test"]["accuracy"])] + [f"{run['peak_mib']:.0f}"]
+        cells += [f"{score:.3f}" for score in (*scores, run["test"]["accuracy"])]
+        cells += [", ".join(f"{reward:.2f}" for reward in run.get("earned", [])), f"{run['peak_mib']:.0f}"]
     else:
-        cells += ["", "", "diverged", "", ""]
+        cells += ["", "", "diverged", "", "", ""]
     return f"| {' | '.join(map(str, cells))} |"
 
 

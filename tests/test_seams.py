@@ -19,7 +19,8 @@ from tests.engines import SENTIMENT, Engines, client_of, members_as_requests, re
 from vllm_zo import ConfigError, LoZO, SlotError
 from vllm_zo.commands import COMMANDS_ATTR, SLOT_LORA_ID_BASE
 from vllm_zo.compat.registry import names_in
-from vllm_zo.engine.scheduler import MEMBER_CLIENT, slot_lora_request
+from vllm_zo.engine.member_requests import MEMBER_CLIENT
+from vllm_zo.engine.scheduler import slot_lora_request
 from vllm_zo.worker.cpu.packed_weights import PackedWeights
 
 GREEDY = SamplingParams(max_tokens=6, temperature=0.0, logprobs=5)

@@ -23,7 +23,7 @@ from tests.test_seams import PROMPTS, RUN, job_in_progress
 from tests.trajectories import base_weights
 from vllm_zo import ConfigError, FactorizedMeZO, JobError, LoZO
 from vllm_zo.engine import throttle
-from vllm_zo.engine.scheduler import MEMBER_CLIENT
+from vllm_zo.engine.member_requests import MEMBER_CLIENT
 from vllm_zo.worker.trainer import Trainer
 
 LOSS_TOLERANCE = 2e-5

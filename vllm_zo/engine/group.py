@@ -79,6 +79,8 @@ class Member:
     generation: Generation | None = None
     sampling_seed: int = 0
     """The same for all probes of a sequence."""
+    kv_of_base: bool = False
+    """Whether its probe leaves the KV as the base computes it."""
     output: list[int] = field(default_factory=list)
     """What a member that generates has written so far."""
     scored: bool = False
@@ -104,6 +106,7 @@ class PerturbationGroup:
         block_size: tokens of a KV block.
         probes_at_once: the most probes that may be materialised together; None: as many as there are slots.
         rollouts: of a group whose members a front end plays; the engine schedules none of them.
+        kv_of_base: see `Member.kv_of_base`.
     """
 
     def __init__(
@@ -115,12 +118,13 @@ class PerturbationGroup:
         block_size: int,
         probes_at_once: int | None = None,
         rollouts: Rollouts | None = None,
+        kv_of_base: bool = False,
     ) -> None:
         self.group_id, self.job_id, self.work = group_id, job_id, work
         self.phase = Phase.OPEN
         self.opened_at = time.monotonic()
         self.sequences = flatten_sequences(work.examples)
-        self.rollouts = rollouts
+        self.rollouts, self._kv_of_base = rollouts, kv_of_base
         self.scoring: Scoring | None = None
         """Computes the rewards, once all members have written."""
         self.cells: Cells | None = None
@@ -182,7 +186,7 @@ class PerturbationGroup:
             generation = replace(generation, temperature=0.0)  # an evaluation is greedy
         req_id = f"{self.group_id}/{probe}/{index}"
         seed = self.work.sampling_seeds[index] if self.work.sampling_seeds else 0
-        return Member(self, probe, index, slot, req_id, sequence.token_ids, generation, seed)
+        return Member(self, probe, index, slot, req_id, sequence.token_ids, generation, seed, self._kv_of_base)
 
     def units(self) -> tuple[list[Unit], list[list[Member]]]:
         """Pending members by (direction, sequence): the cost of each unit for `admission.admit`, and its members."""

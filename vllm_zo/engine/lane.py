@@ -27,6 +27,7 @@ from vllm_zo.engine.rewarder import Cells
 from vllm_zo.engine.rollouts import Rollouts
 from vllm_zo.engine.slot_table import SlotTable
 from vllm_zo.jobs.status import JobStatus
+from vllm_zo.methods.targets import LM_HEAD
 from vllm_zo.objectives import Rollout
 
 
@@ -83,11 +84,13 @@ class Lane:
 
     def _group_for(self, work: Work, number: int) -> PerturbationGroup:
         assert self.job is not None
-        at_once = self.job.config.method.coordinates.max_probes_at_once
-        group_id = f"zo-{self.job.job_id}-{number}"
-        objective = self.job.config.objective
+        config, group_id = self.job.config, f"zo-{self.job.job_id}-{number}"
+        objective, at_once = config.objective, config.method.coordinates.max_probes_at_once
         rollouts = Rollouts(objective) if isinstance(objective, Rollout) else None
-        return PerturbationGroup(group_id, self.job.job_id, work, self.slots, self._block_size, at_once, rollouts)
+        return PerturbationGroup(
+            group_id, self.job.job_id, work, self.slots, self._block_size, at_once, rollouts,
+            kv_of_base=config.target_modules == LM_HEAD,
+        )  # fmt: skip
 
     def start(self, capacity: Capacity, in_chunks_beyond: int) -> tuple[list[list[Member]], Capacity]:
         """Units of members that start in this step, and the capacity that they leave to the lanes behind this one.

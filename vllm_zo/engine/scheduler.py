@@ -15,7 +15,6 @@ import copy
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,6 @@ from vllm.config import VllmConfig
 from vllm.config.lora import LoRAConfig
 from vllm.logger import init_logger
 from vllm.lora.request import LoRARequest
-from vllm.sampling_params import SamplingParams
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.interface import PauseState, SchedulerInterface
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -51,21 +49,16 @@ from vllm_zo.engine.calls import Calls
 from vllm_zo.engine.controller import Controller
 from vllm_zo.engine.group import Member, Phase
 from vllm_zo.engine.load_job import EngineFacts
+from vllm_zo.engine.member_requests import MEMBER_CLIENT, MemberRequests
 from vllm_zo.engine.pacing import EngineStep
-from vllm_zo.engine.patches import CACHE_BLOCKS, keep_out_of_prefix_cache
 from vllm_zo.engine.probe_requests import ProbeRequests
 from vllm_zo.engine.throttle import Throttle
-from vllm_zo.engine.writing import Writing
 from vllm_zo.errors import ConfigError
 from vllm_zo.objectives.base import ScoringSequence
 
 logger = init_logger("vllm.zo.scheduler")
 
-MEMBER_CLIENT = -1
-"""`client_index` of members. Front ends count from 0, so no output of a member belongs to one."""
 FINISHED_ABORTED = RequestStatus.FINISHED_ABORTED
-MEMBER_PRIORITY = 1 << 30
-"""vLLM's priority policy takes the lowest number first: members run after every request and are preempted before it."""
 IDLE_POLL_S = 1e-3
 """How long the engine loop waits at a time for rewards, or for space on a full disk. A request that arrives meanwhile
 waits at most as long. vLLM sleeps the same 1 ms after a step that executed no model."""
@@ -74,14 +67,12 @@ waits at most as long. vLLM sleeps the same 1 ms after a step that executed no m
 def slot_lora_request(slot: int) -> LoRARequest:
     """The synthetic LoRA request of a ZO slot.
 
-    A slot keeps its name while its content changes. That is safe because members never enter the prefix cache, which
-    tells adapters apart by name.
+    A slot keeps its name while its content changes. That is safe because the prefix cache, which tells adapters apart
+    by name, never sees the name (`member_requests.py`).
     """
     return LoRARequest(f"zo-slot-{slot}", SLOT_LORA_ID_BASE + slot, f"zo-slot://{slot}")
 
 
-_HAS_BACKGROUND = CACHE_BLOCKS.unneeded()
-"""Whether this vLLM has the background requests of `patches/0004`, and so keeps members out of the prefix cache."""
 _Base: Any = object
 """Stands for Scheduler or AsyncScheduler: the mixin precedes either one in the order of base classes."""
 
@@ -142,12 +133,8 @@ class ZOSchedulerMixin(_Base):
         # it must be the user's number. A copy: the workers size their tensors by the original.
         self.lora_config: LoRAConfig = copy.copy(vllm_config.lora_config)
         self.lora_config.max_loras -= self.zo_config.total_slots
-        # A hit in the prefix cache would give a member KV that the unperturbed weights computed.
-        self._zo_params = SamplingParams(
-            max_tokens=1, temperature=0.0, detokenize=False, skip_reading_prefix_cache=True
-        )
-        coordinator = self.kv_cache_manager.coordinator
-        keep_out_of_prefix_cache(coordinator, lambda request: request.client_index == MEMBER_CLIENT)
+        hashed = getattr(self, "hash_block_size", None) or self.block_size  # vLLM 0.30 has one size
+        self._zo_requests = MemberRequests(vllm_config, self.kv_cache_manager.coordinator, hashed)
 
     # --- one engine step ------------------------------------------------------------------------------------------
 
@@ -349,25 +336,10 @@ class ZOSchedulerMixin(_Base):
 
     def _enqueue(self, member: Member) -> None:
         if member.request is None:
-            # Without a `block_hasher`: a request without block hashes finds nothing in the prefix cache.
-            member.request = Request(
-                request_id=member.req_id,
-                prompt_token_ids=list(member.token_ids),
-                sampling_params=self._params_of(member),
-                pooling_params=None,
-                client_index=MEMBER_CLIENT,
-                priority=MEMBER_PRIORITY,
-                **({"background": True} if _HAS_BACKGROUND else {}),
-            )
+            member.request = self._zo_requests.make(member)
         self._zo_members[member.req_id] = member
         self.requests[member.req_id] = member.request
         self.waiting.add_request(member.request)
-
-    def _params_of(self, member: Member) -> SamplingParams:
-        generation = member.generation
-        if generation is None:
-            return self._zo_params
-        return self._zo_writing.params(generation, member.sampling_seed)
 
     def _withdraw(self, members: Iterable[Member]) -> None:
         members = list(members)
@@ -568,14 +540,9 @@ class ZOSchedulerMixin(_Base):
         model, workers = self.vllm_config.model_config, self.vllm_config.parallel_config.world_size
         return EngineFacts.of(self.zo_config, model, self.max_num_active_reqs, self._zo_stages, workers)
 
-    @cached_property
-    def _zo_writing(self) -> Writing:
-        """Made when the first member that generates is scheduled, so that no two reward threads make it at once."""
-        return Writing(self.vllm_config.model_config)
-
     def zo_read(self, continued: ScoringSequence, completion: Sequence[int]) -> str:
         """The text of a member's completion; the reward threads call it."""
-        return self._zo_writing.text(continued, completion)
+        return self._zo_requests.text(continued, completion)
 
 
 class ZOScheduler(ZOSchedulerMixin, Scheduler):

@@ -37,11 +37,12 @@ class Writing:
         params.update_from_generation_config(self._generation_config, self._tokenizer.eos_token_id)
         return params
 
-    def params(self, generation: Generation, seed: int) -> SamplingParams:
+    def params(self, generation: Generation, seed: int, *, reads_prefix_cache: bool) -> SamplingParams:
         """Sampling parameters of a member's request; a setting that the objective leaves open has the model's default.
 
         Args:
             seed: the member's sampling seed; greedy decoding has no use for it.
+            reads_prefix_cache: whether the KV of unperturbed weights is the member's too.
         """
         given = {"temperature": generation.temperature, "top_p": generation.top_p}
         sampling = {**self._defaults, **{name: value for name, value in given.items() if value is not None}}
@@ -53,7 +54,7 @@ class Writing:
                 seed=None if greedy else seed,
                 stop_token_ids=list(generation.stop_token_ids),
                 detokenize=False,
-                skip_reading_prefix_cache=True,  # cached KV was computed with unperturbed weights
+                skip_reading_prefix_cache=not reads_prefix_cache,
             )
         )
 
