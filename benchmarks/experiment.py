@@ -85,21 +85,22 @@ def steps_for(llm: Any, task: Any, options: dict[str, Any], cpu_seconds: float) 
     restore(llm, run)
     first, later = mean(clock.steps[1:PILOT_EPOCH]), median(clock.steps[PILOT_EPOCH + 1 :])
     epoch = math.ceil(len(task.train) / batch)
-    if measures_v(options):
+    if measures(options):
         return max(1, int((cpu_seconds - clock.steps[0] * epoch / PILOT_EPOCH) / later))
     left = cpu_seconds - epoch * first
     return max(1, int(epoch + left / later if left > 0 else cpu_seconds / first))
 
 
-def measures_v(options: dict[str, Any]) -> bool:
+def measures(options: dict[str, Any]) -> bool:
+    """Whether the base passes over the rows before the first step."""
     method = options.get("method")
-    return isinstance(method, dict) and "v" in method
+    return isinstance(method, dict) and not {"u", "v"}.isdisjoint(method)
 
 
 def spent(clock: Clock, options: dict[str, Any], steps: int | None = None) -> float:
-    """CPU seconds of the first `steps` steps, and of all that comes before them where V is measured: that pass over the
-    rows, and the first evaluation with it."""
-    before = clock.evaluations[0] if measures_v(options) and clock.evaluations else 0.0
+    """CPU seconds of the first `steps` steps, and where the base passes over the rows first, of that pass and the first
+    evaluation."""
+    before = clock.evaluations[0] if measures(options) and clock.evaluations else 0.0
     return before + sum(clock.steps[:steps])
 
 

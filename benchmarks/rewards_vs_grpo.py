@@ -6,9 +6,10 @@
 
 A game is an instruction to a chat model and a reward that is 1 for the right answer in exactly the format asked for,
 and 0 for everything else. A step has COMPLETIONS completions for every contender. Seconds are those of the process on
-one thread, in steps only; tokens are those of the completions of training, and the end of each. All start from the same
-model, see the same rows, sample at temperature 1, and give back the state of their best greedy evaluation. What a step
-earned is the mean reward of its completions, sampled: the table has the mean of each fifth of the steps.
+one thread, in steps only; where the base writes before the first step ("job, LM head"), that and the first evaluation
+are in them too. Tokens are those of the completions of training, and the end of each. All start from the same model,
+see the same rows, sample at temperature 1, and give back the state of their best greedy evaluation. What a step earned
+is the mean reward of its completions, sampled: the table has the mean of each fifth of the steps.
 
 GRPO is TRL's GRPOTrainer (`pip install trl`) with its defaults, but for a constant rate, float32 (faster than bfloat16
 in PyTorch on a CPU) and no checkpointing: transformers writes with a key-value cache, and AdamW trains LoRA of rank 8
@@ -152,7 +153,7 @@ def chat(tokenizer: Any, instruction: str) -> str:
 
 
 def job_child(args: argparse.Namespace, runs: list[Run]) -> None:
-    from vllm_zo import LLM, LoZO, Reward
+    from vllm_zo import LLM, Reward
     from vllm_zo.tasks import Task
 
     llm: Any = LLM(
@@ -169,10 +170,11 @@ def job_child(args: argparse.Namespace, runs: list[Run]) -> None:
         rate = factor * STEP_SIZES[contender]
         method, options = JOBS[contender]
         options = {
-            "method": LoZO(**method), "batch_size": COMPLETIONS // 2, "bases": 1, "divergence_factor": None, **options
+            "method": {"name": "lozo", **method}, "batch_size": COMPLETIONS // 2, "bases": 1, "divergence_factor": None, **options
         }  # fmt: skip
         steps = max(1, int(args.cpu_seconds / seconds_a_step(llm, task, options)))
         meter.start_again()
+        llm.reset_prefix_cache()  # of the prompts that the pilot has read
         result = train(
             llm, task, {**options, "learning_rate": rate}, steps, seed, cpu_seconds=args.cpu_seconds, callbacks=[meter]
         )

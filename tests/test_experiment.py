@@ -51,7 +51,7 @@ def test_lora_begins_at_the_loss_that_the_engine_measures_and_lowers_it(engines:
 def test_a_job_is_measured_before_and_after(engines: Engines, task: Task, contender: str) -> None:
     llm = engines.get("llama", zo_training=experiment.SLOTS) if "head" in contender else engines.get()
     options = experiment.JOBS[contender]
-    if measures := experiment.measures_v(options):
+    if measures := experiment.measures(options):
         options = {**options, "bases": 4}  # the tiny model has no more directions
     zero_shot = experiment.prompted(llm, task, 0)
     assert experiment.steps_for(llm, task, options, cpu_seconds=1e-3) >= 1

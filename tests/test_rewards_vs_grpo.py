@@ -36,6 +36,11 @@ def test_tokens_of_training_are_counted_and_those_of_evaluations_not() -> None:
     meter({}, {"loss": 0.0})
     meter({}, {"eval_loss": 0.0})
     assert meter.at == [0, 3 + 2]  # one more for the end of each
+    assert meter.earned == [0.5], "nothing of evaluations"
+    meter.earned[:] = [0.0, 0.5, 0.5, 0.5, 0.5, 0.5, 1.0]
+    assert meter.fifths == [0.0, 0.5, 0.5, 0.5, 0.75]
+    meter.start_again()
+    assert meter.tokens == 0 and meter.fifths == []
 
 
 def test_the_parts_of_a_game_share_no_row(tmp_path: Path) -> None:
@@ -65,7 +70,7 @@ def test_the_table_compares_at_equal_tokens_too() -> None:
         }
         scores = {"validation": {"accuracy": max(rewards)}, "test": {"accuracy": 0.25}, "peak_mib": 7.0}
         of_run = {"factor": 1.0, "rate": 1e-3, "seed": 0, "steps": 4, "spent": 9.0, "written": written[-1]}
-        return {**head, **of_run, **scores, "curve": curve}
+        return {**head, **of_run, **scores, "earned": [0.1, 0.25], "curve": curve}
 
     diverged = {**line("job, last layer", [0], [0.1]), "written": 50}
     del diverged["curve"]
@@ -73,9 +78,9 @@ def test_the_table_compares_at_equal_tokens_too() -> None:
         [line("grpo", [0, 60, 100], [0.1, 0.4, 0.3]), line("job, all layers", [0, 90, 300], [0.1, 0.2, 0.5]), diverged]
     )
     assert "after 100 tokens" in text
-    assert "| grpo | 0.001 | 0 | 4 | 9 | 100 | 0.100 | 0.400 | 0.400 | 0.250 | 7 |" in text
-    assert "| job, all layers | 0.001 | 0 | 4 | 9 | 300 | 0.100 | 0.200 | 0.500 | 0.250 | 7 |" in text
-    assert "| job, last layer | 0.001 | 0 | 4 | 9 | 50 |  |  | diverged |  |  |" in text
+    assert "| grpo | 0.001 | 0 | 4 | 9 | 100 | 0.100 | 0.400 | 0.400 | 0.250 | 0.10, 0.25 | 7 |" in text
+    assert "| job, all layers | 0.001 | 0 | 4 | 9 | 300 | 0.100 | 0.200 | 0.500 | 0.250 | 0.10, 0.25 | 7 |" in text
+    assert "| job, last layer | 0.001 | 0 | 4 | 9 | 50 |  |  | diverged |  |  |  |" in text
 
 
 def test_a_contender_that_does_not_exist_is_refused() -> None:
