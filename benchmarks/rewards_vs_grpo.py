@@ -170,7 +170,8 @@ def job_child(args: argparse.Namespace, runs: list[Run]) -> None:
         rate = factor * STEP_SIZES[contender]
         method, options = JOBS[contender]
         options = {
-            "method": {"name": "lozo", **method}, "batch_size": COMPLETIONS // 2, "bases": 1, "divergence_factor": None, **options
+            "method": {"name": "lozo", **method}, "batch_size": COMPLETIONS // 2, "bases": 1,
+            "divergence_factor": None, **options,
         }  # fmt: skip
         steps = max(1, int(args.cpu_seconds / seconds_a_step(llm, task, options)))
         meter.start_again()

@@ -24,7 +24,7 @@ HEAD = {"target_modules": "lm_head", "bases": 31, "batch_size": 64, "lr_schedule
 LAST = {"target_layers": "last", "bases": 7, "batch_size": 16}
 TRAINED = {  # of each model: what its job trains, in how many steps, and the rank of its slots
     None: ({"bases": 1, "batch_size": 16}, 400, 16),
-    "smollm2": ({"method": {"name": "lozo", "v": "activations", "interval": 10}, **HEAD}, 1500, 64),
+    "smollm2": ({"method": {"name": "lozo", "v": "activations", "u": "written", "interval": 10}, **HEAD}, 1500, 64),
     "gemma3": (LAST, 1500, 16),  # vLLM has no adapters for its LM head
 }
 EXAMPLES = ("a warm and clever story , beautifully told .", "the soup was cold and the waiter never came back .")

@@ -14,7 +14,7 @@ from tests.trajectories import LOZO, Trajectory, cut_copy, train
 from vllm_zo import Reward
 from vllm_zo.methods import METHODS
 from vllm_zo.methods.optimizers import OPTIMIZERS
-from vllm_zo.methods.step_size import AUTO, CALIBRATION_STEPS, StepSize
+from vllm_zo.methods.step_size import AUTO, CALIBRATION_STEPS, REWARD_SHARE, StepSize
 
 STEPS = CALIBRATION_STEPS + 5
 
@@ -35,6 +35,14 @@ def test_a_step_is_a_share_of_the_probe_radius() -> None:
     measured = steps[:CALIBRATION_STEPS]
     norm = math.sqrt(sum(sum(c**2 for c in step) for step in measured) / len(measured))
     assert size.base == pytest.approx(3.0 * method.optimizer.auto_share * 2e-3 * math.sqrt(4) / norm, rel=1e-12)
+
+
+def test_a_step_of_a_reward_is_shorter() -> None:
+    sizes = [StepSize(LOZO, AUTO), StepSize(LOZO, AUTO, rewarded=True)]
+    for size in sizes:
+        for _ in range(CALIBRATION_STEPS):
+            size.note([2.0])
+    assert sizes[0].base and sizes[1].base == pytest.approx(REWARD_SHARE * sizes[0].base) and REWARD_SHARE < 1
 
 
 def test_steps_that_say_nothing_do_not_count() -> None:

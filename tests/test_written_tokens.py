@@ -1,4 +1,4 @@
-"""LoZO(u="written"): each row of U is as large as the base writes its token often, and a replay has the same rows."""
+"""LoZO(u="written"): each row of U is as large as its token is common, and a replay has the same rows."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from vllm import SamplingParams
 
 from tests.engines import SENTIMENT, Engines, client_of, reviews, scheduler_of
 from tests.test_concurrent_jobs import step
-from vllm_zo import ConfigError, LoZO, Preference, Reward, noise
+from vllm_zo import ConfigError, LanguageModeling, LoZO, Preference, Reward, noise
 from vllm_zo.checkpoint.replay import rebuild_state
 from vllm_zo.checkpoint.seed_log.reader import read_seed_log
 from vllm_zo.config import JobConfig
-from vllm_zo.data import BatchOrder
+from vllm_zo.data import BatchOrder, encode_examples
 from vllm_zo.engine import written_tokens
 from vllm_zo.entrypoints.llm.prepare import prepare_job
 from vllm_zo.methods.written import row_sizes
@@ -121,10 +121,34 @@ def test_a_pass_that_is_interrupted_counts_each_completion_once(llm: Any, tmp_pa
     assert (job.directory / "start.safetensors").read_bytes() == (whole.directory / "start.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize("v", ["normal", "activations"])
+def test_labels_have_size_one_and_no_other_word_moves(llm: Any, v: str) -> None:
+    options: dict[str, Any] = {"objective": SENTIMENT, "learning_rate": 0.1}
+    runs = [
+        train(llm, **options, method=LoZO(rank=RANK, interval=2, eps=0.1, v=v, u=u))  # type: ignore[arg-type]
+        for u in ("normal", "written")
+    ]
+    assert runs[0].history and [r["loss"] for r in runs[0].history] == [r["loss"] for r in runs[1].history]
+    labels = [llm.get_tokenizer()(option)["input_ids"][-1] for option in SENTIMENT.options]
+    assert sizes(runs[1]).nonzero()[:, 0].unique().tolist() == sorted(labels)
+    assert sizes(runs[1])[labels].unique().tolist() == [1.0]
+    state = rebuild_state(read_seed_log(runs[1].directory / "seeds.log"))
+    assert state.acc_BN[0].count_nonzero() == len(labels) * RANK
+
+
+def test_texts_have_the_sizes_of_their_tokens(llm: Any) -> None:
+    rows = [{"prompt": "the film is", "completion": text} for text in (" good good", " dull", " good")] * 2
+    run = train(llm, rows=rows, objective=LanguageModeling(), batch_size=6)
+    counts: Counter[int] = Counter()
+    for example in encode_examples(rows, LanguageModeling(), llm.get_tokenizer(), 128, "rows"):
+        counts.update(example.sequences[0].label_ids)
+    torch.testing.assert_close(sizes(run)[:, 0], row_sizes(sorted(counts.items()), len(sizes(run))))
+    assert 0 < counts.total() / len(rows) < 8
+
+
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "layers": ({"target_modules": "all-linear"}, r"lozo\.u='written' counts the tokens .*; train 'lm_head' alone"),
-    "labels": ({"objective": SENTIMENT}, "objective='classification': .* for a reward; use u='normal'"),
-    "preference": ({"objective": Preference()}, "objective='preference'"),
+    "layers": ({"target_modules": "all-linear"}, r"lozo\.u='written' measures the tokens .*; train 'lm_head' alone"),
+    "preference": ({"objective": Preference()}, "objective='preference': .*; use u='normal'"),
     "continual": ({"continual": True, "steps": None}, "continual=True"),
     "both": ({"method": {"name": "lozo", "u": "written", "v": "activations"}}, "objective='reward': .* use v='normal'"),
     "another word": ({"method": {"name": "lozo", "u": "often"}}, "unknown lozo.u 'often'"),

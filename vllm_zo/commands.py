@@ -157,12 +157,13 @@ class MeasureV:
 
 @dataclass(frozen=True)
 class SizeU:
-    """Give the rows of the job's U the sizes of what the base has written, and write the state to `path`."""
+    """Give the rows of the job's U the sizes that follow from how often each token is written, and write the state to
+    `path`; None: another command will."""
 
     job_id: str
-    path: str
+    path: str | None
     counts: tuple[tuple[int, int], ...]
-    """(token, how often it was written)."""
+    """(token, how often it is written)."""
 
 
 @dataclass(frozen=True)

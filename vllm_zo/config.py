@@ -343,18 +343,18 @@ class JobConfig:
 
     def _check_measures(self) -> None:
         coordinates = self.method.coordinates
-        of_v, of_u = "measures what enters the LM head where the", "counts the tokens that the base writes for the"
-        what = f"{of_v} training rows are scored" if coordinates.measures_v else f"{of_u} training rows"
-        measured = f"{self.method.name}.{coordinates.measured} {what}"
+        of_v, of_u = "what enters the LM head where the training rows are scored", "the tokens of the training rows"
+        measured = f"{self.method.name}.{coordinates.measured} measures {of_v if coordinates.measures_v else of_u}"
         if self.target_modules != LM_HEAD:
             raise ConfigError(f"target_modules={self.target_modules!r}: {measured}; train {LM_HEAD!r} alone.")
         if self.continual:
             raise ConfigError(f"continual=True: {measured}, before the first step; later rows may be others.")
-        writes = isinstance(self.objective, GeneratingObjective)
-        if coordinates.measures_v and (writes or isinstance(self.objective, Rollout | ReferencedObjective)):
-            raise ConfigError(f"objective={self.objective.name!r}: {measured}; use v='normal'.")
-        if coordinates.measures_u and not writes:
-            raise ConfigError(f"objective={self.objective.name!r}: {measured}, for a reward; use u='normal'.")
+        refused: Any = Rollout | ReferencedObjective
+        if coordinates.measures_v:
+            refused |= GeneratingObjective
+        if isinstance(self.objective, refused):
+            normal = "v='normal'" if coordinates.measures_v else "u='normal'"
+            raise ConfigError(f"objective={self.objective.name!r}: {measured}; use {normal}.")
 
     def _check_continual(self) -> None:
         object.__setattr__(self, "steps", MANY_STEPS)

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 
 from vllm_zo.config import JobConfig
 from vllm_zo.engine.base_pass import BasePass
-from vllm_zo.engine.measured_v import MeasuredV
+from vllm_zo.engine.measured_v import Measured
 from vllm_zo.engine.references import References
 from vllm_zo.engine.training_rows import FixedRows, TrainingRows
 from vllm_zo.engine.written_tokens import WrittenTokens
 from vllm_zo.jobs.directory import JobDir
 from vllm_zo.objectives import ReferencedObjective
-from vllm_zo.objectives.base import EncodedExample
+from vllm_zo.objectives.base import EncodedExample, GeneratingObjective
 
 
 def pass_before(
@@ -46,6 +46,6 @@ def pass_before(
         references.check_base(folded=config.space == "fold" and first_step > 0)
         return references
     read = {i: rows.examples[i] for i in used}
-    if coordinates.measures_u:
+    if isinstance(objective, GeneratingObjective):
         return WrittenTokens(directory, read, config.seed, piece)
-    return MeasuredV(directory, read, piece)
+    return Measured(directory, coordinates, read, piece)

@@ -103,7 +103,11 @@ class Job:
         """None once the job has begun."""
         self.rows: TrainingRows = FixedRows(directory, config) if rows is None else rows
         self._validation: Sequence[EncodedExample] = ()
-        self._step_size = StepSize(config.method, config.learning_rate, config.learning_rate_multiplier)
+        self._rewarded = isinstance(config.objective, GeneratingObjective | Rollout)
+        """Whether losses are minus rewards."""
+        self._step_size = StepSize(
+            config.method, config.learning_rate, config.learning_rate_multiplier, rewarded=self._rewarded
+        )
         # A learning rate "auto" is a function of the first steps' coefficients: a resumed run must find the same one.
         for coefficients in logged:
             self._step_size.note(coefficients)
@@ -111,8 +115,6 @@ class Job:
         self._evaluations = Evaluations(0, eval_batch, config.eval_interval)
         self._base_pass: BasePass | None = None
         """While the base has yet to score examples."""
-        self._rewarded = isinstance(config.objective, GeneratingObjective | Rollout)
-        """Whether losses are minus rewards."""
         # Of a continual job the rows may change their meaning, and with it their loss.
         guard = None if config.continual else config.divergence_factor
         self._measured = Measurements(recorder, rewarded=self._rewarded, divergence_factor=guard)
@@ -175,7 +177,7 @@ class Job:
             # After the reading: the workers are never told of a job that could not be read (see `at_end`).
             self._start = None
             self._measured.begin()
-            commands.append(start)
+            commands += [start, *self.take_commands()]
         self._move(JobStatus.RUNNING)
         self._entered = time.monotonic()
         return commands

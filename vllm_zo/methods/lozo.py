@@ -53,11 +53,12 @@ class LoZO(LowRankMethod):
         "normal",
         choices=get_args(LoZOLeft),
         panel="Method",
-        help="normal, or written: rows of U are as large as the base writes their tokens often.",
+        help="normal, or written: rows of U are as large as their tokens are written often.",
         unsaid=True,
     )
-    """"written" is not the published method: before the first step the base writes completions of training rows, and
-    counts the tokens (methods/written.py). It is for rewards, in jobs that train the LM head alone."""
+    """"written" is not the published method: a row of U is as large as its token is common in what the training rows
+    score or, for a reward, in what the base writes for them (methods/written.py). Other rows never move. It is for jobs
+    that train the LM head alone."""
 
     @property
     def coordinates(self) -> Coordinates:

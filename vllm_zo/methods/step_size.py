@@ -2,7 +2,7 @@
 
 A probe moves the weights by eps along a direction. That is far enough to change the loss measurably, and near enough
 for the loss to be almost linear. A step moves them by a share of that, the product of the `auto_share` of optimizer and
-method:
+method, and of REWARD_SHARE where losses are rewards:
 
     sgd, momentum       lr = share * eps * sqrt(K) / w.   w is the root mean square, over CALIBRATION_STEPS steps, of
                         the norm |w_K| of a step's coefficients: a step is lr * sum_k w_k Z_k, and a probe is eps * Z_k.
@@ -28,6 +28,10 @@ CALIBRATION_STEPS = 10
 """Steps of learning rate 0. The mean square of n normals has a relative error of sqrt(2/n): with 10 it is known to
 about 45 %, and the step size, which goes with its root, to about 20 %."""
 
+REWARD_SHARE = 0.3
+"""What a probe earns is mostly chance: a step is short, or it is a walk at random. Measured with two rewards: docs/
+results.md has one, and the demo's kept more of what it had learnt than at 1."""
+
 
 class StepSize:
     """The base learning rate of a run, which is known from the start or after some steps.
@@ -37,17 +41,19 @@ class StepSize:
     Args:
         given: a number, or "auto".
         multiplier: a factor of that number, or of the measured one.
+        rewarded: whether the losses are rewards.
     """
 
-    def __init__(self, method: Method, given: float | str, multiplier: float = 1.0) -> None:
-        self._method, self._multiplier = method, multiplier
+    def __init__(self, method: Method, given: float | str, multiplier: float = 1.0, *, rewarded: bool = False) -> None:
+        self._method = method
+        self._share = multiplier * method.auto_step * (REWARD_SHARE if rewarded else 1.0)
         self._squares: list[float] = []
         self.base: float | None = None
         """None while the rate is not known. A step then takes learning rate 0."""
         if given != AUTO:
             self.base = float(given) * multiplier
         elif method.optimizer.scale_free:
-            self.base = multiplier * method.auto_step * method.eps
+            self.base = self._share * method.eps
 
     def may_be_known_after(self, steps: int) -> bool:
         """Whether the results of the first `steps` steps may decide the rate. If so, the next step waits for them."""
@@ -62,8 +68,7 @@ class StepSize:
         self._squares.append(square)
         if len(self._squares) == CALIBRATION_STEPS:
             norm = math.sqrt(math.fsum(self._squares) / CALIBRATION_STEPS)
-            method = self._method
-            share = self._multiplier * method.auto_step
+            method, share = self._method, self._share
             self.base = share * method.eps / norm
             logger.info(
                 "learning_rate='auto': %.3g (steps of %.2g eps at eps=%g; coefficients of %.3g in %d steps)",

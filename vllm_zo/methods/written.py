@@ -1,10 +1,13 @@
-"""Sizes of U's rows from what the model writes: each row of the LM head moves as much as its token is written often.
+"""Sizes of U's rows from what is written: each row of the LM head moves as much as its token is common.
 
 A probe of the LM head moves the logits of the whole vocabulary. Of its tokens a model writes some hundred for a given
 kind of prompt. The others cannot earn a reward, but each step moves them too, and at random: a step that helps the
 tokens that are written lifts tens of thousands that are not, until sampling finds them. The gradient of the expected
-reward has a row for each token whose mean square grows with the probability p of the token, like p (1 - p); here a
-direction has rows of that size, by the square root of the share of p among the base's own completions.
+reward has a row for each token, whose mean square grows with the probability p of the token like p (1 - p). Here the
+rows of a direction have about that size: the square root of the share of a token among the base's own completions.
+
+Where a loss scores labels or texts, it is the share among the tokens that the training rows score. All labels then have
+size 1, and an adapter leaves every other word as it was.
 
 Source: own. Measured in docs/results.md.
 """

@@ -337,7 +337,8 @@ class Trainer:
         (head,) = state.layout.modules
         sizes_O = row_sizes(command.counts, head.out_features, state.device)
         state.sizes_N.copy_(sizes_O.repeat_interleave(state.coordinates.rank))
-        self._save(job, command.path, 0)
+        if command.path is not None:
+            self._save(job, command.path, 0)
 
     @execute.register
     def _apply(self, command: ApplyRecord) -> None:

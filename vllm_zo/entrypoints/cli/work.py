@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from vllm_zo.config import JobConfig
 from vllm_zo.data.batches import BatchOrder
 from vllm_zo.engine.written_tokens import WrittenTokens
-from vllm_zo.objectives.base import EncodedExample, ReferencedObjective
+from vllm_zo.objectives.base import EncodedExample, GeneratingObjective, ReferencedObjective
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,11 @@ class Work:
             times += (config.steps - 1) // config.eval_interval
         referenced: list[EncodedExample] = []
         compares, coordinates = isinstance(config.objective, ReferencedObjective), config.method.coordinates
-        if not config.continual and (compares or coordinates.measured):
+        writes = coordinates.measures_u and isinstance(config.objective, GeneratingObjective)
+        if not config.continual and (compares or coordinates.measures_v or writes):
             order = BatchOrder(len(train), min(rows, len(train)), config.seed)
             referenced = [*(train[i] for i in order.first(config.steps)), *(scored if compares else ())]
-        if coordinates.measures_u:
+        if writes:
             referenced = WrittenTokens.read(referenced)
         return cls(
             steps=None if config.continual else config.steps,
