@@ -54,10 +54,14 @@ JOBS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "job, all layers": ({"eps": 3e-3}, {}),
     "job, last layer": ({"eps": 1e-2}, {"target_layers": "last"}),
     "job, LM head": ({"eps": 3e-2, "u": "written", "interval": 10}, {"target_modules": "lm_head", "bases": 4}),
+    "job, LM head, all words alike": ({"eps": 3e-3, "interval": 10}, {"target_modules": "lm_head", "bases": 4}),
 }
 """Options of LoZO, with the radius of a probe, and further ones of `finetune`. In layers, with three times the radius,
 probes hit hardly anything."""
-STEP_SIZES = {"job, all layers": 1e-4, "job, last layer": 1e-3, "job, LM head": 5e-3, GRPO: 5e-4}
+STEP_SIZES = {
+    "job, all layers": 1e-4, "job, last layer": 1e-3, "job, LM head": 5e-3, "job, LM head, all words alike": 1e-4,
+    GRPO: 5e-4,
+}  # fmt: skip
 """The learning rates of factor 1. Those of jobs make a step of about a third of the radius."""
 CONTENDERS = (*JOBS, GRPO)
 KEY = ("model", "task", "contender", "factor", "cpu_seconds", "seed")
