@@ -59,6 +59,8 @@ PUBLISHED_INTERVAL = 50
 """The table spreads the cost of a refresh over this many steps, the papers' nu, whatever the interval of the run is."""
 MIB = 1 << 20
 KV_MIB = {"cpu": 256, "cuda": 4096}
+LONGEST = 512
+"""Tokens of a sequence of a real model; the longest review has some hundred."""
 TARGET = 1.10
 
 
@@ -122,6 +124,8 @@ def measure(variant: str, args: argparse.Namespace) -> dict[str, float]:
         groups = map(prompts.tokens, range(max(args.bank_steps, args.fold_steps)))
         common = gpu.engine_options(args.model_dir, groups, 2 * args.batch)
     common |= {"dtype": args.dtype, "kv_cache_memory_bytes": args.kv_mib * MIB, "max_loras": SERVING_LORAS}
+    if args.model:  # vLLM wants a KV cache for a sequence as long as the model has positions for
+        common["max_model_len"] = LONGEST
     if variant in ("bank", "fold"):
         from vllm_zo import LLM
 
