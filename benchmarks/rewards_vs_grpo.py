@@ -59,10 +59,11 @@ JOBS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 """Options of LoZO, with the radius of a probe, and further ones of `finetune`. In layers, with three times the radius,
 probes hit hardly anything."""
 STEP_SIZES = {
-    "job, all layers": 1e-4, "job, last layer": 1e-3, "job, LM head": 5e-3, "job, LM head, all words alike": 1e-4,
+    "job, all layers": 1e-4, "job, last layer": 1e-3, "job, LM head": 2.5e-3, "job, LM head, all words alike": 5e-5,
     GRPO: 5e-4,
 }  # fmt: skip
-"""The learning rates of factor 1. Those of jobs make a step of about a third of the radius."""
+"""The learning rates of factor 1. Those of jobs of layers make a step of about a third of the radius, those of jobs of
+the LM head of a sixth."""
 CONTENDERS = (*JOBS, GRPO)
 KEY = ("model", "task", "contender", "factor", "cpu_seconds", "seed")
 Run = tuple[str, str, float, float, int]

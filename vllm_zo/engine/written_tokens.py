@@ -14,8 +14,8 @@ from vllm_zo.engine.group import Work
 from vllm_zo.jobs.directory import JobDir
 from vllm_zo.objectives.base import EncodedExample
 
-MOST_ROWS = 256
-"""Rows of which the base writes a completion: some thousand tokens, of which most that matter are seen."""
+MOST_ROWS = 128
+"""Rows of which the base writes a completion: a thousand tokens, in which those that matter are."""
 STREAM = "written"
 """Part of the seed of every completion, so that no step samples with the same numbers."""
 
