@@ -29,8 +29,8 @@ CALIBRATION_STEPS = 10
 about 45 %, and the step size, which goes with its root, to about 20 %."""
 
 REWARD_SHARE = 0.15
-"""What a probe earns is mostly chance: a step is short, or it is a walk at random. In a simulation of the reward of docs/
-results.md six of six seeds kept what they had learnt at .15, three of six at .3, and none at 1."""
+"""What a probe earns is mostly chance: a step is short, or it is a walk at random. In a simulation of the reward of
+docs/results.md six of six seeds kept what they had learnt at .15, three of six at .3, and none at 1."""
 
 
 class StepSize:
