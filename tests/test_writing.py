@@ -120,6 +120,9 @@ def test_a_member_ends_where_serving_ends(tmp_path: Path) -> None:
     params = writing.params(Generation(5, None, None, (11,)), seed=3)
     assert params.eos_token_id == 2 and sorted(params.stop_token_ids or ()) == [7, 9, 11]
     assert (params.max_tokens, params.seed) == (5, 3)
+    assert params.skip_reading_prefix_cache
+    of_base = writing.params(Generation(5, None, None, (11,)), seed=3, reads_prefix_cache=True)
+    assert not of_base.skip_reading_prefix_cache
     plain = Writing(model_config(tmp_path, {})).params(Generation(5, None, None, ()), seed=3)
     assert plain.eos_token_id == 2 and plain.stop_token_ids == []
 

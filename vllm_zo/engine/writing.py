@@ -37,7 +37,7 @@ class Writing:
         params.update_from_generation_config(self._generation_config, self._tokenizer.eos_token_id)
         return params
 
-    def params(self, generation: Generation, seed: int, *, reads_prefix_cache: bool) -> SamplingParams:
+    def params(self, generation: Generation, seed: int, *, reads_prefix_cache: bool = False) -> SamplingParams:
         """Sampling parameters of a member's request; a setting that the objective leaves open has the model's default.
 
         Args:
