@@ -207,12 +207,17 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
+def check_refused(options: dict[str, Any], message: str) -> None:
+    """That a job with these options of `finetune` is refused; None leaves one out."""
+    given = {k: v for k, v in options.items() if k != "progress" and v is not None}
+    with pytest.raises(ConfigError, match=message):
+        JobConfig.from_options(given)
+
+
 @pytest.mark.parametrize("case", REFUSED)
 def test_where_it_means_nothing_it_is_refused(case: str) -> None:
     options, message = REFUSED[case]
-    given = {k: v for k, v in (OPTIONS | options).items() if k != "progress" and v is not None}
-    with pytest.raises(ConfigError, match=message):
-        JobConfig.from_options(given)
+    check_refused(OPTIONS | options, message)
 
 
 def test_with_several_workers_or_engines_it_is_refused(llm: Any) -> None:

@@ -12,7 +12,8 @@ from vllm import SamplingParams
 
 from tests.engines import SENTIMENT, Engines, client_of, reviews, scheduler_of
 from tests.test_concurrent_jobs import step
-from vllm_zo import ConfigError, LanguageModeling, LoZO, Preference, Reward, noise
+from tests.test_measured_v import check_refused
+from vllm_zo import LanguageModeling, LoZO, Preference, Reward, noise
 from vllm_zo.checkpoint.replay import rebuild_state
 from vllm_zo.checkpoint.seed_log.reader import read_seed_log
 from vllm_zo.config import JobConfig
@@ -158,6 +159,4 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_where_it_means_nothing_it_is_refused(case: str) -> None:
     options, message = REFUSED[case]
-    given = {k: v for k, v in (OPTIONS | options).items() if k != "progress" and v is not None}
-    with pytest.raises(ConfigError, match=message):
-        JobConfig.from_options(given)
+    check_refused(OPTIONS | options, message)

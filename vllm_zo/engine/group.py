@@ -35,8 +35,8 @@ class Work:
     """None: the group does not train."""
     last_of_evaluation: bool = False
     sampling_seeds: tuple[int, ...] = ()
-    """One for each sequence that is continued or played. All probes share them, so that they differ by
-    their weights only."""
+    """One for each sequence that is continued or played. All probes share them, so that they differ by their weights
+    only."""
     shard: int | None = None
     """Its number, for a shard of a training step: the group reports its cells, and updates nothing. None: the group is
     a whole step, or a piece of an evaluation."""

@@ -380,7 +380,7 @@ class Job:
         if not self._rewarded:
             return ()
         return tuple(
-            noise.derive_key(self.config.seed, stream, step, i, sample) >> 1  # vLLM's seeds are signed
+            noise.derive_seed(self.config.seed, stream, step, i, sample)
             for i, example in zip(ids, examples, strict=True)
             for sample in range(len(example.sequences))
         )

@@ -45,8 +45,7 @@ class WrittenTokens(BasePass):
         work = super().next_work(step)
         if work is None:
             return None
-        # vLLM's seeds are signed.
-        seeds = tuple(noise.derive_key(self._job_seed, STREAM, i) >> 1 for i in work.example_ids)
+        seeds = tuple(noise.derive_seed(self._job_seed, STREAM, i) for i in work.example_ids)
         return replace(work, sampling_seeds=seeds)
 
     def wrote(self, completions: Sequence[Sequence[int]]) -> None:

@@ -36,7 +36,7 @@ from torch import Tensor
 
 from vllm_zo.noise import cpu
 from vllm_zo.noise.cpu import add_scaled
-from vllm_zo.noise.keys import derive_key, module_id
+from vllm_zo.noise.keys import derive_key, derive_seed, module_id
 from vllm_zo.noise.ranges import ElementRanges
 
 __all__ = [
@@ -44,6 +44,7 @@ __all__ = [
     "add_normals",
     "add_scaled",
     "derive_key",
+    "derive_seed",
     "module_id",
     "normal",
     "rademacher",

@@ -21,6 +21,11 @@ def derive_key(*parts: int | str) -> int:
     return _hash64(encoded)
 
 
+def derive_seed(*parts: int | str) -> int:
+    """The upper 63 bits of `derive_key`, for a request that samples: vLLM's seeds are signed."""
+    return derive_key(*parts) >> 1
+
+
 def module_id(name: str) -> int:
     """64-bit id of a module, the high half of its counters."""
     return _hash64(name.encode())

@@ -46,7 +46,7 @@ class OpenedRollout:
 
     def next_seed(self) -> int:
         """The sampling seed of the next request: a function of (job, step, row, turn)."""
-        seed = noise.derive_key(self.seed, "turn", self.turns) >> 1  # vLLM's seeds are signed
+        seed = noise.derive_seed(self.seed, "turn", self.turns)
         self.turns += 1
         return seed
 
