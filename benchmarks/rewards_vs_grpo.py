@@ -4,12 +4,12 @@
     python benchmarks/rewards_vs_grpo.py --model DIR --contenders "job, last layer; grpo" --factors 1 --seeds 1,2
     python benchmarks/rewards_vs_grpo.py --report                                    # the tables of what is there
 
-A game is an instruction to a chat model and a reward that is 1 for the right answer in exactly the format asked for,
-and 0 for everything else. A step has COMPLETIONS completions for every contender. Seconds are those of the process on
-one thread, in steps only; where the base writes before the first step ("job, LM head"), that and the first evaluation
-are in them too. Tokens are those of the completions of training, and the end of each. All start from the same model,
-see the same rows, sample at temperature 1, and give back the state of their best greedy evaluation. What a step earned
-is the mean reward of its completions, sampled: the table has the mean of each fifth of the steps.
+A game (games.py) is an instruction to a chat model and a reward from 0 to 1. A step has COMPLETIONS completions for
+every contender. Seconds are those of the process on one thread, in steps only; where the base writes before the first
+step ("job, LM head"), that and the first evaluation are in them too. Tokens are those of the completions of training,
+and the end of each. All start from the same model, see the same rows, sample at temperature 1, and give back the state
+of their best greedy evaluation. What a step earned is the mean reward of its completions, sampled: the table has the
+mean of each fifth of the steps.
 
 GRPO is TRL's GRPOTrainer (`pip install trl`) with its defaults, but for a constant rate, float32 (faster than bfloat16
 in PyTorch on a CPU) and no checkpointing: transformers writes with a key-value cache, and AdamW trains LoRA of rank 8
@@ -23,7 +23,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 from itertools import islice, product
 from pathlib import Path
@@ -44,11 +44,12 @@ from benchmarks.experiment import (
     results,
     train,
 )
+from benchmarks.games import GAMES, Grade
 from benchmarks.long_run import Clock
 from benchmarks.memory import MIB, peak_rss, reset_peak
 
-COMPLETIONS, GROUP, MAX_TOKENS, PILOT_STEPS = 32, 8, 8, 4
-"""Completions of a step; GRPO's for one prompt; and the most tokens of one."""
+COMPLETIONS, GROUP, PILOT_STEPS = 32, 8, 4
+"""Completions of a step, and GRPO's for one prompt."""
 GRPO = "grpo"
 JOBS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "job, all layers": ({"eps": 3e-3}, {}),
@@ -73,45 +74,22 @@ BLOCK = 32
 """Tokens of a KV block, the fewest that vLLM has on a CPU: probes of the LM head share the whole blocks of a prompt."""
 
 
-# --- the games --------------------------------------------------------------------------------------------------------
-
-
-def reviews(data: Path) -> Iterable[dict[str, Any]]:
-    """The training rows of SST-2."""
-    for line in (data / "sst2" / "train.jsonl").read_text().splitlines():
-        row = json.loads(line)
-        yield {"question": row["sentence"].strip(), "answers": ("negative", "positive")[row["label"]]}
-
-
-GAMES: dict[str, tuple[Callable[[Path], Iterable[dict[str, Any]]], str, str]] = {
-    "reviews": (
-        reviews,
-        "Is this review positive or negative? {question}\n"
-        'Reply "This review is positive." or "This review is negative."',
-        "This review is {answers}.",
-    ),
-}
-"""Rows, the instruction, and what is rewarded."""
-
-
-def exact(completions: Sequence[str], answers: Sequence[str], **columns: Any) -> list[float]:
-    """1 for the right answer and nothing else, white space around it aside."""
-    return [float(text.strip() == right) for text, right in zip(completions, answers, strict=True)]
+# --- what is measured -------------------------------------------------------------------------------------------------
 
 
 class Meter:
     """Scores completions, and counts the tokens of those that are written in training."""
 
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Any, grade: Grade) -> None:
+        self._tokenizer, self.grade = tokenizer, grade
         self.tokens = 0
         self.at: list[int] = []
         """The tokens before each evaluation of a job."""
         self.earned: list[float] = []
         """The mean reward of each step's completions."""
 
-    def reward(self, completions: Sequence[str], answers: Sequence[str], part: Sequence[str], **_: Any) -> list[float]:
-        rewards = exact(completions, answers)
+    def reward(self, completions: Sequence[str], answer: Sequence[str], part: Sequence[str], **_: Any) -> list[float]:
+        rewards = self.grade(completions, answer)
         if part[0] == "train":  # a group has rows of one part
             ids = self._tokenizer(list(completions), add_special_tokens=False)["input_ids"]
             self.tokens += sum(len(of_one) + 1 for of_one in ids)
@@ -138,12 +116,11 @@ class Meter:
 
 def load(args: argparse.Namespace, name: str, tokenizer: Any) -> tuple[dict[str, list[dict[str, Any]]], str]:
     """The rows of each part, and the template of a prompt: the instruction as the model's chat has it."""
-    rows, instruction, answer = GAMES[name]
     parts: dict[str, list[dict[str, Any]]] = {}
-    left = iter(rows(args.data))
+    left = iter(GAMES[name].rows(args.data))
     for part, count in zip(("train", "validation", "test"), args.rows, strict=True):
-        parts[part] = [{**row, "answers": answer.format(**row), "part": part} for row in islice(left, count)]
-    return parts, chat(tokenizer, instruction)
+        parts[part] = [{**row, "part": part} for row in islice(left, count)]
+    return parts, chat(tokenizer, GAMES[name].instruction)
 
 
 def chat(tokenizer: Any, instruction: str) -> str:
@@ -166,10 +143,12 @@ def job_child(args: argparse.Namespace, runs: list[Run]) -> None:
     )
     for run in runs:
         name, contender, factor, _, seed = run
-        meter = Meter(llm.get_tokenizer())
+        game = GAMES[name]
+        meter = Meter(llm.get_tokenizer(), game.grader(args.data))
         parts, template = load(args, name, llm.get_tokenizer())
         objective = Reward(
-            template, reward=meter.reward, max_tokens=MAX_TOKENS, temperature=1.0, top_p=1.0, special_tokens=False,
+            template, reward=meter.reward, max_tokens=game.max_tokens, temperature=1.0, top_p=1.0,
+            special_tokens=False,
         )  # fmt: skip
         task = Task(name, objective, parts["train"], parts["validation"], parts["test"], objective)
         rate = factor * STEP_SIZES[contender]
@@ -219,7 +198,8 @@ def train_grpo(args: argparse.Namespace, name: str, rate: float, seed: int) -> d
     torch.set_num_threads(1)
     tokenizer = AutoTokenizer.from_pretrained(args.model, padding_side="left")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    meter = Meter(tokenizer)
+    game = GAMES[name]
+    meter = Meter(tokenizer, game.grader(args.data))
     parts, template = load(args, name, tokenizer)
     rows = {part: [{**row, "prompt": template.format(**row)} for row in found] for part, found in parts.items()}
     curve: list[dict[str, float]] = []
@@ -230,7 +210,7 @@ def train_grpo(args: argparse.Namespace, name: str, rate: float, seed: int) -> d
         return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
     def evaluate(model: Any, step: int) -> None:
-        score = greedy(model, tokenizer, rows["validation"])
+        score = greedy(model, tokenizer, rows["validation"], meter.grade, game.max_tokens)
         if not curve or score > max(point["accuracy"] for point in curve):
             kept[:] = copies(trained(model))
         curve.append({"step": step, "spent": spent, "written": meter.tokens, "accuracy": score, "loss": -score})
@@ -255,7 +235,7 @@ def train_grpo(args: argparse.Namespace, name: str, rate: float, seed: int) -> d
     trainer = GRPOTrainer(
         args.model, meter.reward, GRPOConfig(
             output_dir=str(args.output.parent / "grpo"), learning_rate=rate, lr_scheduler_type="constant", seed=seed,
-            per_device_train_batch_size=COMPLETIONS, num_generations=GROUP, max_completion_length=MAX_TOKENS,
+            per_device_train_batch_size=COMPLETIONS, num_generations=GROUP, max_completion_length=game.max_tokens,
             max_steps=10**6, use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none",
             save_strategy="no", logging_strategy="no", disable_tqdm=True, dataloader_pin_memory=False,
             model_init_kwargs={"dtype": args.grpo_dtype},
@@ -268,7 +248,7 @@ def train_grpo(args: argparse.Namespace, name: str, rate: float, seed: int) -> d
     peak = peak_rss()
     put(trained(trainer.model), kept)
     best = max(point["accuracy"] for point in curve)
-    test = greedy(trainer.model, tokenizer, rows["test"])
+    test = greedy(trainer.model, tokenizer, rows["test"], meter.grade, game.max_tokens)
     return {
         "steps": trainer.state.global_step, "spent": spent, "written": meter.tokens, "rate": rate,
         "dtype": args.grpo_dtype, "peak_mib": peak / MIB,
@@ -276,7 +256,7 @@ def train_grpo(args: argparse.Namespace, name: str, rate: float, seed: int) -> d
     }  # fmt: skip
 
 
-def greedy(model: Any, tokenizer: Any, rows: Sequence[dict[str, Any]]) -> float:
+def greedy(model: Any, tokenizer: Any, rows: Sequence[dict[str, Any]], grade: Grade, max_tokens: int) -> float:
     """The mean reward of what the model writes when it does not sample."""
     import torch
 
@@ -291,10 +271,10 @@ def greedy(model: Any, tokenizer: Any, rows: Sequence[dict[str, Any]]) -> float:
         )
         with torch.no_grad():
             ids = model.generate(
-                **prompts, max_new_tokens=MAX_TOKENS, do_sample=False, pad_token_id=tokenizer.pad_token_id
+                **prompts, max_new_tokens=max_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id
             )
         texts = tokenizer.batch_decode(ids[:, prompts["input_ids"].shape[1] :], skip_special_tokens=True)
-        rewards += exact(texts, [row["answers"] for row in batch])
+        rewards += grade(texts, [row["answer"] for row in batch])
     model.train(was_training)
     return sum(rewards) / len(rewards)
 
@@ -348,7 +328,7 @@ def row(run: dict[str, Any], least: int) -> str:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_common(parser, "reviews", "rewards_vs_grpo.jsonl")
+    add_common(parser, ",".join(GAMES), "rewards_vs_grpo.jsonl")
     parser.set_defaults(rows=(200, 50, 100))
     parser.add_argument("--contenders", default=list(CONTENDERS), type=lambda s: [c.strip() for c in s.split(";")],
                         help=f"separated by semicolons: {'; '.join(CONTENDERS)}")  # fmt: skip

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks import games
 from benchmarks import rewards_vs_grpo as bench
 
 
@@ -25,11 +26,18 @@ class Words:
     [("It is bad.", 1), (" It is bad.\n", 1), ("It is good.", 0), ("It is bad", 0), ("It is bad. I think", 0)],
 )
 def test_only_the_right_answer_alone_is_rewarded(completion: str, reward: int) -> None:
-    assert bench.exact([completion], ["It is bad."]) == [reward]
+    assert games.exact([completion], ["It is bad."]) == [reward]
+
+
+def test_praise_is_graded_by_words_that_count_once() -> None:
+    grade = games.Praise([("a good film", 1), ("good fun", 1), ("a bad film", 0), ("bad plot", 0)])
+    texts = ["Good.", "good, good", "so bad!", "good or bad", "a zebra"]
+    # `good` is 2 of the 5 words of praise and none of the others; 6 words are known. Add-one: 3/11 against 1/11.
+    assert grade(texts, [""] * 5) == pytest.approx([0.75, 0.75, 0.25, 0.5, 0.5])
 
 
 def test_tokens_of_training_are_counted_and_those_of_evaluations_not() -> None:
-    meter = bench.Meter(Words())
+    meter = bench.Meter(Words(), games.exact)
     meter({}, {"eval_loss": 0.0})
     assert meter.reward(["a b", "7"], ["7", "7"], ["train", "train"]) == [0, 1]
     meter.reward(["a b c"], ["7"], ["validation"])
@@ -45,7 +53,8 @@ def test_tokens_of_training_are_counted_and_those_of_evaluations_not() -> None:
 
 def test_the_parts_of_a_game_share_no_row(tmp_path: Path) -> None:
     (tmp_path / "sst2").mkdir()
-    rows = [{"sentence": f"film {number} ", "label": number % 2} for number in range(90)]
+    rest = "of a film that goes on and on and on"
+    rows = [{"sentence": f"part {number} {rest} ", "label": number % 2} for number in range(90)]
     (tmp_path / "sst2" / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
     for game in bench.GAMES:
         args = bench.parse(["--tasks", game, "--data", str(tmp_path), "--rows", "40", "20", "20"])
@@ -54,7 +63,7 @@ def test_the_parts_of_a_game_share_no_row(tmp_path: Path) -> None:
         assert len(questions) == len(set(questions)) == 80
         assert all(row["part"] == part for part, rows in parts.items() for row in rows)
         last = parts["test"][-1]
-        assert last["question"] in template.format(**last) and last["answers"] in template
+        assert last["question"] in template.format(**last) and last["answer"] in template
 
 
 def test_the_table_compares_at_equal_tokens_too() -> None:
