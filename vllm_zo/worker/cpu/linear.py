@@ -1,18 +1,13 @@
-"""Linear layers on CPUs where vLLM's packed product is not the fastest.
+"""Linear layers with 16-bit weights on CPUs without 16-bit matrix instructions.
 
-16-bit weights on a CPU without 16-bit matrix instructions: the product is computed in float32, and the weight stays in
-16 bits. Such a CPU emulates a bfloat16 product one multiplication at a time, 3 to 8 times slower than float32. Widening
-a weight costs one pass over it; for a batch of some tokens the faster product saves many times that. No second copy of
-the weights is kept.
-
-float32 weights on a CPU without AVX-512: many rows are multiplied with the plain weight, few with oneDNN's packed one.
+The product is computed in float32, and the weight stays in 16 bits. Such a CPU emulates a bfloat16 product one
+multiplication at a time, 3 to 8 times slower than float32. Widening a weight costs one pass over it; for a batch of
+some tokens the faster product saves many times that. No second copy of the weights is kept.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,16 +17,6 @@ MIN_TOKENS = 16
 """With fewer tokens, reading the weight in 16 bits is cheaper than widening it (measured at 768 to 3,072 features)."""
 BLOCK_ELEMENTS = 1 << 21
 """Weight elements that are widened at a time: 8 MiB in float32, which fits into the cache that the cores share."""
-
-PLAIN_ROWS = 128
-"""From this number of rows on torch's product (MKL) is at least as fast as oneDNN's. Measured at 256 to 3,072 features:
-equal at 128 rows, 5 to 9 % faster at 256. With fewer rows oneDNN is up to a third faster."""
-KEPT_BYTES = 384 << 20
-"""Budget for weights that are kept both packed and plain. The layers that are loaded first use it up: it covers
-OPT-125M, and 1/13 of OPT-1.3B. It is chosen so that a job needs at most 10 % more memory than serving."""
-_bytes_left = 0
-"""The part of the budget that is left; 0 until a training worker asks for plain weights. It is a global, because vLLM's
-`dispatch_cpu_unquantized_gemm` does not know the worker. A worker process loads one model."""
 
 _NATIVE = {torch.bfloat16: ("avx512_bf16", "amx_bf16", "bf16"), torch.float16: ("avx512_fp16", "amx_fp16", "fp16")}
 """Names of the matrix instructions in torch.cpu.get_capabilities(), on x86 (avx512, amx) and ARM (the last)."""
@@ -51,44 +36,6 @@ def has_avx512() -> bool:
     """Whether this CPU has AVX-512. True on other CPUs than x86, which report no such capability: what is done without
     it is not for them."""
     return bool(torch.cpu.get_capabilities().get("avx512_f", True))
-
-
-def plain_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`x W^T + bias` with an unpacked weight: (..., I), (O, I), (O,) -> (..., O). A weight that changes every few steps
-    does not repay the time of packing it."""
-    return F.linear(x, weight, bias)
-
-
-def keep_plain_weights() -> None:
-    """Let layers that are loaded from now on keep plain weights, up to the budget. A training worker calls this before
-    it loads its model; serving rarely has as many rows in a step as training."""
-    global _bytes_left
-    _bytes_left = KEPT_BYTES
-
-
-def is_kept_plain(layer: Any) -> bool:
-    """Whether a layer keeps its (O, I) weight beside the packed one. The first call for a layer decides, so that a
-    weight that is packed again is counted once."""
-    global _bytes_left
-    if not hasattr(layer, "zo_kept_plain"):  # kept on the layer, which lives as long as the answer holds
-        weight = layer.weight
-        # MKL was not measured on other CPUs than x86, so they stay with vLLM's choice.
-        fits = weight.dtype == torch.float32 and weight.nbytes <= _bytes_left
-        layer.zo_kept_plain = fits and not has_avx512()
-        if layer.zo_kept_plain:
-            _bytes_left -= weight.nbytes
-    return bool(layer.zo_kept_plain)
-
-
-def plain_for_many_rows(packed: Callable[[Tensor, Tensor, Tensor | None], Tensor]) -> Callable[..., Tensor]:
-    """A product for many rows with the plain weight. It leaves few rows to `packed`, vLLM's choice for the layer."""
-
-    def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        # `packed` stays a variable of this closure: `packed_weights.PACKED` knows it by name.
-        many = x.numel() >= PLAIN_ROWS * x.shape[-1]
-        return F.linear(x, weight, bias) if many else packed(x, weight, bias)
-
-    return linear
 
 
 def widened_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

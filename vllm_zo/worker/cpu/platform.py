@@ -13,7 +13,7 @@ from vllm.distributed.parallel_state import get_pp_group
 from vllm_zo import compat
 from vllm_zo.config import ZOTrainingConfig
 from vllm_zo.methods.fold import fold_into
-from vllm_zo.worker.cpu import linear, patches
+from vllm_zo.worker.cpu import patches
 from vllm_zo.worker.cpu.alone import AloneForward
 from vllm_zo.worker.cpu.memory import TRIM_INTERVAL, give_back_freed_memory
 from vllm_zo.worker.cpu.packed_weights import PackedWeights
@@ -53,7 +53,6 @@ class CPUPlatform:
         # Here too, although the plugin applies them: VLLM_PLUGINS may leave the plugin out of this process.
         compat.require(patches.install, patches.keep_int8_weights)
         patches.choose_wrapper()
-        linear.keep_plain_weights()
 
     def head(self, lm_head: Any, logits_processor: Any, tp: Any) -> Head:
         return Head(lm_head, logits_processor, tp)
