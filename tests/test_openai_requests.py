@@ -405,6 +405,12 @@ def test_classification_data_is_left_to_its_objective() -> None:
         ([{"messages": []}], "row 1: the last message must be one to answer"),
         ([{"messages": "hello"}], "row 1: messages must be a list"),
         ([{"prompt": "a"}, {"messages": CHAT[:1]}], "row 2: chats .* and prompts are mixed"),
+        ([{"prompt": CHAT}], "row 1: the last message must be one to answer"),
+        ([{"prompt": []}], "row 1: prompt must be a list of messages"),
+        ([{"prompt": ["hello"]}], "row 1: prompt must be a list of messages"),
+        ([{"prompt": [{"content": "hello"}]}], r"row 1: prompt\[0\] has no role"),
+        ([{"prompt": CHAT[:1], "messages": CHAT[:1]}], "row 1: both messages and prompt"),
+        ([{"prompt": CHAT[:1]}, {"prompt": "a"}], "row 2: chats .* and prompts are mixed"),
     ],
 )
 def test_a_chat_that_cannot_be_answered_names_its_row(renderer: Any, records: Any, message: str) -> None:
@@ -421,6 +427,32 @@ def test_the_prompt_of_a_reward_is_the_conversation_as_the_template_writes_it(re
     (example,) = encode_examples(asked, objective, tokenizer, 128, "train")
     assert list(example.sequences[0].token_ids) == tokenizer(prompt, add_special_tokens=False)["input_ids"]
     assert example.columns is not None and example.columns["answer"] == "good", "for the grader"
+
+
+def test_a_prompt_that_is_a_list_of_messages_is_a_chat(renderer: Any) -> None:
+    """TRL's conversational form, for rewards and for what is learnt word by word."""
+    render = ServedChats(renderer, TEMPLATE)
+    of_trl, ours = {"prompt": CHAT[:1], "answer": "good"}, {"messages": CHAT[:1], "answer": "good"}
+    assert with_prompts([of_trl], render, ANSWER, "train") == with_prompts([ours], render, ANSWER, "train")
+    shown = [{key: value for key, value in message.items() if key != "weight"} for message in CHAT[:3]]
+    learnt = supervised([{"prompt": shown, "completion": CHAT[3:]}], render, "train")
+    assert learnt == supervised([{"messages": CHAT}], render, "train"), "what the prompt holds is not learnt"
+    assert len(learnt[0]) == 1
+
+
+@pytest.mark.parametrize(
+    ("completion", "message"),
+    [
+        (None, "row 1: completion must be a list of messages"),
+        ("good", "row 1: completion must be a list of messages"),
+        ([{"role": "user", "content": "good"}], "row 1: no assistant message to learn"),
+        ([{"role": "assistant", "content": ""}], r"row 1: completion\[0\] has neither content nor tool_calls"),
+        ([{"role": "assistant", "content": 3}], r"row 1: completion\[0\].content is 3"),
+    ],
+)
+def test_a_completion_behind_a_chat_is_the_assistants_message(renderer: Any, completion: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=f"train, {message}"):
+        supervised([{"prompt": CHAT[:1], "completion": completion}], ServedChats(renderer, TEMPLATE), "train")
 
 
 def test_prompts_of_a_reward_are_taken_with_the_tokenizers_own_special_tokens(renderer: Any, tokenizer: Any) -> None:

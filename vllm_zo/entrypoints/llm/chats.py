@@ -130,7 +130,9 @@ def supervised(
     """Prompt and completion pairs, and the objective that learns them.
 
     A chat gives a pair for each of its assistant messages, except those with `"weight": 0`. The conversation before the
-    message is the prompt. The job learns only the message itself and the end of message that the template writes.
+    message is the prompt. The job learns only the message itself and the end of message that the template writes. A
+    chat is a record with `messages`, or with a `prompt` and a `completion` that are lists of messages (TRL's form), of
+    which those of the completion are learnt.
 
     Args:
         name: name of the data in error messages, e.g. "training_file".
@@ -157,7 +159,8 @@ def with_prompts(records: list[Record], render: Render, objective: Reward, name:
     """Records with a `prompt` that the model shall answer, and the objective for them.
 
     A chat asks for its next assistant message: its rendering by the template becomes the `prompt`. Its other fields and
-    `messages` stay, so that a grader can read them as {{ item.field }}.
+    `messages` stay, so that a grader can read them as {{ item.field }}. A `prompt` that is a list of messages (TRL's
+    form) is a chat too, and becomes `messages`.
 
     Raises:
         ConfigError: the file mixes chats and prompts, or a chat also has a `prompt`, ends with the assistant's message,
@@ -239,14 +242,22 @@ def _checked(messages: Any, settings: Record, name: str, where: str) -> list[Any
 
 
 def _asked(record: Record, render: Render, where: str) -> Record:
-    messages = _messages(record, where)
+    if _has_chat_prompt(record):
+        messages = _checked(record["prompt"], record, "prompt", where)
+    else:
+        messages = _messages(record, where)
     if not messages or messages[-1].get("role") == "assistant":
         raise ConfigError(f"{where}: the last message must be one to answer, e.g. the user's.")
-    return {**record, "prompt": _rendered(messages, record, True, render, where)}
+    return {**record, "messages": messages, "prompt": _rendered(messages, record, True, render, where)}
+
+
+def _has_chat_prompt(record: Record) -> bool:
+    """Whether the `prompt` is a chat: TRL's conversational form."""
+    return isinstance(record.get("prompt"), list) and "messages" not in record
 
 
 def _are_chats(records: list[Record], name: str) -> bool:
-    chats = ["messages" in record for record in records]
+    chats = ["messages" in record or _has_chat_prompt(record) for record in records]
     if len(set(chats)) == 2:
         row = chats.index(not chats[0]) + 1
         raise ConfigError(f"{name}, row {row}: chats (`messages`) and prompts are mixed; use one kind in a file.")
@@ -254,16 +265,27 @@ def _are_chats(records: list[Record], name: str) -> bool:
 
 
 def _turns(record: Record, render: Render, where: str) -> list[Record]:
-    messages = _messages(record, where)
-    learnt = [i for i, m in enumerate(messages) if m.get("role") == "assistant" and m.get("weight", 1) != 0]
+    messages, shown, field = _conversation(record, where)
+    learnt = [
+        i for i, m in enumerate(messages) if i >= shown and m.get("role") == "assistant" and m.get("weight", 1) != 0
+    ]
     if not learnt:
         raise ConfigError(f"{where}: no assistant message to learn.")
     if learnt[0] == 0:
         raise ConfigError(f"{where}: the first message is the assistant's; put the user's in front of it.")
     for i in learnt:
-        _check_said(messages[i], f"messages[{i}]", where)
+        _check_said(messages[i], f"{field}[{i - shown}]", where)
     bare = [_bare(message) for message in messages]
     return [_pair(bare[:i], bare[i], record, render, where) for i in learnt]
+
+
+def _conversation(record: Record, where: str) -> tuple[list[Any], int, str]:
+    """The messages of a chat, how many of the first are shown and not learnt, and the field that has the others."""
+    if not _has_chat_prompt(record):
+        return _messages(record, where), 0, "messages"
+    before = _checked(record["prompt"], record, "prompt", where)
+    _checked(record.get("completion"), record, "completion", where)
+    return [*before, *record["completion"]], len(before), "completion"
 
 
 def _check_said(message: Mapping[str, Any], name: str, where: str) -> None:
