@@ -21,13 +21,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests import tiny
+from tests.seed_logs import MODULES, header_of, random_log
 from vllm_zo import noise
 from vllm_zo.checkpoint import snapshot
 from vllm_zo.checkpoint.compress import truncate
 from vllm_zo.checkpoint.export import export_merged, export_peft, read_peft
 from vllm_zo.checkpoint.hf_checkpoint import base_fingerprint
 from vllm_zo.checkpoint.replay import fold_key, rebuild_state, replay_weights
-from vllm_zo.checkpoint.seed_log.format import StepRecord
 from vllm_zo.checkpoint.seed_log.header import SeedLogHeader
 from vllm_zo.checkpoint.seed_log.reader import SeedLog, read_seed_log
 from vllm_zo.checkpoint.seed_log.writer import SeedLogWriter
@@ -39,34 +39,10 @@ from vllm_zo.methods.plan import ModuleShape
 from vllm_zo.methods.state import AdapterState
 from vllm_zo.methods.targets import select_modules
 
-MODULES = (
-    ModuleShape("layers.0.fc1", 24, 16),
-    ModuleShape("layers.0.fc2", 16, 24),
-    ModuleShape("layers.1.fc1", 24, 16),  # the shape of another layer: their noise must differ
-)
-LARGE_RATE = 1e-2
-"""Large enough that every update shows in bfloat16 weights and in logits."""
-
 
 @pytest.fixture(autouse=True)
 def fixed_seed() -> None:
     torch.manual_seed(0)
-
-
-def header_of(method: Method, space: str, num_bases: int = 1, base: str = "no/model", **fields: Any) -> SeedLogHeader:
-    defaults: dict[str, Any] = {"job_seed": 11, "modules": MODULES, "dtype": "float32"}
-    return SeedLogHeader.of(method, update_space=space, num_bases=num_bases, base_model=base, **(defaults | fields))
-
-
-def random_log(header: SeedLogHeader, steps: int, seed: int = 0) -> SeedLog:
-    """A log as a job would have written it: float32 coefficients, changing rates, one skipped step."""
-    generator = torch.Generator().manual_seed(seed)
-    queries = header.method_fields["queries"]
-    records = []
-    for step in range(steps):
-        coefficients = torch.randn(queries, generator=generator) * (step != 2)
-        records.append(StepRecord(step, LARGE_RATE / (1 + step), tuple(coefficients.tolist()), step != 2))
-    return SeedLog(Path("seeds.log"), header, tuple(records))
 
 
 def dense_updates(log: SeedLog) -> list[dict[str, Tensor]]:
@@ -265,7 +241,10 @@ def test_equal_states_give_equal_bytes_in_any_process(tmp_path: Path) -> None:
     save_snapshot(tmp_path / "here", rebuild_state(log), 8)
     save = """
 import sys
-from tests.test_checkpoint import LoZO, header_of, random_log, rebuild_state, save_snapshot
+from tests.seed_logs import header_of, random_log
+from vllm_zo.checkpoint.replay import rebuild_state
+from vllm_zo.checkpoint.snapshot import save_snapshot
+from vllm_zo.methods import LoZO
 log = random_log(header_of(LoZO(rank=2, interval=3, optimizer="adam"), "bank", 2), 8)
 save_snapshot(sys.argv[1], rebuild_state(log), 8)
 """

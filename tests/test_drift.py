@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.test_checkpoint import header_of, random_log
+from tests.seed_logs import header_of, random_log
 from vllm_zo.checkpoint.export import export_peft, read_peft
 from vllm_zo.checkpoint.replay import rebuild_state
 from vllm_zo.methods import LoZO, drift

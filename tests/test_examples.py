@@ -1,4 +1,4 @@
-"""Every example runs as it is printed, with fewer steps. The quickest here; the others with `make test-slow`."""
+"""Every example runs as it is printed, with fewer steps (`make test-slow`)."""
 
 from __future__ import annotations
 
@@ -33,24 +33,20 @@ RUNS = {  # script -> (argument: steps or requests, what it must print)
     "rollout_agent.py": (3, rf"the agent's score {PLAYED}"),
     "training_under_load.py": (3, r"meanwhile \d+ training steps.*\nits newest version: median \d+ ms"),
 }
-QUICKEST = "export.py"
 NEEDS = {"rollout_agent.py": "pydantic_ai"}
-OTHERS = {"demo.py", "openai_finetune.py", "continual.py", "pretrain_demo_model.py"}
-"""Tested elsewhere (`make demo`, test_openai_server.py, test_openai_continual.py), or not meant to be run again."""
+OTHERS = {"demo.py", "openai_finetune.py", "continual.py", "pretrain_demo_model.py", "reward_chat.py"}
+"""Tested elsewhere (`make demo`, test_openai_server.py, test_openai_continual.py, test_models.py), or not meant to run
+again."""
 
 
-def example(name: str) -> object:
-    return pytest.param(name, marks=() if name == QUICKEST else pytest.mark.slow)
-
-
-@pytest.mark.parametrize("name", [example(name) for name in RUNS])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUNS)
 def test_an_example_runs_as_printed(name: str, tmp_path: Path) -> None:
     if name in NEEDS:
         pytest.importorskip(NEEDS[name])
     argument, printed = RUNS[name]
     environment = {**os.environ, "TMPDIR": str(tmp_path), "VLLM_LOGGING_LEVEL": "ERROR"}  # it logs to standard output
-    if name != QUICKEST:  # the tests' own choice, which saves that one a second process; an example makes its own
-        environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
+    environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)  # the tests' own choice; an example makes its own
     done = subprocess.run(
         [sys.executable, str(EXAMPLES / name), str(argument)],
         cwd=EXAMPLES.parent, env=environment, capture_output=True, text=True, timeout=240,

@@ -153,3 +153,15 @@ def test_the_recipe_for_labels_learns_with_a_real_model(smollm2: Path, tmp_path:
     assert done.returncode == 0, done.stderr[-3000:]
     accuracies = [r["eval_accuracy"] for r in JobDir(tmp_path / "run").read_metrics() if "eval_accuracy" in r]
     assert accuracies[-1] > accuracies[0] + 0.1, accuracies
+
+
+@pytest.mark.slow
+def test_a_chat_model_is_graded_as_the_example_says(smollm2: Path) -> None:
+    environment = {**os.environ, "VLLM_LOGGING_LEVEL": "ERROR"}
+    environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / "reward_chat.py"), "2"],
+        env=environment, capture_output=True, text=True, timeout=580,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert re.search(r"praise, greedy: +0\.\d+ -> 0\.\d+ on validation\n before: .*\n  after: ", done.stdout)
