@@ -1,59 +1,41 @@
-"""A chat model learns from a grader: SmolLM2 goes on with reviews, and a classifier says how much praise that is.
+"""A chat model learns from a reward: SmolLM2 says what a review is, in exactly one form.
 
     python examples/reward_chat.py [steps]
 
-The grader is naive Bayes over the words of the demo's reviews; any function of texts will do. Its probability is the
-reward, so nothing of it has a gradient. The job trains the LM head alone, along the words that the model writes anyway
-(docs/methods.md, "The LM head alone, for a reward"). models.py fetches the model once.
+The reward is 1 for the right one of two sentences and nothing else. The job trains the LM head alone, along the words
+that the model writes anyway (docs/methods.md, "The LM head alone, for a reward"). In some hundred steps the model
+learns the form; the review itself would take far longer (docs/results.md). models.py fetches the model once.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import sys
-from collections import Counter
 from pathlib import Path
 
 from models import FetchError, fetch
 
 REVIEWS = Path(__file__).parent / "demo" / "reviews"
-STEPS = int(sys.argv[1]) if len(sys.argv) > 1 else 40
-OPENING = 4
+ANSWERS = ("This review is negative.", "This review is positive.")
+QUESTION = f'Is this review positive or negative? {{}}\nReply "{ANSWERS[1]}" or "{ANSWERS[0]}"'
+STEPS = int(sys.argv[1]) if len(sys.argv) > 1 else 80
 SHOWN = 10
 """The figures at the end average so many training steps."""
 
 
-def read(part: str) -> list[dict]:
-    return [json.loads(line) for line in (REVIEWS / f"{part}.jsonl").read_text().splitlines()]
+def chats(part: str, most: int) -> list[dict]:
+    """Rows with `messages`, as everywhere, and whatever else the reward reads."""
+    rows = [json.loads(line) for line in (REVIEWS / f"{part}.jsonl").read_text().splitlines()[:most]]
+    return [
+        {"messages": [{"role": "user", "content": QUESTION.format(row["sentence"])}], "answer": ANSWERS[row["label"]]}
+        for row in rows
+    ]
 
 
-def chats(part: str) -> list[dict]:
-    """A chat for each review: the user gives its first words and asks how it goes on."""
-    openings = dict.fromkeys(" ".join(row["sentence"].split()[:OPENING]) for row in read(part))
-    ask = "Write how this review goes on: "
-    return [{"messages": [{"role": "user", "content": ask + opening}]} for opening in openings]
-
-
-def words(text: str) -> set[str]:
-    return {word.strip(".,:;!?\"'()-") for word in text.lower().split()}
-
-
-def word_odds() -> dict[str, float]:
-    """Word -> the logarithm of how much likelier praise has it than scorn."""
-    counts = Counter(), Counter()
-    for row in read("train"):
-        counts[row["label"]].update(words(row["sentence"]))
-    return {word: math.log((counts[1][word] + 1) / (counts[0][word] + 1)) for word in counts[0] | counts[1]}
-
-
-ODDS = word_odds()
-
-
-def praise(completions: list[str], **columns: list) -> list[float]:
-    """The reward, with TRL's signature: the probability that each completion is praise."""
-    return [1 / (1 + math.exp(-sum(ODDS.get(word, 0.0) for word in words(text)))) for text in completions]
+def exact(completions: list[str], answer: list[str], **columns: list) -> list[float]:
+    """The reward, with TRL's signature: completions, and the fields of their rows as lists."""
+    return [float(text.strip() == right) for text, right in zip(completions, answer, strict=True)]
 
 
 def main() -> None:
@@ -63,39 +45,34 @@ def main() -> None:
         sys.exit(f"reward_chat.py: {error}")
     from vllm_zo import apply_cpu_defaults
 
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine in this process, which has the function `praise`
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine in this process, which has the function `exact`
     apply_cpu_defaults()
     from vllm_zo import LLM, LoZO, Reward
     from vllm_zo.entrypoints.llm.cpu_defaults import has_native_bfloat16
 
     dtype = "auto" if has_native_bfloat16() else "float32"  # emulated bfloat16 is slower than float32
+    # Probes of the head share the KV of a prompt, block by block; a block has 128 tokens on a CPU by default.
     llm = LLM(str(model), max_model_len=256, dtype=dtype, block_size=32, zo_training=True)
     run = llm.finetune(
-        train=chats("train"),
-        validation=chats("validation")[:32],
-        objective=Reward("{prompt}", reward=praise, max_tokens=16, temperature=1.0, top_p=1.0),
+        train=chats("train", 320),
+        validation=chats("validation", 32),
+        objective=Reward("{prompt}", reward=exact, max_tokens=8, temperature=1.0, top_p=1.0),
         method=LoZO(u="written", interval=10, eps=3e-2),
         target_modules="lm_head",
         bases=4,
         batch_size=16,
         steps=STEPS,
-        eval_interval=max(1, STEPS // 3),
+        eval_interval=STEPS,
         seed=0,
     )
     sampled = [record["reward"] for record in run.history]
     first, last = (sum(part) / len(part) for part in (sampled[:SHOWN], sampled[-SHOWN:]))
-    print(f"praise, sampled: {first:.3f} in the first {SHOWN} steps, {last:.3f} in the last")
-    print(f"praise, greedy:  {run.metrics['initial_reward']:.3f} -> {run.metrics['reward']:.3f} on validation")
-    for chat in chats("validation")[32:35]:
-        for name, adapter in (("before", None), ("after", run.lora_request)):
-            (answer,) = llm.chat([chat["messages"]], greedy(), lora_request=adapter, use_tqdm=False)
-            print(f"{name:>7}: {chat['messages'][0]['content']} ... {answer.outputs[0].text.strip()!r}")
-
-
-def greedy():
-    from vllm import SamplingParams
-
-    return SamplingParams(max_tokens=16, temperature=0.0)
+    print(f"right in the form, sampled: {first:.3f} in the first {SHOWN} steps, {last:.3f} in the last")
+    print(
+        f"right in the form, greedy:  {run.metrics['initial_reward']:.3f} -> {run.metrics['reward']:.3f} on validation"
+    )
+    run.plot(run.directory / "run.png")
+    print(f"picture: {run.directory / 'run.png'}")
 
 
 if __name__ == "__main__":
