@@ -285,6 +285,7 @@ def test_an_async_engine_serves_while_it_trains_and_takes_the_same_steps(engines
 # --- ends -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_front_end_ended_by_sigterm_takes_its_engine_along(engines: Engines, tmp_path: Path) -> None:
     directory = tmp_path / "run"
     child = Child("train_apart", str(engines.model("opt")), str(directory), VLLM_ENABLE_V1_MULTIPROCESSING="1")
