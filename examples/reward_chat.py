@@ -19,6 +19,8 @@ from models import FetchError, fetch
 REVIEWS = Path(__file__).parent / "demo" / "reviews"
 ANSWERS = ("This review is negative.", "This review is positive.")
 QUESTION = f'Is this review positive or negative? {{}}\nReply "{ANSWERS[1]}" or "{ANSWERS[0]}"'
+SYSTEM = {"role": "system", "content": ""}
+"""In place of the model's own system message, which makes prompts longer by half."""
 STEPS = int(sys.argv[1]) if len(sys.argv) > 1 else 80
 SHOWN = 10
 """The figures at the end average so many training steps."""
@@ -28,7 +30,10 @@ def chats(part: str, most: int) -> list[dict]:
     """Rows with `messages`, as everywhere, and whatever else the reward reads."""
     rows = [json.loads(line) for line in (REVIEWS / f"{part}.jsonl").read_text().splitlines()[:most]]
     return [
-        {"messages": [{"role": "user", "content": QUESTION.format(row["sentence"])}], "answer": ANSWERS[row["label"]]}
+        {
+            "messages": [SYSTEM, {"role": "user", "content": QUESTION.format(row["sentence"])}],
+            "answer": ANSWERS[row["label"]],
+        }
         for row in rows
     ]
 
