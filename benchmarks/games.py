@@ -23,11 +23,13 @@ Grade = Callable[[Sequence[str], Sequence[str]], list[float]]
 
 @dataclass(frozen=True)
 class Game:
-    """Args:
-    rows: the folder of the data -> rows with `question` and `answer`.
-    instruction: a template of the columns of a row.
-    grader: the folder of the data -> what rewards.
-    max_tokens: the most of a completion.
+    """What a model is asked, and what its answers earn.
+
+    Args:
+        rows: the folder of the data -> rows with `question` and `answer`.
+        instruction: a template of the columns of a row.
+        grader: the folder of the data -> what rewards.
+        max_tokens: the most of a completion.
     """
 
     rows: Callable[[Path], Iterable[dict[str, Any]]]

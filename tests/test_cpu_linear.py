@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vllm_zo.worker.cpu import linear as cpu_linear
-from vllm_zo.worker.cpu.linear import is_emulated, widened_linear
+from vllm_zo.worker.cpu.linear import has_avx512, is_emulated, widened_linear
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -45,3 +45,14 @@ def test_only_types_without_instructions_are_widened(
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
     assert is_emulated.__wrapped__(dtype) is emulated  # the answer itself is cached
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "has"),
+    [({"avx2": True, "avx512_f": False}, False), ({"avx512_f": True}, True), ({"neon": True}, True)],
+)
+def test_only_an_x86_cpu_lacks_avx512(
+    capabilities: dict[str, bool], has: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert has_avx512() is has

@@ -126,42 +126,36 @@ def test_training_a_real_model_follows_the_reference(engines: Engines, smollm2: 
     assert max(abs(c) for record in run.history for c in record["coefficients"]) > 0.1, "or this test shows nothing"
 
 
+def run_apart(*command: Any, **environment: str) -> str:
+    """What a Python command prints, run from the clone as a user does: without the tests' choice of processes."""
+    inherited = {name: value for name, value in os.environ.items() if name != "VLLM_ENABLE_V1_MULTIPROCESSING"}
+    done = subprocess.run(
+        [sys.executable, *map(str, command)], cwd=EXAMPLES.parent, capture_output=True, text=True, timeout=580,
+        env={**inherited, "VLLM_LOGGING_LEVEL": "ERROR", **environment},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
 @pytest.mark.slow
 def test_the_demo_runs_with_a_real_model(smollm2: Path, tmp_path: Path) -> None:
-    environment = {**os.environ, "VLLM_LOGGING_LEVEL": "ERROR"}
-    environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
-    command = [EXAMPLES / "demo.py", "--model", "smollm2", "--steps", "2", "--output", tmp_path]
-    done = subprocess.run(
-        [sys.executable, *map(str, command)], env=environment, capture_output=True, text=True, timeout=280
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert re.search(r"Validation accuracy: 0\.\d+ zero-shot, 0\.\d+ after 2 steps of LoZO", done.stdout)
+    printed = run_apart(EXAMPLES / "demo.py", "--model", "smollm2", "--steps", "2", "--output", tmp_path)
+    assert re.search(r"Validation accuracy: 0\.\d+ zero-shot, 0\.\d+ after 2 steps of LoZO", printed)
     assert list(tmp_path.glob("*/adapter/adapter_model.safetensors"))
 
 
 @pytest.mark.slow
 def test_the_recipe_for_labels_learns_with_a_real_model(smollm2: Path, tmp_path: Path) -> None:
-    environment = {**os.environ, "MODEL": str(smollm2), "VLLM_LOGGING_LEVEL": "ERROR"}
-    environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
-    command = [
+    run_apart(
+        "-c", "from vllm_zo.entrypoints.cli.app import main; main()",
         "train", "--recipe", "labels", "--steps", "800", "--eval-interval", "400", "--output", tmp_path / "run",
-    ]  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-c", "from vllm_zo.entrypoints.cli.app import main; main()", *map(str, command)],
-        cwd=EXAMPLES.parent, env=environment, capture_output=True, text=True, timeout=580,
+        MODEL=str(smollm2),
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
     accuracies = [r["eval_accuracy"] for r in JobDir(tmp_path / "run").read_metrics() if "eval_accuracy" in r]
     assert accuracies[-1] > accuracies[0] + 0.1, accuracies
 
 
 @pytest.mark.slow
 def test_the_example_of_a_reward_runs_with_a_real_model(smollm2: Path) -> None:
-    environment = {**os.environ, "VLLM_LOGGING_LEVEL": "ERROR"}
-    environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
-    done = subprocess.run(
-        [sys.executable, str(EXAMPLES / "reward_chat.py"), "2"],
-        env=environment, capture_output=True, text=True, timeout=580,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert re.search(r"greedy: +0\.\d+ -> 0\.\d+ on validation\npicture: ", done.stdout)
+    printed = run_apart(EXAMPLES / "reward_chat.py", 2)
+    assert re.search(r"greedy: +0\.\d+ -> 0\.\d+ on validation\npicture: ", printed)

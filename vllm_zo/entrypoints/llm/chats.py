@@ -242,10 +242,7 @@ def _checked(messages: Any, settings: Record, name: str, where: str) -> list[Any
 
 
 def _asked(record: Record, render: Render, where: str) -> Record:
-    if _has_chat_prompt(record):
-        messages = _checked(record["prompt"], record, "prompt", where)
-    else:
-        messages = _messages(record, where)
+    messages = _messages(record, where)
     if not messages or messages[-1].get("role") == "assistant":
         raise ConfigError(f"{where}: the last message must be one to answer, e.g. the user's.")
     return {**record, "messages": messages, "prompt": _rendered(messages, record, True, render, where)}
@@ -281,11 +278,11 @@ def _turns(record: Record, render: Render, where: str) -> list[Record]:
 
 def _conversation(record: Record, where: str) -> tuple[list[Any], int, str]:
     """The messages of a chat, how many of the first are shown and not learnt, and the field that has the others."""
+    messages = _messages(record, where)
     if not _has_chat_prompt(record):
-        return _messages(record, where), 0, "messages"
-    before = _checked(record["prompt"], record, "prompt", where)
+        return messages, 0, "messages"
     _checked(record.get("completion"), record, "completion", where)
-    return [*before, *record["completion"]], len(before), "completion"
+    return [*messages, *record["completion"]], len(messages), "completion"
 
 
 def _check_said(message: Mapping[str, Any], name: str, where: str) -> None:
@@ -299,6 +296,9 @@ def _bare(message: Mapping[str, Any]) -> Record:
 
 
 def _messages(record: Record, where: str) -> list[Any]:
+    """The `messages` of a chat, or its `prompt` in TRL's form."""
+    if _has_chat_prompt(record):
+        return _checked(record["prompt"], record, "prompt", where)
     messages = record["messages"]
     if "prompt" in record:
         raise ConfigError(f"{where}: both messages and prompt; give one of them.")
