@@ -61,8 +61,6 @@ SLOTS = {"slot_rank": 64}
 LORA = "lora"
 TASKS = ("sst2", "rte", "trec", "cb", "copa")
 CONTENDERS = (*PROMPTED, *JOBS, LORA)
-DEFAULT = [contender for contender in CONTENDERS if JOBS.get(contender, {}).get("target_modules") != "lm_head"]
-"""vLLM has no adapters for the head of every family: of Llama, not of OPT."""
 KEY = ("model", "task", "contender", "cpu_seconds", "seed")
 
 
@@ -407,7 +405,7 @@ def add_common(parser: argparse.ArgumentParser, tasks: str, output: str) -> None
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_common(parser, ",".join(TASKS), "experiment.jsonl")
-    parser.add_argument("--contenders", default=DEFAULT, type=lambda s: [c.strip() for c in s.split(";")],
+    parser.add_argument("--contenders", default=list(CONTENDERS), type=lambda s: [c.strip() for c in s.split(";")],
                         help=f"separated by semicolons: {'; '.join(CONTENDERS)}")  # fmt: skip
     parser.add_argument("--cpu-seconds", type=float, default=400.0, help="for the steps of a trainer")
     parser.add_argument("--lora-dtype", default="float32")

@@ -97,6 +97,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "gpt-bigcode": {"target_modules": r".*\.(c_proj|c_fc)"},
 }
 """What a job on the architecture has to say."""
+HEAD_IS_EMBEDDINGS = ("gemma 2", "cohere", "cohere 2")
+"""vLLM's class has no `lm_head`: the embeddings are the head as well, which no layer with adapters is made for."""
 EXPERTS: dict[str, Recipe] = {
     "mixtral": ("MixtralConfig", {**BASE, "num_local_experts": 4, "num_experts_per_tok": 2}, "<s>"),
     "qwen2-moe": (

@@ -28,8 +28,8 @@ DECODER_LAYER = re.compile(r"(^|.*\.)(layers|h|blocks)\.\d+\..+")
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Module]:
-    """By Hugging Face name: linear modules inside decoder layers, and of a Llama the embeddings and the LM head."""
-    others = ("model.embed_tokens", "lm_head") if model.config.model_type == "llama" else ()
+    """By Hugging Face name: linear modules inside decoder layers, the LM head, and of a Llama the embeddings."""
+    others = ("lm_head", *(["model.embed_tokens"] if model.config.model_type == "llama" else []))
     return {
         name: module
         for name, module in model.named_modules()
@@ -75,6 +75,8 @@ class ReferenceTrainer:
         self.base = {name: weight_of(modules[name]).detach().clone() for name in self.names}
         self.model = copy.deepcopy(model).to(dtype).eval()
         self.modules = trainable(self.model)
+        if (head := self.modules.get("lm_head")) is not None:  # a change of it leaves tied embeddings alone
+            head.weight = nn.Parameter(head.weight.detach().clone())
         self.method, self.objective, self.space = method, objective, update_space
         self.job_seed, self.num_bases = job_seed, num_bases
         shapes = tuple(ModuleShape(name, *weight.shape) for name, weight in self.base.items())

@@ -22,7 +22,7 @@ from vllm.lora.request import LoRARequest
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear
 
 from tests import scores
-from tests.architectures import BASE, EXPERTS, LESS_USED, OPTIONS, TRAINABLE, WITHOUT_LORA, make, make_whole
+from tests.architectures import BASE, EXPERTS, HEAD_IS_EMBEDDINGS, LESS_USED, OPTIONS, TRAINABLE, WITHOUT_LORA, make, make_whole
 from tests.engines import SENTIMENT, Engines, reviews, worker_of
 from tests.reference import ReferenceTrainer
 from tests.tiny import SENTENCES, make_tokenizer
@@ -91,6 +91,57 @@ def test_it_trains_as_transformers_computes_it_and_others_use_what_it_learnt(
     merged = load(llm, tmp_path / "merged")
     assert scores.of_transformers(merged, model) == pytest.approx(answers, abs=scores.TOLERANCE)
     assert served_tokens(llm, run) == tokens_of(merged, tokenizer)
+
+
+HEADS_OFTEN_TRAINED = ("opt 350m", "llama", "qwen2", "qwen3", "gemma 3")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in HEADS_OFTEN_TRAINED else pytest.mark.slow)
+        for name in TRAINABLE | LESS_USED
+        if name not in HEAD_IS_EMBEDDINGS
+    ],
+)
+def test_its_head_alone_trains_likewise(engines: Engines, name: str, tmp_path: Path) -> None:
+    model = make_whole(tmp_path / "model", *(TRAINABLE | LESS_USED)[name])
+    engines.add(f"heads: {name}", model)
+    llm = engines.get(f"heads: {name}", **TINY)
+    rows = reviews(12, seed=1)
+    run = llm.finetune(
+        rows,
+        objective=OBJECTIVE,
+        method=METHOD,
+        learning_rate=RATE,
+        batch_size=BATCH,
+        steps=STEPS,
+        seed=SEED,
+        bases=2,
+        progress=False,
+        target_modules="lm_head",
+    )
+    oracle = reference(llm, model, OBJECTIVE, target_modules="lm_head")
+    examples = encode_examples(rows, OBJECTIVE, AutoTokenizer.from_pretrained(model), 128, "rows")
+    order = BatchOrder(len(examples), BATCH, SEED)
+    for step, record in enumerate(run.history):
+        losses, _ = oracle.step(step, [examples[i] for i in order.batch(step)], RATE)
+        assert record["loss"] == pytest.approx(losses.mean().item(), abs=LOSS_TOLERANCE), f"step {step}"
+    answers = scores.of_vllm(llm, model, lora_request=run.lora_request)
+    assert max(abs(a - b) for a, b in zip(answers, scores.of_vllm(llm, model), strict=True)) > VISIBLE
+    run.save(tmp_path / "adapter")
+    tuned = PeftModel.from_pretrained(load(llm, model), tmp_path / "adapter")
+    assert scores.of_transformers(tuned, model) == pytest.approx(answers, abs=scores.TOLERANCE)
+    from_file = LoRARequest("from-file", 9_001, str(tmp_path / "adapter"))
+    assert scores.of_vllm(llm, model, lora_request=from_file) == pytest.approx(answers, abs=scores.TOLERANCE)
+
+
+def test_a_head_that_is_the_embeddings_is_refused_with_the_reason(engines: Engines, tmp_path: Path) -> None:
+    engines.add("heads: gemma 2", make_whole(tmp_path, *TRAINABLE["gemma 2"]))
+    with pytest.raises(JobError, match="target_modules='lm_head': vLLM has no adapters .*embeddings are its head"):
+        engines.get("heads: gemma 2", **TINY).finetune(
+            reviews(4), objective=SENTIMENT, target_modules="lm_head", steps=1, batch_size=2
+        )
 
 
 def reference(llm: Any, model: Path, objective: Any, **options: Any) -> ReferenceTrainer:

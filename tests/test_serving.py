@@ -103,9 +103,8 @@ def of_prompts(outputs: list[Any]) -> list[float]:
 
 def test_a_scope_that_the_model_cannot_carry_is_refused_with_the_reason(engines: Engines) -> None:
     llm = engines.get()
-    for scope in ("embeddings", "lm_head"):
-        with pytest.raises(JobError, match=f"target_modules='{scope}': vLLM's LoRA does not carry"):
-            llm.finetune(reviews(16), steps=4, learning_rate=1e-2, target_modules=scope, **RUN)
+    with pytest.raises(JobError, match=r"target_modules='embeddings': vLLM has no adapters .*\(its class lists none"):
+        llm.finetune(reviews(16), steps=4, learning_rate=1e-2, target_modules="embeddings", **RUN)
     assert not scheduler_of(llm).zo.has_work()
 
 

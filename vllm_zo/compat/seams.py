@@ -21,8 +21,8 @@ EXTENDED = {
         "schedule", "update_from_output", "finish_requests", "has_requests", "add_request", "shutdown",
     ),
     "vllm.v1.core.sched.async_scheduler:AsyncScheduler": ("schedule",),
-    "vllm.v1.worker.cpu_worker:CPUWorker": ("execute_model", "sample_tokens", "compile_or_warm_up_model"),
-    "vllm.v1.worker.gpu_worker:Worker": ("execute_model", "sample_tokens", "compile_or_warm_up_model"),
+    "vllm.v1.worker.cpu_worker:CPUWorker": ("load_model", "execute_model", "sample_tokens", "compile_or_warm_up_model"),
+    "vllm.v1.worker.gpu_worker:Worker": ("load_model", "execute_model", "sample_tokens", "compile_or_warm_up_model"),
     "vllm.lora.punica_wrapper.punica_base:PunicaWrapperBase": (
         "update_metadata", "_update_base_metadata", "token_lora_indices", "sampler_indices",
     ),

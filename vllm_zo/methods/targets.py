@@ -25,6 +25,11 @@ PRESETS = {
 that kind, so their patterns match any name (`select_modules` compares the kind)."""
 _KIND_OF_PRESET = {name: name if name in (EMBEDDINGS, LM_HEAD) else LINEAR for name in PRESETS}
 
+_NO_ADAPTERS = {
+    EMBEDDINGS: "its class lists none in `embedding_modules`",
+    LM_HEAD: "the embeddings are its head as well, or the head is quantised",
+}
+
 
 def kind_of(name: str) -> str:
     """LINEAR for a module of a numbered layer, LM_HEAD for the head, EMBEDDINGS for any other module a job can train.
@@ -81,10 +86,10 @@ def select_modules(target_modules: str, names: Iterable[str], target_layers: str
     selected = [name for name in names if pattern.fullmatch(name) and kind in (None, kind_of(name))]
     if selected:
         return selected if target_layers is None else _in_layers(selected, target_layers, names)
-    if kind in (EMBEDDINGS, LM_HEAD):
+    if kind in _NO_ADAPTERS:
         raise ConfigError(
-            f"target_modules={target_modules!r}: vLLM's LoRA does not carry that module of this model (its class has "
-            "no `embedding_modules`, or adapters are limited to other modules); choose linear layers."
+            f"target_modules={target_modules!r}: vLLM has no adapters for that module of this model "
+            f"({_NO_ADAPTERS[kind]}, or `lora_target_modules` leaves it out); choose linear layers."
         )
     shown = ", ".join(names[:3]) or "none"
     raise ConfigError(f"target_modules={target_modules!r}: matches no module; expected whole names such as {shown}.")

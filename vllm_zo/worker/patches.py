@@ -1,6 +1,7 @@
 """Patches that a training worker puts on objects of its own engine, on every platform.
 
-The functions that replace vLLM's are in slots.py, published.py and serving_logits.py, beside the state they use.
+The functions that replace vLLM's are in slots.py, published.py, serving_logits.py and head_adapters.py, beside what
+they use.
 """
 
 from __future__ import annotations
@@ -33,6 +34,25 @@ LOAD_ADAPTER = Patch(
     remove_when="an adapter can come from a callable on the worker",
     series="0003-adapter-sources.patch",
     built_in="vllm.lora.worker_manager:WorkerLoRAManager.register_adapter_source",
+)
+HEAD_ADAPTERS = Patch(
+    target="vllm.v1.worker.lora_model_runner_mixin:LoRAModelRunnerMixin.load_lora_model",
+    why="a head gets adapters only where the model's class lists it in `embedding_modules`, which half of those with "
+    "LoRA do not: a job could not train the head of OPT, Qwen2 or Gemma",
+    how="lists `lm_head` for a model whose head vLLM's layer with adapters fits; on a training engine's model",
+    upstream="none yet",
+    remove_when="vLLM looks at the head instead of a list",
+    series="0010-head-adapters.patch",
+    built_in="vllm.lora.utils:embedding_modules_of",
+)
+LARGE_VOCABULARY = Patch(
+    target="vllm.lora.layers.logits_processor:LogitsProcessorWithLoRA.create_lora_weights",
+    why="it refuses heads of more than 258,048 entries, a limit of kernels that vLLM no longer has: Gemma has 262,144",
+    how="makes the B of such a head in its whole size",
+    upstream="none yet: the line says that the limit is to be looked at again",
+    remove_when="the limit is gone",
+    series="0010-head-adapters.patch",
+    built_in="vllm.lora.utils:embedding_modules_of",
 )
 COMPUTE_LOGITS = Patch(
     target="vllm.model_executor.models.interfaces_base:VllmModelForTextGeneration.compute_logits",

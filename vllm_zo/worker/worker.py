@@ -25,6 +25,7 @@ from vllm_zo.config import ZOTrainingConfig
 from vllm_zo.doorbell import listen
 from vllm_zo.worker.find_head import find_head
 from vllm_zo.worker.head import Head
+from vllm_zo.worker.head_adapters import give_head_adapters
 from vllm_zo.worker.host_copy import Pending
 from vllm_zo.worker.lora_targets import modules_here, modules_of_model
 from vllm_zo.worker.platform import Platform
@@ -79,6 +80,10 @@ class ZOWorkerMixin(_Base):
         self._zo_listen = functools.cache(listen)
         self._logits: ServingLogits | None = None
         """Of the last pipeline stage."""
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        give_head_adapters(self.model_runner)
+        super().load_model(*args, **kwargs)
 
     def compile_or_warm_up_model(self, *args: Any, **kwargs: Any) -> Any:
         times = super().compile_or_warm_up_model(*args, **kwargs)
