@@ -2,7 +2,8 @@
 
 The gradient of a linear layer lies in the span of its inputs, and few directions hold most of these. A random V looks
 at all directions alike, and a step along it at whichever input direction is largest. Here V spans the leading
-directions, and is divided by what the inputs have along each ("whitened"), so that none hides the others.
+directions, and is divided by what the inputs have along each ("whitened"), so that none hides the others, and a probe
+moves the outputs as far in every model.
 
 Source: the span of the inputs for zeroth-order steps: AGZO, arXiv:2601.17261; ZO-Act, arXiv:2607.01125. They take it
 anew for each batch; ours is measured once, from all rows, because the inputs of the module do not change.
@@ -20,6 +21,11 @@ from vllm_zo.methods.linear_algebra import orthonormal
 SMALLEST = 1e-6
 """Of the largest mean square. Directions with less are rounding of 16-bit inputs, and divided by it they would be all
 that a step sees."""
+
+OUTPUT = 40.0
+"""Root mean square of the entries of V^T x: a probe of rank R moves an output by `eps * sqrt(R) * OUTPUT`, .06 with the
+defaults. It is the length of what enters the head of SmolLM2, with which `learning_rate="auto"` was measured for such
+jobs. Gemma 3's is 150: a V as large as that made steps that learnt nothing (docs/methods.md)."""
 
 
 class Inputs:
@@ -39,7 +45,7 @@ class Inputs:
         self.rows += len(rows)
 
     def leading(self, count: int, key: int) -> Tensor:
-        """(I, count) float32: V^T x has `count` uncorrelated entries, each with the mean square of a normal V's.
+        """(I, count) float32: V^T x has `count` uncorrelated entries, each with root mean square OUTPUT.
 
         The columns are random mixtures of the leading directions, so that every basis has its share of each.
 
@@ -57,8 +63,7 @@ class Inputs:
                 f"v='activations': bases * rank = {count}, and the {self.rows} inputs that were measured have "
                 f"{directions} directions; set bases so that it is at most {directions}, or give more rows."
             )
-        # E (v x)^2 of a normal v is the mean of |x|^2: the trace, divided by the number of rows.
-        sizes = (values.sum() / values[:count]).sqrt()
+        sizes = OUTPUT * (self.rows / values[:count]).sqrt()
         square = noise.ElementRanges.of([("mixture", 0, count * count)])
         mixture = orthonormal(noise.normal(key, square, self._moment_II.device).view(count, count))
         return ((vectors[:, :count] * _upright(vectors[:, :count]) * sizes) @ mixture.double()).float()
