@@ -14,7 +14,7 @@ from tests.trajectories import LOZO, Trajectory, cut_copy, train
 from vllm_zo import Reward
 from vllm_zo.methods import METHODS
 from vllm_zo.methods.optimizers import OPTIMIZERS
-from vllm_zo.methods.step_size import AUTO, CALIBRATION_STEPS, REWARD_SHARE, StepSize
+from vllm_zo.methods.step_size import AUTO, CALIBRATION_STEPS, REWARD_SHARE, WALK, StepSize
 
 STEPS = CALIBRATION_STEPS + 5
 
@@ -43,6 +43,29 @@ def test_a_step_of_a_reward_is_shorter() -> None:
         for _ in range(CALIBRATION_STEPS):
             size.note([2.0])
     assert sizes[0].base and sizes[1].base == pytest.approx(REWARD_SHARE * sizes[0].base) and REWARD_SHARE < 1
+
+
+@pytest.mark.parametrize(
+    ("steps", "layers", "rewarded", "share"),
+    [
+        (WALK // 30, 30, False, 1.0),
+        (4 * WALK // 30, 30, False, 0.5),
+        (4 * WALK, 1, False, 0.5),
+        (4 * WALK, 1, True, REWARD_SHARE),  # short steps may be many
+        (100 * WALK, 1, True, 0.1),
+    ],
+)
+def test_a_longer_run_takes_shorter_steps_and_walks_as_far(
+    steps: int, layers: int, rewarded: bool, share: float
+) -> None:
+    size = StepSize(LOZO, AUTO, multiplier=3.0, rewarded=rewarded)
+    size.expect(steps, layers)
+    for _ in range(CALIBRATION_STEPS):
+        size.note([2.0])
+    assert LOZO.auto_step == 1.0 and size.base == pytest.approx(3.0 * share * LOZO.eps / 2.0)
+    given = StepSize(LOZO, 1e-3)
+    given.expect(steps, layers)
+    assert given.base == 1e-3, "a rate that was given stays"
 
 
 def test_steps_that_say_nothing_do_not_count() -> None:
@@ -86,6 +109,20 @@ def test_the_first_steps_measure_and_the_others_move(engines: Engines, options: 
     assert rates == [0.0] * CALIBRATION_STEPS + [pytest.approx(expected, rel=1e-6)] * 5
     if run.config.space == "fold":
         llm.restore_base(run)
+
+
+def test_a_long_run_through_all_layers_takes_shorter_steps(engines: Engines) -> None:
+    llm = engines.get()  # of two layers
+    for scope, layers in (({}, 2), ({"target_layers": "last"}, 1), ({"target_modules": "lm_head"}, 1)):
+        run = auto(llm, steps=2 * WALK, callbacks=[stop_at(STEPS)], **scope)
+        first = run.history[:CALIBRATION_STEPS]
+        norm = math.sqrt(sum(c**2 for record in first for c in record["coefficients"]) / CALIBRATION_STEPS)
+        expected = math.sqrt(1 / (2 * layers)) * LOZO.eps / norm
+        assert run.history[CALIBRATION_STEPS]["learning_rate"] == pytest.approx(expected, rel=1e-6)
+
+
+def stop_at(step: int) -> Any:
+    return lambda run, record: run.stop() if record.get("step") == step else None
 
 
 def test_a_resumed_run_finds_the_same_step_size(engines: Engines, tmp_path: Path) -> None:

@@ -42,6 +42,7 @@ from vllm_zo.engine.written_tokens import WrittenTokens
 from vllm_zo.jobs.directory import JobDir
 from vllm_zo.jobs.records import best, evaluations_since_best
 from vllm_zo.jobs.status import FINAL, JobStatus
+from vllm_zo.methods.layers import layer_of
 from vllm_zo.methods.plan import ModuleShape, Probe, ProbePlan
 from vllm_zo.methods.schedules import eps_factor_at, learning_rate_at
 from vllm_zo.methods.spaces import basis_of
@@ -108,9 +109,7 @@ class Job:
         self._step_size = StepSize(
             config.method, config.learning_rate, config.learning_rate_multiplier, rewarded=self._rewarded
         )
-        # A learning rate "auto" is a function of the first steps' coefficients: a resumed run must find the same one.
-        for coefficients in logged:
-            self._step_size.note(coefficients)
+        self._logged = logged
         self._eval_batch = eval_batch
         self._evaluations = Evaluations(0, eval_batch, config.eval_interval)
         self._base_pass: BasePass | None = None
@@ -184,6 +183,11 @@ class Job:
 
     def open_log(self, modules: Sequence[ModuleShape]) -> None:
         """Open the job's files, now that the workers know its modules. Raises what `JobRecorder.open` raises."""
+        if not self.config.continual and not self.evaluate_only:
+            self._step_size.expect(self.config.steps, len({layer_of(module.name) for module in modules}))
+        # A learning rate "auto" is a function of the first steps' coefficients: a resumed run must find the same one.
+        for coefficients in self._logged:
+            self._step_size.note(coefficients)
         self.recorder.open(modules, evaluates_again=self._evaluation_left)
         if self.first_step and not self.evaluate_only:
             self._measured.remember(self.directory.read_metrics())
