@@ -48,6 +48,7 @@ PROMPTED = {"zero-shot": 0, "8 demonstrations": 8, "16 demonstrations": 16}
 HEAD = {"target_modules": "lm_head", "bases": 31, "batch_size": 64, "lr_schedule": "linear"}
 JOBS: dict[str, dict[str, Any]] = {
     "lozo": {"update_space": "fold"},
+    "lozo, last layer": {"update_space": "fold", "target_layers": "last"},
     "bank": {"bases": 7},
     "bank, top third": {"target_layers": "top-third", "bases": 7},
     "bank, last layer": {"target_layers": "last", "bases": 7},
