@@ -97,6 +97,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "gpt-bigcode": {"target_modules": r".*\.(c_proj|c_fc)"},
 }
 """What a job on the architecture has to say."""
+LARGE_VOCABULARY: dict[str, Recipe] = {
+    "gemma 3 of 262144 tokens": (
+        "Gemma3TextConfig",
+        {**WINDOWS, "query_pre_attn_scalar": 32, "hidden_size": 32, "vocab_size": 262144},
+        "<s>",
+    ),
+}
+"""More entries than vLLM makes adapters for."""
 HEAD_IS_EMBEDDINGS = ("gemma 2", "cohere", "cohere 2")
 """vLLM's class has no `lm_head`: the embeddings are the head as well, which no layer with adapters is made for."""
 EXPERTS: dict[str, Recipe] = {

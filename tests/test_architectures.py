@@ -22,7 +22,18 @@ from vllm.lora.request import LoRARequest
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear
 
 from tests import scores
-from tests.architectures import BASE, EXPERTS, HEAD_IS_EMBEDDINGS, LESS_USED, OPTIONS, TRAINABLE, WITHOUT_LORA, make, make_whole
+from tests.architectures import (
+    BASE,
+    EXPERTS,
+    HEAD_IS_EMBEDDINGS,
+    LARGE_VOCABULARY,
+    LESS_USED,
+    OPTIONS,
+    TRAINABLE,
+    WITHOUT_LORA,
+    make,
+    make_whole,
+)
 from tests.engines import SENTIMENT, Engines, reviews, worker_of
 from tests.reference import ReferenceTrainer
 from tests.tiny import SENTENCES, make_tokenizer
@@ -93,19 +104,20 @@ def test_it_trains_as_transformers_computes_it_and_others_use_what_it_learnt(
     assert served_tokens(llm, run) == tokens_of(merged, tokenizer)
 
 
-HEADS_OFTEN_TRAINED = ("opt 350m", "llama", "qwen2", "qwen3", "gemma 3")
+HEADS_OFTEN_TRAINED = ("opt 350m", "llama", "qwen2", "qwen3", *LARGE_VOCABULARY)
+WITH_HEAD = {
+    name: recipe
+    for name, recipe in (TRAINABLE | LESS_USED | LARGE_VOCABULARY).items()
+    if name not in HEAD_IS_EMBEDDINGS
+}
 
 
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(name, marks=() if name in HEADS_OFTEN_TRAINED else pytest.mark.slow)
-        for name in TRAINABLE | LESS_USED
-        if name not in HEAD_IS_EMBEDDINGS
-    ],
+    [pytest.param(name, marks=() if name in HEADS_OFTEN_TRAINED else pytest.mark.slow) for name in WITH_HEAD],
 )
 def test_its_head_alone_trains_likewise(engines: Engines, name: str, tmp_path: Path) -> None:
-    model = make_whole(tmp_path / "model", *(TRAINABLE | LESS_USED)[name])
+    model = make_whole(tmp_path / "model", *WITH_HEAD[name])
     engines.add(f"heads: {name}", model)
     llm = engines.get(f"heads: {name}", **TINY)
     rows = reviews(12, seed=1)

@@ -43,12 +43,13 @@ def give_head_adapters(runner: Any) -> None:
 
 def has_plain_head(model: nn.Module) -> bool:
     """Whether vLLM's layer with adapters fits the head: it is called `lm_head`, has a weight in floating point (a
-    quantised one has another), and the logits processor stands beside it. It is on the last pipeline stage only."""
+    quantised one has another), and the logits processor stands beside it and is no class of the model's own, whose
+    logits the layer would not compute. It is on the last pipeline stage only."""
     head, processor = getattr(model, LM_HEAD, None), getattr(model, "logits_processor", None)
     weight = getattr(head, "weight", None)
     return (
         isinstance(head, ParallelLMHead)
-        and isinstance(processor, LogitsProcessor)
+        and type(processor) is LogitsProcessor
         and isinstance(weight, Tensor)
         and weight.is_floating_point()
     )
