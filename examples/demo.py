@@ -20,14 +20,11 @@ from models import MODELS, FetchError, fetch
 HERE = Path(__file__).parent
 SMALL, REVIEWS = HERE / "demo" / "model", HERE / "demo" / "reviews"
 TEMPLATE, OPTIONS = "{sentence} It was", [" terrible", " great"]
+LAYERS = {"bases": 1, "batch_size": 16}
 HEAD = {
     "method": {"name": "lozo", "v": "activations", "u": "written", "interval": 10}, "target_modules": "lm_head",
     "bases": 31, "batch_size": 64, "lr_schedule": "linear",
 }  # fmt: skip
-TRAINED = {  # of the small model and of real ones: what the job trains, in how many steps, and the rank of its slots
-    False: ({"bases": 1, "batch_size": 16}, 400, 16),
-    True: (HEAD, 1500, 64),
-}
 EXAMPLES = ("a warm and clever story , beautifully told .", "the soup was cold and the waiter never came back .")
 
 
@@ -41,7 +38,7 @@ def main() -> None:
         model = fetch(args.model) if args.model else SMALL
     except FetchError as error:
         sys.exit(f"demo.py: {error}")
-    trained, steps, slot_rank = TRAINED[args.model is not None]
+    trained, steps, slot_rank = (HEAD, 1500, 64) if args.model else (LAYERS, 400, 16)
     steps = args.steps or steps
     job = args.output / time.strftime("%Y%m%d-%H%M%S")
 

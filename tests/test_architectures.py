@@ -67,6 +67,23 @@ def test_it_trains_as_transformers_computes_it_and_others_use_what_it_learnt(
     engines.add(f"table of architectures: {name}", model)
     llm = engines.get(f"table of architectures: {name}", **TINY)
     rows = reviews(12, seed=1)
+    run, answers = trained(llm, model, rows, tmp_path, **options)
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    choices = encode_examples(rows, SENTIMENT, tokenizer, 128, "rows")
+    expected = reference(llm, model, SENTIMENT).score(choices)[0].mean().item()
+    assert llm.evaluate(rows, SENTIMENT)["loss"] == pytest.approx(expected, abs=LOSS_TOLERANCE)
+    run.save_merged(tmp_path / "merged")
+    merged = load(llm, tmp_path / "merged")
+    assert scores.of_transformers(merged, model) == pytest.approx(answers, abs=scores.TOLERANCE)
+    assert served_tokens(llm, run) == tokens_of(merged, tokenizer)
+
+
+def trained(
+    llm: Any, model: Path, rows: list[dict[str, Any]], tmp_path: Path, **options: Any
+) -> tuple[Any, list[float]]:
+    """A run whose every step was that of the reference, and what the engine serves with it, which `peft` and vLLM
+    compute from the saved adapter too."""
     run = llm.finetune(
         rows,
         objective=OBJECTIVE,
@@ -79,18 +96,12 @@ def test_it_trains_as_transformers_computes_it_and_others_use_what_it_learnt(
         progress=False,
         **options,
     )
-
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    choices = encode_examples(rows, SENTIMENT, tokenizer, 128, "rows")
-    expected = reference(llm, model, SENTIMENT).score(choices)[0].mean().item()
-    assert llm.evaluate(rows, SENTIMENT)["loss"] == pytest.approx(expected, abs=LOSS_TOLERANCE)
     oracle = reference(llm, model, OBJECTIVE, **options)
-    examples = encode_examples(rows, OBJECTIVE, tokenizer, 128, "rows")
+    examples = encode_examples(rows, OBJECTIVE, AutoTokenizer.from_pretrained(model), 128, "rows")
     order = BatchOrder(len(examples), BATCH, SEED)
     for step, record in enumerate(run.history):
         losses, _ = oracle.step(step, [examples[i] for i in order.batch(step)], RATE)
         assert record["loss"] == pytest.approx(losses.mean().item(), abs=LOSS_TOLERANCE), f"step {step}"
-
     answers = scores.of_vllm(llm, model, lora_request=run.lora_request)
     assert max(abs(a - b) for a, b in zip(answers, scores.of_vllm(llm, model), strict=True)) > VISIBLE
     run.save(tmp_path / "adapter")
@@ -98,10 +109,7 @@ def test_it_trains_as_transformers_computes_it_and_others_use_what_it_learnt(
     assert scores.of_transformers(tuned, model) == pytest.approx(answers, abs=scores.TOLERANCE)
     from_file = LoRARequest("from-file", 9_000, str(tmp_path / "adapter"))
     assert scores.of_vllm(llm, model, lora_request=from_file) == pytest.approx(answers, abs=scores.TOLERANCE)
-    run.save_merged(tmp_path / "merged")
-    merged = load(llm, tmp_path / "merged")
-    assert scores.of_transformers(merged, model) == pytest.approx(answers, abs=scores.TOLERANCE)
-    assert served_tokens(llm, run) == tokens_of(merged, tokenizer)
+    return run, answers
 
 
 HEADS_OFTEN_TRAINED = ("opt 350m", "llama", "qwen2", "qwen3", *LARGE_VOCABULARY)
@@ -119,33 +127,7 @@ WITH_HEAD = {
 def test_its_head_alone_trains_likewise(engines: Engines, name: str, tmp_path: Path) -> None:
     model = make_whole(tmp_path / "model", *WITH_HEAD[name])
     engines.add(f"heads: {name}", model)
-    llm = engines.get(f"heads: {name}", **TINY)
-    rows = reviews(12, seed=1)
-    run = llm.finetune(
-        rows,
-        objective=OBJECTIVE,
-        method=METHOD,
-        learning_rate=RATE,
-        batch_size=BATCH,
-        steps=STEPS,
-        seed=SEED,
-        bases=2,
-        progress=False,
-        target_modules="lm_head",
-    )
-    oracle = reference(llm, model, OBJECTIVE, target_modules="lm_head")
-    examples = encode_examples(rows, OBJECTIVE, AutoTokenizer.from_pretrained(model), 128, "rows")
-    order = BatchOrder(len(examples), BATCH, SEED)
-    for step, record in enumerate(run.history):
-        losses, _ = oracle.step(step, [examples[i] for i in order.batch(step)], RATE)
-        assert record["loss"] == pytest.approx(losses.mean().item(), abs=LOSS_TOLERANCE), f"step {step}"
-    answers = scores.of_vllm(llm, model, lora_request=run.lora_request)
-    assert max(abs(a - b) for a, b in zip(answers, scores.of_vllm(llm, model), strict=True)) > VISIBLE
-    run.save(tmp_path / "adapter")
-    tuned = PeftModel.from_pretrained(load(llm, model), tmp_path / "adapter")
-    assert scores.of_transformers(tuned, model) == pytest.approx(answers, abs=scores.TOLERANCE)
-    from_file = LoRARequest("from-file", 9_001, str(tmp_path / "adapter"))
-    assert scores.of_vllm(llm, model, lora_request=from_file) == pytest.approx(answers, abs=scores.TOLERANCE)
+    trained(engines.get(f"heads: {name}", **TINY), model, reviews(12, seed=1), tmp_path, target_modules="lm_head")
 
 
 def test_a_head_that_is_the_embeddings_is_refused_with_the_reason(engines: Engines, tmp_path: Path) -> None:

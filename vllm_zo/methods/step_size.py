@@ -91,7 +91,7 @@ class StepSize:
         if self.base is not None or not (square := math.fsum(c * c for c in coefficients)) > 0.0:
             return
         self._squares.append(square)
-        if self.base is not None:
+        if len(self._squares) == CALIBRATION_STEPS:
             logger.info(
                 "learning_rate='auto': %.3g (steps of %.2g eps at eps=%g; coefficients of %.3g in %d steps)",
                 self.base, self._multiplier * self._share, self._method.eps, self._norm, CALIBRATION_STEPS,

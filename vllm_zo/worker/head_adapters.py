@@ -31,11 +31,11 @@ def give_head_adapters(runner: Any) -> None:
     """
     load = runner.load_lora_model
 
-    def load_lora_model(model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+    def load_lora_model(model: Any, *args: Any, **kwargs: Any) -> Any:
         if has_plain_head(model):
             # Of this object: the class's dictionary is that of all models that list nothing.
             model.embedding_modules = {**model.embedding_modules, LM_HEAD: "output_embeddings"}
-        return load(model, *args, **kwargs)  # type: ignore[no-any-return]
+        return load(model, *args, **kwargs)
 
     HEAD_ADAPTERS.on(runner, "load_lora_model", load_lora_model)
     _allow_large_vocabularies()
