@@ -10,11 +10,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from vllm.model_executor.layers import utils
 
 from vllm_zo.worker.base_weights import BaseWeights
+from vllm_zo.worker.cpu.plain_linear import plain_linear
 
 PACKED = {"handler", "packed_weight", "zen_weight"}
 """Variables that hold a packed copy in the closures that vLLM sets as `cpu_linear` (oneDNN, AMX, zentorch). vLLM has no
@@ -42,7 +42,7 @@ class PackedWeights(BaseWeights):
         if not PACKED & _variables(layer.cpu_linear):
             return
         if layer.weight.dtype == torch.float32:
-            layer.cpu_linear = F.linear
+            layer.cpu_linear = plain_linear()
         else:
             utils.dispatch_cpu_unquantized_gemm(layer, remove_weight=False)
 
