@@ -13,8 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 
+from vllm_zo.worker.cpu import native
 from vllm_zo.worker.cpu.linear import is_emulated
-from vllm_zo.worker.cpu.row_plan import Buckets
+from vllm_zo.worker.cpu.row_plan import Buckets, Unpadded
+
+SHORT = 128
+"""Our kernel computes in float32. With 16-bit instructions torch's is faster where sequences are longer than this, by
+its matrix products (measured with AMX at 64 to 256 numbers a head)."""
 
 
 def why_not(layer: Any) -> str | None:
@@ -45,11 +50,13 @@ def attend(layer: Any, query: Tensor, key: Tensor, value: Tensor, buckets: Bucke
     Returns:
         (U, heads * D), contiguous.
     """
+    in_float32 = query.dtype == torch.float32 or is_emulated(query.dtype)
+    if (in_float32 or buckets.unpadded.longest <= SHORT) and native.fits(query, key, value):
+        return _attend_unpadded(layer, query, key, value, buckets.unpadded)
     heads, kv_heads, width = layer.num_heads, layer.num_kv_heads, layer.head_size
     sizes = [count * length for count, length in buckets.shapes]
-    wide = is_emulated(query.dtype)  # then a product in 16 bits is several times slower than one in float32
     padded = [x.reshape(len(x), -1).index_select(0, buckets.gather_P) for x in (query, key, value)]
-    parts = zip(buckets.shapes, *((x.float() if wide else x).split(sizes) for x in padded), strict=True)
+    parts = zip(buckets.shapes, *((x.float() if in_float32 else x).split(sizes) for x in padded), strict=True)
     attended = []
     for (count, length), q, k, v in parts:
         q, k, v = (
@@ -62,6 +69,15 @@ def attend(layer: Any, query: Tensor, key: Tensor, value: Tensor, buckets: Bucke
         attended.append(out.transpose(1, 2).reshape(count * length, heads * width))
     whole = attended[0] if len(attended) == 1 else torch.cat(attended)
     return whole.index_select(0, buckets.back_U).to(query.dtype)
+
+
+def _attend_unpadded(layer: Any, query: Tensor, key: Tensor, value: Tensor, unpadded: Unpadded) -> Tensor:
+    """`attend` by our kernel."""
+    heads = native.Heads(
+        layer.num_heads, layer.num_kv_heads, layer.head_size, layer.impl.sliding_window, layer.impl.scale
+    )
+    query, key, value = (x.reshape(len(x), -1) for x in (query, key, value))
+    return native.attend(query, key, value, unpadded.starts, unpadded.rows_S, unpadded.first_S, heads)
 
 
 def _window_mask(length: int, window: int) -> Tensor | None:

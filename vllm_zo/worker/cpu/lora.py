@@ -6,6 +6,7 @@ moves far more memory than the base weights. The tokens of a request are contigu
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
+from vllm_zo.worker.cpu import native
 from vllm_zo.worker.cpu.linear import is_emulated
 
 MAX_KEPT_VIEWS = 1 << 14
@@ -42,6 +44,21 @@ class Span:
     runs: tuple[Run, ...]
 
 
+class Spans(tuple[Span, ...]):
+    """The spans of a batch, ascending."""
+
+    @functools.cached_property
+    def runs(self) -> Tensor:
+        """(runs, 4) int64 for our kernel: start, stop, slot, rank."""
+        runs = [(run.start, run.stop, run.slot, span.rank) for span in self for run in span.runs]
+        return torch.tensor(runs, dtype=torch.int64).view(len(runs), 4)
+
+    @property
+    def stop(self) -> int:
+        """Behind the last row of a span."""
+        return self[-1].stop if self else 0
+
+
 class GroupedPunicaWrapper(PunicaWrapperCPU):
     """Replaces PunicaWrapperCPU, and gives the same results up to rounding, for requests with and without adapters."""
 
@@ -52,8 +69,9 @@ class GroupedPunicaWrapper(PunicaWrapperCPU):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         # From `save_batch` to `restore_batch`: slots of tokens, offsets of embeddings and spans of the batch.
-        self._batch: tuple[Tensor, Tensor, list[Span]] | None = None
+        self._batch: tuple[Tensor, Tensor, Spans] | None = None
         self._kept_views: dict[tuple[int, int, int], tuple[tuple[Tensor, ...], list[Tensor]]] = {}
+        self._kept_factors: dict[tuple[int, int], tuple[Any, Any, native.Factors | None]] = {}
 
     def update_metadata(
         self, mapping: Any, lora_index_to_id: Any, max_loras: int, vocab_size: int, **kwargs: Any
@@ -100,7 +118,7 @@ class GroupedPunicaWrapper(PunicaWrapperCPU):
         self.indices_len[0] = self.indices_len[3] = len(tokens)
 
     @contextmanager
-    def linears_on(self, spans: list[Span]) -> Iterator[None]:
+    def linears_on(self, spans: Spans) -> Iterator[None]:
         """In the block, linear layers get the rows that `spans` describe, as `spans_of_rows` made them."""
         saved, self.spans = self.spans, spans
         try:
@@ -108,13 +126,13 @@ class GroupedPunicaWrapper(PunicaWrapperCPU):
         finally:
             self.spans = saved
 
-    def spans_of_rows(self, rows: Tensor) -> list[Span]:
+    def spans_of_rows(self, rows: Tensor) -> Spans:
         """The spans of some of the rows that linear layers get now. rows: (P,) int64, ascending."""
         return self._spans_of(self.token_lora_indices[rows])
 
     # --- spans --------------------------------------------------------------------------------------------------------
 
-    def _spans_of(self, slot_of_token: Tensor) -> list[Span]:
+    def _spans_of(self, slot_of_token: Tensor) -> Spans:
         # Runs are found by torch: a loop over single tokens would be slow in Python.
         slots, counts = torch.unique_consecutive(slot_of_token, return_counts=True)
         spans: list[Span] = []
@@ -129,7 +147,7 @@ class GroupedPunicaWrapper(PunicaWrapperCPU):
                 spans[-1] = Span(last.start, run.stop, last.rank, (*last.runs, run))
             else:
                 spans.append(Span(run.start, run.stop, self._rank(slot), (run,)))
-        return spans
+        return Spans(spans)
 
     def _shares_a(self, slot: int, other: int) -> bool:
         return slot == other or (self.pool is not None and self.pool.shares_a(slot, other))
@@ -165,6 +183,10 @@ class GroupedPunicaWrapper(PunicaWrapperCPU):
         x = x.view(-1, x.shape[-1])
         if not add_inputs:
             y.zero_()
+        factors = self._factors(lora_a_stacked, lora_b_stacked)
+        if factors is not None and native.fits(lora_a_stacked[0], y, x) and self.spans.stop <= len(x):
+            native.low_rank(y, x, factors, self.spans.runs, scale)
+            return
         emulated = is_emulated(x.dtype)
         for span in self.spans:
             rank = lora_a_stacked[0].shape[2] if span.rank < 0 else span.rank
@@ -211,6 +233,15 @@ class GroupedPunicaWrapper(PunicaWrapperCPU):
                 rows = slice(run.start, run.stop)
                 a, b = lora_a_stacked[run.slot, 0].float(), lora_b_stacked[run.slot, 0].float()
                 y[rows, : len(b)] += scale * (x[rows].float() @ a.T @ b.T)
+
+    def _factors(self, a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> native.Factors | None:
+        """Where a layer's factors lie, for our kernel; None if it cannot take them. Kept as the views are."""
+        key = id(a), id(b)
+        if key not in self._kept_factors:
+            if len(self._kept_factors) >= MAX_KEPT_VIEWS:
+                self._kept_factors.clear()
+            self._kept_factors[key] = a, b, native.factors(a, b)
+        return self._kept_factors[key][2]
 
     def _views(self, stacked: tuple[Tensor, ...], slot: int, rank: int, *, of_a: bool) -> list[Tensor]:
         """For each slice, the part of a slot that is in use: (rank, I) of A or (rank, O) of B.

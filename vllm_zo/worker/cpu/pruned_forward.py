@@ -32,7 +32,7 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from vllm_zo.worker.cpu import attention as whole_attention
 from vllm_zo.worker.cpu.decoder_layers import DecoderLayers, find_decoder_layers
-from vllm_zo.worker.cpu.lora import GroupedPunicaWrapper, Span
+from vllm_zo.worker.cpu.lora import GroupedPunicaWrapper, Spans
 from vllm_zo.worker.cpu.patches import ATTENTION, DECODER_LAYER, LORA_LINEAR, MODEL_FORWARD
 from vllm_zo.worker.cpu.row_plan import Below, Buckets, RowPlan, plan_rows
 from vllm_zo.worker.kept_states import KeptStates
@@ -211,7 +211,7 @@ class Forward:
         self.below: Below | None = plan.below
         """The rows of the layers below the first trained one, until that layer begins."""
         self.keep = plan.keep_U if plan.below is None else plan.below.rows_B
-        self.needed_spans: dict[int, list[Span]] = {}
+        self.needed_spans: dict[int, Spans] = {}
         """id of a wrapper -> the spans of the needed rows there."""
         self._slots: list[tuple[Any, Tensor]] = [] if alone is None else [(w, alone) for w in pruner.wrappers]
         """(wrapper, slots of the T rows)."""

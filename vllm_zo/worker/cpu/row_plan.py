@@ -43,11 +43,30 @@ class Buckets:
         shapes: (sequences, length) of each bucket; P is the sum of their products.
         gather_P: for each place, which of the U rows it holds. Padding repeats the last row of its sequence.
         back_U: for each of the U rows, one of its places.
+        unpadded: the same sequences without padding.
     """
 
     shapes: tuple[tuple[int, int], ...]
     gather_P: Tensor
     back_U: Tensor
+    unpadded: Unpadded
+
+
+@dataclass(frozen=True)
+class Unpadded:
+    """Sequences one after another, the longest first.
+
+    Attributes:
+        starts: their first places, and the number S of all places.
+        rows_S: for each place, which of the U rows it holds.
+        first_S: uint8, whether the place is the first with its row.
+        longest: the length of the first sequence.
+    """
+
+    starts: Tensor
+    rows_S: Tensor
+    first_S: Tensor
+    longest: int
 
 
 @dataclass(frozen=True)
@@ -252,8 +271,9 @@ def fill_buckets(lengths: Sequence[int], expand_T: Sequence[int]) -> Buckets:
     gather: list[int] = []
     shapes: list[tuple[int, int]] = []
     back = [0] * (max(expand_T) + 1)
+    order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
     # From the longest down: the first sequence of a bucket sets its length.
-    for i in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
+    for i in order:
         if not shapes or lengths[i] * MOST_PADDING < shapes[-1][1]:
             shapes.append((0, lengths[i]))
         count, longest = shapes[-1]
@@ -263,4 +283,22 @@ def fill_buckets(lengths: Sequence[int], expand_T: Sequence[int]) -> Buckets:
         gather += rows
         gather += rows[-1:] * (longest - len(rows))
         shapes[-1] = count + 1, longest
-    return Buckets(tuple(shapes), torch.tensor(gather), torch.tensor(back))
+    unpadded = _one_after_another([expand_T[starts[i] : starts[i + 1]] for i in order])
+    return Buckets(tuple(shapes), torch.tensor(gather), torch.tensor(back), unpadded)
+
+
+def _one_after_another(sequences: Sequence[Sequence[int]]) -> Unpadded:
+    """sequences: the rows of each."""
+    lengths = [len(rows) for rows in sequences]
+    rows_S = [row for rows in sequences for row in rows]
+    seen: set[int] = set()
+    first = []
+    for row in rows_S:
+        first.append(row not in seen)
+        seen.add(row)
+    return Unpadded(
+        starts=torch.tensor([0, *accumulate(lengths)]),
+        rows_S=torch.tensor(rows_S),
+        first_S=torch.tensor(first, dtype=torch.uint8),
+        longest=max(lengths, default=0),
+    )

@@ -1,0 +1,431 @@
+// Kernels of ours for what torch does slowly in a step of a small model: the low-rank products, the gate of an MLP, and causal
+// attention over short sequences. Each does in one pass over its rows what torch does in several operators, computes in
+// float32, and rounds a result once. No row's bits depend on the other rows of a call, or on the number of threads.
+//
+// `native.py` compiles this file and calls it; sizes are checked there. A row's numbers lie next to each other; what
+// is called a stride counts numbers from row to row. `bf16`: numbers are bfloat16, else float32.
+
+#include <omp.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+namespace {
+
+#ifdef __AVX512F__
+constexpr int W = 16;
+#else
+constexpr int W = 8;
+#endif
+using Vec = float __attribute__((vector_size(4 * W)));
+using Ints = int32_t __attribute__((vector_size(4 * W)));
+using Bits = uint32_t __attribute__((vector_size(4 * W)));
+using Half = uint16_t __attribute__((vector_size(2 * W)));
+
+struct BF16 {
+    uint16_t bits;
+};
+
+template <class To, class From>
+To cast(From from) {
+    To to;
+    static_assert(sizeof to == sizeof from);
+    memcpy(&to, &from, sizeof to);
+    return to;
+}
+
+// --- numbers in memory to float32 and back ----------------------------------------------------------------------------
+
+Vec load(const float* p) {
+    Vec v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+Vec load(const BF16* p) {
+    Half h;
+    memcpy(&h, p, sizeof h);
+    return cast<Vec>(__builtin_convertvector(h, Bits) << 16);
+}
+void store(float* p, Vec v) { memcpy(p, &v, sizeof v); }
+void store(BF16* p, Vec v) {
+    const Bits bits = cast<Bits>(v);
+    const Bits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to the nearest, ties to even
+    const Half h = __builtin_convertvector(v == v ? rounded : Bits{} + 0x7fc0, Half);
+    memcpy(p, &h, sizeof h);
+}
+float load_one(const float* p) { return *p; }
+float load_one(const BF16* p) { return cast<float>(uint32_t{p->bits} << 16); }
+void store_one(float* p, float v) { *p = v; }
+void store_one(BF16* p, float v) {
+    BF16 row[W];
+    store(row, Vec{} + v);
+    *p = row[0];
+}
+
+// The first n < W numbers at p; zeros after them.
+template <class T>
+Vec load_some(const T* p, int64_t n) {
+    T row[W] = {};
+    std::copy(p, p + n, row);
+    return load(row);
+}
+template <class T>
+void store_some(T* p, Vec v, int64_t n) {
+    T row[W];
+    store(row, v);
+    std::copy(row, row + n, p);
+}
+
+float sum(Vec v) {
+    for (int half = W / 2; half; half /= 2)
+        for (int i = 0; i < half; i++) v[i] += v[i + half];
+    return v[0];
+}
+
+// e^x to 2 units in the last place, for x up to 88; below -87 as at -87. 2^n times a polynomial of the rest (Cephes).
+Vec exp(Vec x) {
+    x = x > 88.0f ? Vec{} + 88.0f : x;
+    x = x < -87.0f ? Vec{} - 87.0f : x;
+    const Vec magic = Vec{} + 12582912.0f;  // adding it rounds to an integer
+    const Vec n = (x * 1.44269504f + magic) - magic;
+    const Vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    Vec p = Vec{} + 1.9875691500e-4f;
+    for (float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
+        p = p * r + c;
+    p = p * r * r + r + 1.0f;
+    return p * cast<Vec>((__builtin_convertvector(n, Ints) + 127) << 23);
+}
+
+int64_t round_up(int64_t n) { return (n + W - 1) / W * W; }
+
+// Forking costs some microseconds: fewer operations than this are one thread's work.
+constexpr int64_t WORTH_FORKING = 1 << 15;
+
+// Of n rows, those of this thread.
+struct Share {
+    int64_t start, stop;
+    explicit Share(int64_t n)
+        : start(n * omp_get_thread_num() / omp_get_num_threads()),
+          stop(n * (omp_get_thread_num() + 1) / omp_get_num_threads()) {}
+};
+
+// --- gate -------------------------------------------------------------------------------------------------------------
+
+// x (rows, 2 d) -> out (rows, d): act(first half) * second half.
+template <class T>
+void gate(const T* x, T* out, int64_t rows, int64_t d, bool gelu) {
+    const auto act = [gelu](Vec a) {
+        // GELU's approximation by tanh is a sigmoid too: 0.5 (1 + tanh u) = 1 / (1 + e^-2u).
+        const Vec u = gelu ? 1.5957691216f * (a + 0.044715f * a * a * a) : a;
+        return a / (1.0f + exp(-u));
+    };
+#pragma omp parallel for schedule(static) if (rows * d > WORTH_FORKING)
+    for (int64_t row = 0; row < rows; row++) {
+        const T *a = x + row * 2 * d, *b = a + d;
+        T* o = out + row * d;
+        int64_t i = 0;
+        for (; i + W <= d; i += W) store(o + i, act(load(a + i)) * load(b + i));
+        if (i < d) store_some(o + i, act(load_some(a + i, d - i)) * load_some(b + i, d - i), d - i);
+    }
+}
+
+// --- low-rank products ------------------------------------------------------------------------------------------------
+
+constexpr int MAX_SLICES = 4;
+constexpr int64_t MAX_SCRATCH = 1 << 21;  // numbers: the factors of so many runs are widened at a time
+
+}  // namespace
+
+extern "C" {
+// Factors of one linear layer, for all slots. a[slice]: (slots, ranks, inputs), b[slice]: (slots, outputs[slice], ranks).
+struct Factors {
+    int64_t slices, inputs, ranks;
+    int64_t outputs[MAX_SLICES];
+    const void *a[MAX_SLICES], *b[MAX_SLICES];
+};
+// Rows [start, stop) use the first `rank` ranks of a slot; -1: all.
+struct Run {
+    int64_t start, stop, slot, rank;
+};
+}
+
+namespace {
+
+int64_t rank_of(const Factors& f, const Run& run) { return run.rank < 0 ? f.ranks : run.rank; }
+
+// A run's factors in float32: first A (slices * rank, inputs), then of each slice the transposed B (rank, outputs).
+int64_t widened_size(const Factors& f, const Run& run) {
+    int64_t outputs = 0;
+    for (int64_t s = 0; s < f.slices; s++) outputs += f.outputs[s];
+    return rank_of(f, run) * (f.slices * f.inputs + outputs);
+}
+
+// Writes this thread's share of it.
+template <class T>
+void widen(const Factors& f, const Run& run, float* to) {
+    const int64_t rank = rank_of(f, run);
+    for (int64_t s = 0; s < f.slices; s++) {
+        const T* a = static_cast<const T*>(f.a[s]) + run.slot * f.ranks * f.inputs;
+        const Share share(rank * f.inputs);
+        for (int64_t i = share.start; i < share.stop; i++) to[i] = load_one(a + i);
+        to += rank * f.inputs;
+    }
+    for (int64_t s = 0; s < f.slices; s++) {
+        const int64_t n = f.outputs[s];
+        const T* b = static_cast<const T*>(f.b[s]) + run.slot * n * f.ranks;
+        const Share share(n);
+        for (int64_t r = 0; r < rank; r++)
+            for (int64_t o = share.start; o < share.stop; o++) to[r * n + o] = load_one(b + o * f.ranks + r);
+        to += rank * n;
+    }
+}
+
+// A row in float32, in `scratch` if it has to be widened.
+const float* widen_row(const float* x, int64_t, float*) { return x; }
+const float* widen_row(const BF16* x, int64_t n, float* scratch) {
+    int64_t i = 0;
+    for (; i + W <= n; i += W) store(scratch + i, load(x + i));
+    for (; i < n; i++) scratch[i] = load_one(x + i);
+    return scratch;
+}
+
+float dot(const float* x, const float* a, int64_t n) {
+    Vec parts[4] = {};
+    int64_t i = 0;
+    for (; i + 4 * W <= n; i += 4 * W)
+        for (int k = 0; k < 4; k++) parts[k] += load(x + i + k * W) * load(a + i + k * W);
+    for (; i + W <= n; i += W) parts[0] += load(x + i) * load(a + i);
+    if (i < n) parts[1] += load_some(x + i, n - i) * load_some(a + i, n - i);
+    return sum((parts[0] + parts[1]) + (parts[2] + parts[3]));
+}
+
+// y (outputs) += shrunk (rank) B^T (rank, outputs). RANK: the rank, where the compiler is to know it; else 0.
+template <int RANK, class T>
+void expand(T* y, const float* shrunk, const float* b, int64_t rank, int64_t outputs) {
+    if (RANK) rank = RANK;
+    int64_t o = 0;
+    for (; o + W <= outputs; o += W) {
+        Vec v = load(y + o);
+        for (int64_t r = 0; r < rank; r++) v += shrunk[r] * load(b + r * outputs + o);
+        store(y + o, v);
+    }
+    for (; o < outputs; o++) {
+        float v = load_one(y + o);
+        for (int64_t r = 0; r < rank; r++) v = __builtin_fmaf(shrunk[r], b[r * outputs + o], v);
+        store_one(y + o, v);
+    }
+}
+
+template <class T>
+void low_rank_row(T* y, const T* x, const Factors& f, int64_t rank, const float* widened, float scale, float* scratch) {
+    float* shrunk = scratch + round_up(f.inputs);
+    const float* x_row = widen_row(x, f.inputs, scratch);
+    for (int64_t j = 0; j < f.slices * rank; j++) shrunk[j] = scale * dot(x_row, widened + j * f.inputs, f.inputs);
+    const float* b = widened + f.slices * rank * f.inputs;
+    const auto add = rank == 2 ? expand<2, T> : expand<0, T>;  // 2 is the methods' default
+    for (int64_t s = 0; s < f.slices; s++) {
+        add(y, shrunk + s * rank, b, rank, f.outputs[s]);
+        y += f.outputs[s];
+        b += rank * f.outputs[s];
+    }
+}
+
+// y += scale x A^T B^T for the rows of all runs, whose widened factors fit into `scratch`.
+template <class T>
+void low_rank_runs(T* y, int64_t y_stride, const T* x, int64_t x_stride, const Factors& f, const Run* runs, int64_t n,
+                   float scale, float* scratch) {
+    int64_t rows = 0, numbers = 0, ranks = 0;
+    for (int64_t i = 0; i < n; i++) {
+        rows += runs[i].stop - runs[i].start;
+        numbers += widened_size(f, runs[i]);
+        ranks = std::max(ranks, rank_of(f, runs[i]));
+    }
+#pragma omp parallel if (numbers + rows * numbers / n > WORTH_FORKING)
+    {
+        float* to = scratch;
+        for (int64_t i = 0; i < n; to += widened_size(f, runs[i++])) widen<T>(f, runs[i], to);
+#pragma omp barrier
+        std::vector<float> row_scratch(round_up(f.inputs) + f.slices * ranks);
+        const Share share(rows);
+        int64_t first = 0;  // of the run's rows, among the rows of all runs
+        const float* widened = scratch;
+        for (int64_t i = 0; i < n; i++) {
+            const int64_t count = runs[i].stop - runs[i].start;
+            const int64_t from = std::max(share.start - first, int64_t{0}), to = std::min(share.stop - first, count);
+            for (int64_t row = runs[i].start + from; row < runs[i].start + to; row++)
+                low_rank_row(y + row * y_stride, x + row * x_stride, f, rank_of(f, runs[i]), widened, scale,
+                             row_scratch.data());
+            first += count;
+            widened += widened_size(f, runs[i]);
+        }
+    }
+}
+
+template <class T>
+void low_rank(T* y, int64_t y_stride, const T* x, int64_t x_stride, const Factors& f, const Run* runs, int64_t n,
+              float scale) {
+    static std::vector<float> scratch;  // kept, because fresh memory costs page faults; one thread runs the model
+    for (int64_t done = 0; done < n;) {
+        int64_t take = 1, numbers = widened_size(f, runs[done]);
+        while (done + take < n && numbers + widened_size(f, runs[done + take]) <= MAX_SCRATCH)
+            numbers += widened_size(f, runs[done + take++]);
+        if (static_cast<int64_t>(scratch.size()) < numbers) scratch.resize(numbers);
+        low_rank_runs(y, y_stride, x, x_stride, f, runs + done, take, scale, scratch.data());
+        done += take;
+    }
+}
+
+// --- attention --------------------------------------------------------------------------------------------------------
+
+constexpr int QUERIES = 8;  // computed at a time: as many sums keep the multipliers busy
+
+}  // namespace
+
+extern "C" {
+struct Heads {
+    int64_t heads, kv_heads, width;
+    int64_t window;  // keys that a query sees, itself included; -1: all
+    float scale;
+};
+// `count` sequences: places [starts[i], starts[i + 1]) of sequence i. rows[place]: its row of q, k and v. writes[place]:
+// whether this place writes that row of the output; of the places with one row, one does.
+struct Sequences {
+    int64_t count;
+    const int64_t *starts, *rows;
+    const uint8_t* writes;
+};
+}
+
+namespace {
+
+// Scratch of one thread, for one sequence and one head of keys and values.
+struct Block {
+    int64_t keys, width;              // both rounded up to whole vectors
+    std::vector<float> k, v, q, p, o;  // k (width, keys), v (keys, width), q (QUERIES, width), p (QUERIES, keys)
+
+    template <class T>
+    void fill(const T* key, int64_t k_stride, const T* value, int64_t v_stride, const int64_t* rows, int64_t n,
+              int64_t d) {
+        keys = round_up(n), width = round_up(d);
+        k.assign(width * keys, 0.0f), v.assign(keys * width, 0.0f);
+        q.assign(QUERIES * width, 0.0f), p.assign(QUERIES * keys, 0.0f), o.resize(width);
+        for (int64_t j = 0; j < n; j++) {
+            const T *a = key + rows[j] * k_stride, *b = value + rows[j] * v_stride;
+            for (int64_t i = 0; i < d; i++) k[i * keys + j] = load_one(a + i);
+            for (int64_t i = 0; i < d; i++) v[j * width + i] = load_one(b + i);
+        }
+    }
+
+    // p = q k^T for keys [from, to), whole vectors.
+    void score(int64_t from, int64_t to, int64_t d) {
+        for (int64_t j = from; j < to; j += W) {
+            Vec sums[QUERIES] = {};
+            for (int64_t i = 0; i < d; i++) {
+                const Vec column = load(&k[i * keys + j]);
+                for (int r = 0; r < QUERIES; r++) sums[r] += q[r * width + i] * column;
+            }
+            for (int r = 0; r < QUERIES; r++) store(&p[r * keys + j], sums[r]);
+        }
+    }
+
+    // Row r of p: the weights of keys [first, last], zero elsewhere in [from, to). Returns their sum.
+    float weigh(int r, int64_t from, int64_t to, int64_t first, int64_t last, float scale) {
+        float* row = &p[r * keys];
+        const float top = *std::max_element(row + first, row + last + 1);
+        Vec total = {};
+        Ints number;
+        for (int i = 0; i < W; i++) number[i] = i;
+        for (int64_t j = from; j < to; j += W) {
+            const Ints at = number + static_cast<int32_t>(j);
+            const Vec e = exp((load(row + j) - top) * scale);
+            const Vec weights = (at >= static_cast<int32_t>(first)) & (at <= static_cast<int32_t>(last)) ? e : Vec{};
+            store(row + j, weights);
+            total += weights;
+        }
+        return sum(total);
+    }
+
+    // The columns [i, i + W) of p v, keys [from, to).
+    void mix(int64_t from, int64_t to, int64_t i, Vec* sums) {
+        for (int r = 0; r < QUERIES; r++) sums[r] = Vec{};
+        for (int64_t j = from; j < to; j++) {
+            const Vec value = load(&v[j * width + i]);
+            for (int r = 0; r < QUERIES; r++) sums[r] += p[r * keys + j] * value;
+        }
+    }
+};
+
+template <class T>
+void attend_head(Block& b, const T* query, int64_t q_stride, T* out, const Sequences& s, int64_t start, int64_t n,
+                 const Heads& h, int64_t head) {
+    const int64_t d = h.width, out_stride = h.heads * d;
+    for (int64_t first = 0; first < n; first += QUERIES) {
+        const int64_t count = std::min<int64_t>(QUERIES, n - first);
+        const uint8_t* writes = s.writes + start + first;
+        if (std::none_of(writes, writes + count, [](uint8_t w) { return w; })) continue;
+        const int64_t* rows = s.rows + start + first;
+        for (int64_t r = 0; r < count; r++)
+            for (int64_t i = 0; i < d; i++) b.q[r * b.width + i] = load_one(query + rows[r] * q_stride + head * d + i);
+        const auto sees = [&](int64_t r) { return h.window < 0 ? 0 : std::max<int64_t>(0, first + r - h.window + 1); };
+        const int64_t from = sees(0) / W * W, to = round_up(first + count);
+        b.score(from, to, d);
+        float totals[QUERIES];
+        for (int64_t r = 0; r < count; r++) totals[r] = b.weigh(r, from, to, sees(r), first + r, h.scale);
+        for (int64_t i = 0; i < d; i += W) {
+            Vec sums[QUERIES];
+            b.mix(from, to, i, sums);
+            for (int64_t r = 0; r < count; r++)
+                if (writes[r]) store_some(out + rows[r] * out_stride + head * d + i, sums[r] / totals[r], std::min<int64_t>(W, d - i));
+        }
+    }
+}
+
+template <class T>
+void attend(const T* q, int64_t q_stride, const T* k, int64_t k_stride, const T* v, int64_t v_stride, T* out,
+            const Sequences& s, const Heads& h) {
+    const int64_t group = h.heads / h.kv_heads, d = h.width;
+#pragma omp parallel if (s.starts[s.count] * h.heads * d > WORTH_FORKING / 8)
+    {
+        static thread_local Block block;
+#pragma omp for collapse(2) schedule(dynamic)
+        for (int64_t i = 0; i < s.count; i++)
+            for (int64_t kv = 0; kv < h.kv_heads; kv++) {
+                const int64_t start = s.starts[i], n = s.starts[i + 1] - start;
+                block.fill(k + kv * d, k_stride, v + kv * d, v_stride, s.rows + start, n, d);
+                for (int64_t head = kv * group; head < (kv + 1) * group; head++)
+                    attend_head(block, q, q_stride, out, s, start, n, h, head);
+            }
+    }
+}
+
+}  // namespace
+
+extern "C" {
+
+void zo_gate(const void* x, void* out, int64_t rows, int64_t d, int gelu, int bf16) {
+    if (bf16)
+        gate(static_cast<const BF16*>(x), static_cast<BF16*>(out), rows, d, gelu);
+    else
+        gate(static_cast<const float*>(x), static_cast<float*>(out), rows, d, gelu);
+}
+
+void zo_low_rank(void* y, int64_t y_stride, const void* x, int64_t x_stride, const Factors* f, const Run* runs,
+                 int64_t n, float scale, int bf16) {
+    if (bf16)
+        low_rank(static_cast<BF16*>(y), y_stride, static_cast<const BF16*>(x), x_stride, *f, runs, n, scale);
+    else
+        low_rank(static_cast<float*>(y), y_stride, static_cast<const float*>(x), x_stride, *f, runs, n, scale);
+}
+
+void zo_attend(const void* q, int64_t q_stride, const void* k, int64_t k_stride, const void* v, int64_t v_stride,
+               void* out, const Sequences* s, const Heads* h, int bf16) {
+    if (bf16)
+        attend(static_cast<const BF16*>(q), q_stride, static_cast<const BF16*>(k), k_stride,
+               static_cast<const BF16*>(v), v_stride, static_cast<BF16*>(out), *s, *h);
+    else
+        attend(static_cast<const float*>(q), q_stride, static_cast<const float*>(k), k_stride,
+               static_cast<const float*>(v), v_stride, static_cast<float*>(out), *s, *h);
+}
+}

@@ -1,0 +1,181 @@
+"""Our CPU kernels (`native.cpp`): compiled once for a machine, kept in vLLM's cache, called with pointers.
+
+They do in one pass each what torch does in many operators, a third to a half of a small model's step
+(docs/performance.md). Where they cannot be compiled, and for 16-bit types other than bfloat16, torch's operators do the
+same. `ZO_NATIVE_KERNELS=0` turns them off.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.cpp_extension import get_cxx_compiler
+from vllm import envs
+from vllm.logger import init_logger
+
+logger = init_logger("vllm.zo.worker")
+
+SOURCE = Path(__file__).with_name("native.cpp")
+SWITCH = "ZO_NATIVE_KERNELS"
+FLAGS = ("-std=c++17", "-O3", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math")
+INSTRUCTIONS = {
+    "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mprefer-vector-width=512"),
+    "AVX2": ("-mavx2", "-mfma"),
+}
+"""By torch's name for what the CPU has. Nothing for others: a compiler's own choice runs everywhere."""
+COMPILE_SECONDS = 120
+DTYPES = (torch.float32, torch.bfloat16)
+MAX_SLICES = 4
+
+
+class Factors(ctypes.Structure):
+    """See native.cpp."""
+
+    _fields_ = (
+        ("slices", ctypes.c_int64), ("inputs", ctypes.c_int64), ("ranks", ctypes.c_int64),
+        ("outputs", ctypes.c_int64 * MAX_SLICES), ("a", ctypes.c_void_p * MAX_SLICES), ("b", ctypes.c_void_p * MAX_SLICES),
+    )  # fmt: skip
+
+
+class Heads(ctypes.Structure):
+    """See native.cpp."""
+
+    _fields_ = (
+        ("heads", ctypes.c_int64), ("kv_heads", ctypes.c_int64), ("width", ctypes.c_int64),
+        ("window", ctypes.c_int64), ("scale", ctypes.c_float),
+    )  # fmt: skip
+
+
+class Sequences(ctypes.Structure):
+    """See native.cpp."""
+
+    _fields_ = (
+        ("count", ctypes.c_int64), ("starts", ctypes.c_void_p), ("rows", ctypes.c_void_p), ("writes", ctypes.c_void_p),
+    )  # fmt: skip
+
+
+_POINTER, _INT64 = ctypes.c_void_p, ctypes.c_int64
+_ARGUMENTS: dict[str, tuple[Any, ...]] = {
+    "zo_gate": (_POINTER, _POINTER, _INT64, _INT64, ctypes.c_int, ctypes.c_int),
+    "zo_low_rank": (
+        _POINTER, _INT64, _POINTER, _INT64, ctypes.POINTER(Factors), _POINTER, _INT64, ctypes.c_float, ctypes.c_int,
+    ),
+    "zo_attend": (
+        _POINTER, _INT64, _POINTER, _INT64, _POINTER, _INT64, _POINTER, ctypes.POINTER(Sequences),
+        ctypes.POINTER(Heads), ctypes.c_int,
+    ),
+}  # fmt: skip
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled kernels; None if this machine has none, with a line in the log that says why."""
+    if os.environ.get(SWITCH, "1") == "0":
+        logger.info("torch's operators take the place of our CPU kernels: %s=0", SWITCH)
+        return None
+    try:
+        loaded = ctypes.CDLL(str(compiled()))
+    except (OSError, RuntimeError, subprocess.SubprocessError) as e:
+        logger.warning("torch's operators take the place of our CPU kernels, which are faster: %s", e)
+        return None
+    for name, arguments in _ARGUMENTS.items():
+        function = getattr(loaded, name)
+        function.argtypes, function.restype = arguments, None
+    return loaded
+
+
+def compiled() -> Path:
+    """Compile the kernels, unless the cache has them. Processes may do so at the same time: the last one's file stays.
+
+    Raises:
+        OSError: there is no compiler, or the cache cannot be written.
+        RuntimeError: the compiler refused.
+        subprocess.TimeoutExpired: it did not end.
+    """
+    flags = [*FLAGS, *INSTRUCTIONS.get(torch.backends.cpu.get_cpu_capability(), ())]
+    compiler = get_cxx_compiler()
+    key = hashlib.sha256(SOURCE.read_bytes() + repr((compiler, flags, platform.machine())).encode()).hexdigest()[:16]
+    directory = Path(envs.VLLM_CACHE_ROOT) / "zo_cpu_kernels"
+    target = directory / f"{key}.so"
+    if target.exists():
+        return target
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory) as scratch:
+        made = Path(scratch) / target.name
+        command = [compiler, *flags, "-shared", "-fPIC", str(SOURCE), "-o", str(made)]
+        run = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_SECONDS)
+        if run.returncode:
+            raise RuntimeError(f"{' '.join(command)} failed: {run.stderr.strip()[-1000:]}")
+        made.replace(target)
+    return target
+
+
+def fits(*tensors: Tensor) -> bool:
+    """Whether the kernels can take these tensors: all of one type that they know, their rows without gaps."""
+    dtype = tensors[0].dtype
+    return (
+        dtype in DTYPES and all(t.dtype == dtype and t.stride(-1) == 1 for t in tensors) and library() is not None
+    )
+
+
+def gate(x: Tensor, *, gelu: bool) -> Tensor:
+    """SiLU, or GELU by tanh, of the first half of each row, times the second. (..., 2 d), contiguous -> (..., d)."""
+    d = x.shape[-1] // 2
+    out = x.new_empty(*x.shape[:-1], d)
+    _call("zo_gate", x.data_ptr(), out.data_ptr(), out.numel() // d, d, gelu, x.dtype == torch.bfloat16)
+    return out
+
+
+def factors(a: Sequence[Tensor], b: Sequence[Tensor]) -> Factors | None:
+    """Where a layer's factors lie. a: for each slice (slots, 1, R, I), b: (slots, 1, O_i, R). None: the kernel cannot
+    take them. The tensors have to outlive the result."""
+    contiguous = all(t.is_contiguous() for t in (*a, *b))
+    if len(a) > MAX_SLICES or not contiguous or not fits(*a, *b) or len({t.shape for t in a}) > 1:
+        return None
+    made = Factors(slices=len(a), inputs=a[0].shape[3], ranks=a[0].shape[2])
+    for i, (one_a, one_b) in enumerate(zip(a, b, strict=True)):
+        made.outputs[i], made.a[i], made.b[i] = one_b.shape[2], one_a.data_ptr(), one_b.data_ptr()
+    return made
+
+
+def low_rank(y: Tensor, x: Tensor, factors: Factors, runs: Tensor, scale: float) -> None:
+    """`y += scale x A^T B^T` in place. y: (T, sum of outputs), x: (T, I), runs: (runs, 4) int64, each (start, stop,
+    slot, ranks in use)."""
+    _call(
+        "zo_low_rank", y.data_ptr(), y.stride(0), x.data_ptr(), x.stride(0), factors, runs.data_ptr(), len(runs),
+        scale, y.dtype == torch.bfloat16,
+    )  # fmt: skip
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, rows: Tensor, writes: Tensor, heads: Heads) -> Tensor:
+    """Causal attention. q: (U, heads * width), k and v: (U, kv_heads * width) -> (U, heads * width).
+
+    Args:
+        starts: (N + 1,) int64: sequence i has the places [starts[i], starts[i + 1]).
+        rows: (places,) int64: which of the U rows a place holds.
+        writes: (places,) uint8: of the places with one row, 1 for the one that writes its output.
+    """
+    out = q.new_empty(q.shape)
+    sequences = Sequences(len(starts) - 1, starts.data_ptr(), rows.data_ptr(), writes.data_ptr())
+    _call(
+        "zo_attend", q.data_ptr(), q.stride(0), k.data_ptr(), k.stride(0), v.data_ptr(), v.stride(0), out.data_ptr(),
+        sequences, heads, q.dtype == torch.bfloat16,
+    )  # fmt: skip
+    return out
+
+
+def _call(name: str, *arguments: Any) -> None:
+    loaded = library()
+    assert loaded is not None, "callers ask `fits` first"
+    getattr(loaded, name)(*arguments)
