@@ -9,6 +9,7 @@ from vllm.lora.layers import LoRAMapping
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
 from benchmarks.cpu_lora import patched_wrapper
+from vllm_zo.worker.cpu import native
 from vllm_zo.worker.cpu.lora import GroupedPunicaWrapper
 
 SLOTS, RANK, IN, OUTS = 4, 8, 48, (32, 16, 16)
@@ -53,7 +54,12 @@ PATCHED_RELEASES = ("0.32.0", "0.33.0")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", BATCHES)
 @pytest.mark.parametrize("pooled", [False, True], ids=["no pool", "shared shrink"])
-def test_grouped_lora_equals_the_dense_product_and_the_stock_path(dtype: torch.dtype, name: str, pooled: bool) -> None:
+@pytest.mark.parametrize("kernel", [True, False], ids=["our kernel", "torch"])
+def test_grouped_lora_equals_the_dense_product_and_the_stock_path(
+    dtype: torch.dtype, name: str, pooled: bool, kernel: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not kernel:
+        monkeypatch.setattr(native, "library", lambda: None)
     torch.manual_seed(sum(map(ord, name)))
     batch = BATCHES[name]
     tokens = [lora_id for lora_id, count in batch for _ in range(count)]

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.children import in_interpreter
+from vllm_zo.worker.cpu import native
 from vllm_zo.worker.cpu.slot_writer import LoopWriter
 from vllm_zo.worker.slot_writers import Piece, SlotWriter
 
@@ -41,7 +42,10 @@ def check(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_slots_hold_what_the_formula_says(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("kernel", [True, False], ids=["our kernel", "torch"])
+def test_slots_hold_what_the_formula_says(dtype: torch.dtype, kernel: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not kernel:
+        monkeypatch.setattr(native, "library", lambda: None)
     check(LoopWriter, dtype, "cpu")
 
 

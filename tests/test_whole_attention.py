@@ -20,6 +20,7 @@ from vllm import SamplingParams
 from tests.engines import SENTIMENT, Engines, members_as_requests, reviews, worker_of
 from vllm_zo import Classification, LoZO, Reward
 from vllm_zo.worker.cpu import attention as whole_attention
+from vllm_zo.worker.cpu import native
 from vllm_zo.worker.cpu.row_plan import MOST_PADDING, fill_buckets, plan_rows
 from vllm_zo.worker.platform import Chunk
 
@@ -29,6 +30,10 @@ def test_the_example_of_the_docstring() -> None:
     assert buckets.shapes == ((2, 4),)
     assert buckets.gather_P.tolist() == [0, 1, 3, 4, 0, 1, 2, 2]
     assert buckets.back_U.tolist() == [4, 5, 6, 2, 3]
+    unpadded = buckets.unpadded
+    assert (unpadded.starts.tolist(), unpadded.longest) == ([0, 4, 7], 4)
+    assert unpadded.rows_S.tolist() == [0, 1, 3, 4, 0, 1, 2]
+    assert unpadded.first_S.tolist() == [1, 1, 1, 1, 0, 0, 1]
 
 
 def random_sequences(rng: random.Random, longest: int = 40) -> list[Chunk]:
@@ -74,14 +79,17 @@ def naive(layer: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return out.flatten(1)
 
 
+@pytest.mark.parametrize("kernel", [True, False], ids=["our kernel", "torch"])
 @pytest.mark.parametrize(("kv_heads", "window"), [(4, -1), (2, -1), (1, -1), (4, 5), (2, 1)])
 @pytest.mark.parametrize(
     ("dtype", "tolerance"),
     [(torch.float32, 2e-6), (torch.bfloat16, 2e-2)],  # entries near 1: sums of some ten float32 terms; two roundings
 )
 def test_attention_is_that_of_each_sequence_alone(
-    kv_heads: int, window: int, dtype: torch.dtype, tolerance: float
+    kv_heads: int, window: int, dtype: torch.dtype, tolerance: float, kernel: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if not kernel:
+        monkeypatch.setattr(native, "library", lambda: None)
     rng = random.Random(1)
     generator = torch.Generator().manual_seed(0)
     layer = SimpleNamespace(

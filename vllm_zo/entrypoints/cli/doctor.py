@@ -185,7 +185,8 @@ def _grader_isolation() -> Check:
 
 
 def _cpu_environment() -> Iterator[Check]:
-    """Settings that training chooses where they are unset, and settings that slow it down."""
+    """Settings that training chooses where they are unset, and what slows it down."""
+    yield _kernels()
     cores = sorted(os.sched_getaffinity(0))
     if "VLLM_CPU_KVCACHE_SPACE" in os.environ:
         yield Check("KV cache", OK, f"VLLM_CPU_KVCACHE_SPACE={os.environ['VLLM_CPU_KVCACHE_SPACE']} GiB")
@@ -199,6 +200,19 @@ def _cpu_environment() -> Iterator[Check]:
     # Containers and batch systems often set it to 1, and torch takes it as its number of threads without any message.
     if "OMP_NUM_THREADS" in os.environ and int(os.environ["OMP_NUM_THREADS"] or 0) < len(cores):
         yield Check("OMP_NUM_THREADS", NOTE, os.environ["OMP_NUM_THREADS"], f"{len(cores)} cores are there: unset it")
+
+
+def _kernels() -> Check:
+    from vllm_zo.worker.cpu import native  # it imports vLLM, which takes seconds
+
+    if os.environ.get(native.SWITCH) == "0":
+        return Check("CPU kernels", NOTE, f"{native.SWITCH}=0", "a small model's step takes up to half as long again")
+    try:
+        native.load()
+    except native.FAILURES as e:
+        fix = "install a C++ compiler (Debian and Ubuntu: apt install g++); until then steps take up to half as long again"
+        return Check("CPU kernels", NOTE, f"not compiled: {e}", fix)
+    return Check("CPU kernels", OK, "compiled for this machine")
 
 
 # --- seams ------------------------------------------------------------------------------------------------------------

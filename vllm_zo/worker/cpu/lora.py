@@ -2,6 +2,8 @@
 
 vLLM's own wrapper gathers A and B for each token (`lora_b_weights[lora_indices_tensor]`). For a few hundred tokens this
 moves far more memory than the base weights. The tokens of a request are contiguous, so a batch is a short list of runs.
+
+Our compiled kernel (`native.py`) takes the runs of a linear layer in one call; torch's products where it cannot.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-// Kernels of ours for what torch does slowly in a step of a small model: the low-rank products, the gate of an MLP, and causal
-// attention over short sequences. Each does in one pass over its rows what torch does in several operators, computes in
-// float32, and rounds a result once. No row's bits depend on the other rows of a call, or on the number of threads.
+// Kernels of ours for what torch does slowly in a step of a small model: low-rank products, the gate of an MLP, causal
+// attention over short sequences, and writing factors into slots. Each does in one pass over its rows what torch does in
+// several operators, computes in float32, and rounds a result once. No row's bits depend on the other rows of a call, or
+// on the number of threads.
 //
 // `native.py` compiles this file and calls it; sizes are checked there. A row's numbers lie next to each other; what
 // is called a stride counts numbers from row to row. `bf16`: numbers are bfloat16, else float32.
@@ -59,9 +60,8 @@ float load_one(const float* p) { return *p; }
 float load_one(const BF16* p) { return cast<float>(uint32_t{p->bits} << 16); }
 void store_one(float* p, float v) { *p = v; }
 void store_one(BF16* p, float v) {
-    BF16 row[W];
-    store(row, Vec{} + v);
-    *p = row[0];
+    const uint32_t bits = cast<uint32_t>(v);
+    p->bits = v == v ? (bits + 0x7fff + ((bits >> 16) & 1)) >> 16 : 0x7fc0;
 }
 
 // The first n < W numbers at p; zeros after them.
@@ -277,6 +277,34 @@ void low_rank(T* y, int64_t y_stride, const T* x, int64_t x_stride, const Factor
     }
 }
 
+// --- factors into slots -----------------------------------------------------------------------------------------------
+
+}  // namespace
+
+extern "C" {
+// Where one module's factor lies in all slots, and its first number in the flat vector of all modules.
+struct Piece {
+    void* slots;
+    int64_t slot_stride, feature_stride, rank_stride, features, offset;
+};
+}
+
+namespace {
+
+template <class T>
+void write_slots(const float* flat, const Piece* pieces, int64_t n, int64_t slot, int64_t first, int64_t rank,
+                 float factor) {
+#pragma omp parallel for schedule(static)
+    for (int64_t i = 0; i < n; i++) {
+        const Piece& p = pieces[i];
+        T* to = static_cast<T*>(p.slots) + slot * p.slot_stride + first * p.rank_stride;
+        const float* from = flat + p.offset;
+        for (int64_t f = 0; f < p.features; f++)
+            for (int64_t r = 0; r < rank; r++)
+                store_one(to + f * p.feature_stride + r * p.rank_stride, factor * from[f * rank + r]);
+    }
+}
+
 // --- attention --------------------------------------------------------------------------------------------------------
 
 constexpr int QUERIES = 8;  // computed at a time: as many sums keep the multipliers busy
@@ -400,9 +428,63 @@ void attend(const T* q, int64_t q_stride, const T* k, int64_t k_stride, const T*
     }
 }
 
+// --- stochastic rounding ----------------------------------------------------------------------------------------------
+
+constexpr int COUNTERS = 16;  // drawn at a time
+using Words = uint32_t __attribute__((vector_size(4 * COUNTERS)));
+using Products = uint64_t __attribute__((vector_size(8 * COUNTERS)));
+
+// The words of counters (block + 0..15, id), element by element: see vllm_zo/noise, whose integers these are.
+void philox(uint64_t block, uint64_t id, uint64_t key, uint32_t* elements) {
+    Products counter;
+    for (int i = 0; i < COUNTERS; i++) counter[i] = block + i;
+    Words c0 = __builtin_convertvector(counter, Words), c1 = __builtin_convertvector(counter >> 32, Words);
+    Words c2 = Words{} + static_cast<uint32_t>(id), c3 = Words{} + static_cast<uint32_t>(id >> 32);
+    uint32_t key0 = key, key1 = key >> 32;
+    for (int round = 0; round < 10; round++, key0 += 0x9E3779B9, key1 += 0xBB67AE85) {
+        const Products p0 = __builtin_convertvector(c0, Products) * 0xD2511F53u;
+        const Products p1 = __builtin_convertvector(c2, Products) * 0xCD9E8D57u;
+        c0 = __builtin_convertvector(p1 >> 32, Words) ^ c1 ^ key0, c1 = __builtin_convertvector(p1, Words);
+        c2 = __builtin_convertvector(p0 >> 32, Words) ^ c3 ^ key1, c3 = __builtin_convertvector(p0, Words);
+    }
+    for (int i = 0; i < COUNTERS; i++)
+        elements[4 * i] = c0[i], elements[4 * i + 1] = c1[i], elements[4 * i + 2] = c2[i], elements[4 * i + 3] = c3[i];
+}
+
+// Up or down, the nearer one likelier: `stochastic_round` of vllm_zo/methods/fold.py.
+BF16 round_by(float value, uint32_t word) {
+    constexpr float LARGEST = 3.3895314e38f;
+    BF16 rounded;
+    store_one(&rounded, value);
+    const bool in_range = __builtin_fabsf(value) <= LARGEST;  // false for NaN
+    rounded.bits = in_range ? (cast<uint32_t>(value) + (word & 0xffff)) >> 16 : rounded.bits;
+    return rounded;
+}
+
+// One line: the elements first, first + 1, ... of a module.
+void round_line(const float* value, BF16* out, int64_t length, uint64_t key, uint64_t id, uint64_t first) {
+    uint32_t words[4 * COUNTERS];
+    int64_t skip = first % 4;
+    for (int64_t done = 0; done < length; skip = 0) {
+        philox((first + done) / 4, id, key, words);
+        const int64_t take = std::min(4 * COUNTERS - skip, length - done);
+        for (int64_t i = 0; i < take; i++) out[done + i] = round_by(value[done + i], words[skip + i]);
+        done += take;
+    }
+}
+
 }  // namespace
 
 extern "C" {
+
+// value (lines, length) -> out, lines `out_stride` apart. Element (o, i) is the module's number first + o stride + i.
+void zo_round(const float* value, void* out, int64_t lines, int64_t length, int64_t out_stride, uint64_t key,
+              uint64_t id, uint64_t first, uint64_t stride) {
+#pragma omp parallel for schedule(static) if (lines * length > WORTH_FORKING)
+    for (int64_t line = 0; line < lines; line++)
+        round_line(value + line * length, static_cast<BF16*>(out) + line * out_stride, length, key, id,
+                   first + line * stride);
+}
 
 void zo_gate(const void* x, void* out, int64_t rows, int64_t d, int gelu, int bf16) {
     if (bf16)
@@ -417,6 +499,15 @@ void zo_low_rank(void* y, int64_t y_stride, const void* x, int64_t x_stride, con
         low_rank(static_cast<BF16*>(y), y_stride, static_cast<const BF16*>(x), x_stride, *f, runs, n, scale);
     else
         low_rank(static_cast<float*>(y), y_stride, static_cast<const float*>(x), x_stride, *f, runs, n, scale);
+}
+
+// flat: (all features, rank), into the ranks [first, first + rank) of a slot.
+void zo_write_slots(const float* flat, const Piece* pieces, int64_t n, int64_t slot, int64_t first, int64_t rank,
+                    float factor, int bf16) {
+    if (bf16)
+        write_slots<BF16>(flat, pieces, n, slot, first, rank, factor);
+    else
+        write_slots<float>(flat, pieces, n, slot, first, rank, factor);
 }
 
 void zo_attend(const void* q, int64_t q_stride, const void* k, int64_t k_stride, const void* v, int64_t v_stride,

@@ -35,6 +35,8 @@ INSTRUCTIONS = {
 }
 """By torch's name for what the CPU has. Nothing for others: a compiler's own choice runs everywhere."""
 COMPILE_SECONDS = 120
+FAILURES = (OSError, RuntimeError, subprocess.SubprocessError)
+"""Of a compilation, and of loading what it has made."""
 DTYPES = (torch.float32, torch.bfloat16)
 MAX_SLICES = 4
 
@@ -45,6 +47,15 @@ class Factors(ctypes.Structure):
     _fields_ = (
         ("slices", ctypes.c_int64), ("inputs", ctypes.c_int64), ("ranks", ctypes.c_int64),
         ("outputs", ctypes.c_int64 * MAX_SLICES), ("a", ctypes.c_void_p * MAX_SLICES), ("b", ctypes.c_void_p * MAX_SLICES),
+    )  # fmt: skip
+
+
+class Piece(ctypes.Structure):
+    """See native.cpp."""
+
+    _fields_ = (
+        ("slots", ctypes.c_void_p), ("slot_stride", ctypes.c_int64), ("feature_stride", ctypes.c_int64),
+        ("rank_stride", ctypes.c_int64), ("features", ctypes.c_int64), ("offset", ctypes.c_int64),
     )  # fmt: skip
 
 
@@ -71,6 +82,9 @@ _ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "zo_low_rank": (
         _POINTER, _INT64, _POINTER, _INT64, ctypes.POINTER(Factors), _POINTER, _INT64, ctypes.c_float, ctypes.c_int,
     ),
+    "zo_write_slots": (
+        _POINTER, _POINTER, _INT64, _INT64, _INT64, _INT64, ctypes.c_float, ctypes.c_int,
+    ),
     "zo_attend": (
         _POINTER, _INT64, _POINTER, _INT64, _POINTER, _INT64, _POINTER, ctypes.POINTER(Sequences),
         ctypes.POINTER(Heads), ctypes.c_int,
@@ -85,10 +99,19 @@ def library() -> ctypes.CDLL | None:
         logger.info("torch's operators take the place of our CPU kernels: %s=0", SWITCH)
         return None
     try:
-        loaded = ctypes.CDLL(str(compiled()))
-    except (OSError, RuntimeError, subprocess.SubprocessError) as e:
+        return load()
+    except FAILURES as e:
         logger.warning("torch's operators take the place of our CPU kernels, which are faster: %s", e)
         return None
+
+
+def load() -> ctypes.CDLL:
+    """The kernels, compiled if need be.
+
+    Raises:
+        FAILURES: see `compiled`; or the file cannot be loaded.
+    """
+    loaded = ctypes.CDLL(str(compiled()))
     for name, arguments in _ARGUMENTS.items():
         function = getattr(loaded, name)
         function.argtypes, function.restype = arguments, None
@@ -155,6 +178,30 @@ def low_rank(y: Tensor, x: Tensor, factors: Factors, runs: Tensor, scale: float)
     _call(
         "zo_low_rank", y.data_ptr(), y.stride(0), x.data_ptr(), x.stride(0), factors, runs.data_ptr(), len(runs),
         scale, y.dtype == torch.bfloat16,
+    )  # fmt: skip
+
+
+def pieces(slots: Sequence[Tensor], offsets: Sequence[int]) -> ctypes.Array[Piece] | None:
+    """Where the factors of modules lie. slots: of each (slots, features, LoRA ranks), of any strides; offsets: of each,
+    its first number in a flat vector. None: the kernel cannot take them. The tensors have to outlive the result."""
+    dtypes = {part.dtype for part in slots}
+    if len(dtypes) != 1 or not dtypes <= {*DTYPES} or library() is None:
+        return None
+    made = [
+        Piece(part.data_ptr(), *part.stride(), part.shape[1], offset)
+        for part, offset in zip(slots, offsets, strict=True)
+    ]
+    return (Piece * len(made))(*made)
+
+
+def write_slots(
+    flat: Tensor, pieces: ctypes.Array[Piece], slot: int, ranks: range, factor: float, dtype: torch.dtype
+) -> None:
+    """`slots[slot, i, ranks[j]] = factor * flat[offset + i * len(ranks) + j]`, for every module. flat: (N,) float32,
+    contiguous; dtype: of the slots."""
+    _call(
+        "zo_write_slots", flat.data_ptr(), pieces, len(pieces), slot, ranks.start, len(ranks), factor,
+        dtype == torch.bfloat16,
     )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ at all (`Below`).
 
 Whole sequences of different lengths become a few batches for attention. Each sequence is padded at its end to the
 length of its bucket. Under a causal mask this padding needs no mask of its own, because no real row sees a later one.
+Our own kernel for attention gets them without padding.
 
 The functions here are pure: they read nothing of vLLM.
 """
@@ -266,6 +267,7 @@ def fill_buckets(lengths: Sequence[int], expand_T: Sequence[int]) -> Buckets:
         expand_T: their rows among the kept ones, one sequence after another.
 
     Example: lengths 3 and 4, rows 0 1 2 0 1 3 4: one bucket (2, 4), gather = 0 1 3 4 0 1 2 2, back = 4 5 6 2 3.
+    Without padding: starts = 0 4 7, rows = 0 1 3 4 0 1 2, first = 1 1 1 1 0 0 1.
     """
     starts = [*accumulate(lengths, initial=0)]
     gather: list[int] = []

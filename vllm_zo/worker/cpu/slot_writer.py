@@ -1,4 +1,4 @@
-"""Writes factors into the slots of every module, with one copy for each module."""
+"""Writes factors into the slots of every module: by our compiled kernel, or with one copy of torch's for each module."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from vllm_zo.worker.cpu import native
 from vllm_zo.worker.slot_writers import Piece
 
 
@@ -28,9 +29,14 @@ class LoopWriter:
         tensor-parallel rank holds; the piece; the part before the next piece; and so on."""
         for piece in pieces:
             self._sizes += [piece.offset // rank - sum(self._sizes), piece.slots.shape[1]]
+        self._native = native.pieces([piece.slots for piece in pieces], [piece.offset for piece in pieces])
 
     def write(self, flat: Tensor, slot: int, block: int, factor: float) -> None:
         """See `SlotWriter`."""
+        if self._native is not None:
+            ranks = range(block * self.rank, (block + 1) * self.rank)
+            native.write_slots(flat.contiguous(), self._native, slot, ranks, factor, self.pieces[0].slots.dtype)
+            return
         if factor != 1.0:
             flat = flat * factor
         if (slot, block) not in self._blocks:

@@ -1,0 +1,264 @@
+"""Our compiled kernels against float64, what they leave to torch, and how they are made.
+
+`test_cpu_lora.py` and `test_whole_attention.py` compare them once more through their callers.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tests.engines import SENTIMENT, Engines, reviews, worker_of
+from vllm_zo import LoZO
+from vllm_zo.worker.cpu import native
+
+needs_kernels = pytest.mark.skipif(native.library() is None, reason="the kernels could not be compiled")
+
+HALF_ULP = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-9}
+"""A result is rounded once to the type, from a float32 one."""
+IN_FLOAT32 = 4e-6
+"""What sums of some hundred float32 terms of size 1 are off by."""
+
+
+def assert_rounded_once(ours: Tensor, exact: Tensor) -> None:
+    """Off by a sum in float32 and one rounding."""
+    error = (ours.double() - exact).abs()
+    assert (error <= HALF_ULP[ours.dtype] * exact.abs() * 1.01 + IN_FLOAT32).all(), error.max()
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def dtype(request: pytest.FixtureRequest) -> Iterator[torch.dtype]:
+    torch.manual_seed(0)
+    yield request.param
+
+
+# --- gate -------------------------------------------------------------------------------------------------------------
+
+
+@needs_kernels
+@pytest.mark.parametrize("d", [1, 15, 16, 40, 96])
+@pytest.mark.parametrize("gelu", [False, True], ids=["silu", "gelu"])
+def test_a_gate_is_the_exact_one(d: int, gelu: bool, dtype: torch.dtype) -> None:
+    x = (5 * torch.randn(3, 7, 2 * d)).to(dtype)
+    exact = x.double()
+    act = F.gelu(exact[..., :d], approximate="tanh") if gelu else F.silu(exact[..., :d])
+    ours = native.gate(x, gelu=gelu)
+    assert ours.shape == (3, 7, d)
+    # The exponential is off by 2 units in the last place.
+    error = (ours.double() - act * exact[..., d:]).abs()
+    assert (error <= (HALF_ULP[dtype] + 2.0**-21) * (act * exact[..., d:]).abs() + 1e-6).all()
+
+
+@needs_kernels
+def test_a_gate_of_extremes(dtype: torch.dtype) -> None:
+    x = torch.tensor([[-1e4, -100.0, -0.0, 0.0, 100.0, 1e4, float("nan"), float("inf")] + [1.0] * 8], dtype=dtype)
+    ours, torchs = native.gate(x, gelu=False), F.silu(x[:, :8])
+    torch.testing.assert_close(ours, torchs, atol=1e-30, rtol=1e-2, equal_nan=True)
+
+
+# --- low-rank products ------------------------------------------------------------------------------------------------
+
+RANK, SLOTS = 6, 4
+
+
+def factors(inputs: int, outputs: Sequence[int], dtype: torch.dtype) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    a = tuple((torch.randn(SLOTS, 1, RANK, inputs) / inputs**0.5).to(dtype) for _ in outputs)
+    return a, tuple(torch.randn(SLOTS, 1, o, RANK).to(dtype) for o in outputs)
+
+
+def exact_low_rank(
+    y: Tensor, x: Tensor, a: Sequence[Tensor], b: Sequence[Tensor], runs: Sequence[Sequence[int]], scale: float
+) -> Tensor:
+    exact = y.double()
+    for start, stop, slot, rank in runs:
+        rank = RANK if rank < 0 else rank
+        parts = [
+            x[start:stop].double() @ a_i[slot, 0, :rank].double().T @ b_i[slot, 0, :, :rank].double().T
+            for a_i, b_i in zip(a, b, strict=True)
+        ]
+        exact[start:stop] += scale * torch.cat(parts, 1)
+    return exact
+
+
+@needs_kernels
+@pytest.mark.parametrize("outputs", [(32,), (48, 16, 16), (7,), (33, 5)], ids=str)
+@pytest.mark.parametrize("inputs", [24, 144, 5])
+@pytest.mark.parametrize(
+    "runs",
+    [
+        [(0, 9, 0, 2), (9, 20, 1, 2)],
+        [(2, 3, 3, RANK), (5, 6, 0, 1), (6, 7, 2, -1)],  # rows without an adapter between them
+        [(0, 20, 1, 0)],
+        [],
+    ],
+    ids=["pair", "requests", "rank 0", "nobody"],
+)
+def test_a_low_rank_product_is_the_exact_one(
+    outputs: tuple[int, ...], inputs: int, runs: list[tuple[int, ...]], dtype: torch.dtype
+) -> None:
+    a, b = factors(inputs, outputs, dtype)
+    # Rows that do not lie next to each other.
+    x, y = torch.randn(20, inputs + 3).to(dtype)[:, :inputs], torch.randn(20, sum(outputs) + 1).to(dtype)[:, 1:]
+    found = native.factors(a, b)
+    assert found is not None
+    exact = exact_low_rank(y, x, a, b, runs, 0.5)
+    native.low_rank(y, x, found, torch.tensor(runs, dtype=torch.int64).view(-1, 4), 0.5)
+    assert_rounded_once(y, exact)
+
+
+@needs_kernels
+def test_many_runs_take_the_scratch_in_turns(dtype: torch.dtype) -> None:
+    """As many adapters as do not fit into it at once, with rows enough for all threads."""
+    inputs, outputs, rows = 4096, (8192,), 90
+    a, b = factors(inputs, outputs, dtype)
+    runs = [(3 * i, 3 * i + 3, i % SLOTS, RANK) for i in range(rows // 3)]
+    assert len(runs) * RANK * (inputs + outputs[0]) > 2**21  # MAX_SCRATCH of native.cpp
+    x, y = torch.randn(rows, inputs).to(dtype), torch.randn(rows, *outputs).to(dtype)
+    exact = exact_low_rank(y, x, a, b, runs, 1.0)
+    found = native.factors(a, b)
+    assert found is not None
+    native.low_rank(y, x, found, torch.tensor(runs), 1.0)
+    assert_rounded_once(y, exact)
+
+
+@needs_kernels
+def test_a_rows_bits_do_not_depend_on_other_rows_or_threads(dtype: torch.dtype) -> None:
+    a, b = factors(144, (96, 33), dtype)
+    x, y = torch.randn(300, 144).to(dtype), torch.randn(300, 129).to(dtype)
+    found = native.factors(a, b)
+    assert found is not None
+
+    def product(rows: slice) -> Tensor:
+        part = y[rows].clone()
+        native.low_rank(part, x[rows], found, torch.tensor([(0, len(part), 1, 3)]), 1.0)
+        return part
+
+    whole = product(slice(None))
+    for start in (0, 7, 299):
+        assert torch.equal(product(slice(start, start + 1)), whole[start : start + 1])
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        assert torch.equal(product(slice(None)), whole)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_factors_that_the_kernel_cannot_take() -> None:
+    a, b = factors(24, (8, 8), torch.float32)
+    assert native.factors(a, [part.half() for part in b]) is None
+    assert native.factors([part.half() for part in a], [part.half() for part in b]) is None
+    assert native.factors(a, [part.transpose(2, 3).contiguous().transpose(2, 3) for part in b]) is None
+    assert native.factors(a * 3, b * 3) is None  # six slices
+    assert native.factors([a[0], a[1][:, :, :2].contiguous()], b) is None  # of unlike ranks
+
+
+# --- attention --------------------------------------------------------------------------------------------------------
+
+
+def exact_attention(q: Tensor, k: Tensor, v: Tensor, heads: native.Heads) -> Tensor:
+    """(L, heads * D) of one sequence in float64."""
+    n = len(q)
+    q, k, v = (x.double().view(n, -1, heads.width).transpose(0, 1) for x in (q, k, v))
+    group = heads.heads // heads.kv_heads
+    k, v = k.repeat_interleave(group, 0), v.repeat_interleave(group, 0)
+    sees = torch.ones(n, n, dtype=torch.bool).tril()
+    if heads.window > 0:
+        sees &= sees.triu(1 - heads.window)
+    weights = (heads.scale * q @ k.transpose(1, 2)).masked_fill(~sees, float("-inf")).softmax(-1)
+    return (weights @ v).transpose(0, 1).reshape(n, -1)
+
+
+@needs_kernels
+@pytest.mark.parametrize("width", [64, 20, 3])
+@pytest.mark.parametrize(("kv_heads", "window"), [(6, -1), (2, -1), (1, 4), (3, 1), (2, 19)])
+def test_attention_is_the_exact_one(width: int, kv_heads: int, window: int, dtype: torch.dtype) -> None:
+    heads = native.Heads(6, kv_heads, width, window, width**-0.5)
+    lengths = [70, 33, 17, 16, 8, 1]
+    starts = torch.tensor([0, *torch.tensor(lengths).cumsum(0)])
+    places = int(starts[-1])
+    rows = torch.randperm(places)
+    packed = torch.randn(places, (6 + 2 * kv_heads) * width).to(dtype)
+    qkv = packed.split([6 * width, kv_heads * width, kv_heads * width], 1)  # views, as a packed layer makes them
+    ours = native.attend(*qkv, starts, rows, torch.ones(places, dtype=torch.uint8), heads)
+    for start, stop in zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True):
+        at = rows[start:stop]
+        assert_rounded_once(ours[at], exact_attention(*(x[at] for x in qkv), heads))
+
+
+@needs_kernels
+def test_a_sequence_attends_alike_whatever_is_beside_it_and_shared_rows_are_written_once(dtype: torch.dtype) -> None:
+    heads = native.Heads(2, 1, 16, -1, 0.25)
+    q, k, v = torch.randn(30, 32).to(dtype), torch.randn(30, 16).to(dtype), torch.randn(30, 16).to(dtype)
+    first, second = [*range(20)], [*range(12), *range(20, 30)]  # they share 12 rows
+    writes = torch.tensor([1] * 20 + [0] * 12 + [1] * 10, dtype=torch.uint8)
+    both = native.attend(q, k, v, torch.tensor([0, 20, 42]), torch.tensor(first + second), writes, heads)
+    for rows in (first, second):
+        at, ones = torch.tensor(rows), torch.ones(len(rows), dtype=torch.uint8)
+        alone = native.attend(q, k, v, torch.tensor([0, len(rows)]), at, ones, heads)
+        assert torch.equal(both[at], alone[at])
+
+
+# --- how they are made ------------------------------------------------------------------------------------------------
+
+
+def test_it_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
+    made = native.compiled()
+    assert made.parent.parent == tmp_path and [*made.parent.iterdir()] == [made]
+    monkeypatch.setattr(native.subprocess, "run", None)  # a second compilation would call it
+    assert native.compiled() == made
+
+
+@pytest.mark.parametrize("broken", ["no compiler", "a refusal", "no cache"])
+def test_without_them_torch_computes_and_the_log_says_why(
+    broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "cache"))
+    if broken == "no compiler":
+        monkeypatch.setenv("CXX", "no-such-compiler")
+    elif broken == "a refusal":
+        monkeypatch.setattr(native, "FLAGS", ("-no-such-flag",))
+    else:
+        (tmp_path / "cache").write_text("a file")
+    native.logger.addHandler(caplog.handler)
+    try:
+        with caplog.at_level(logging.WARNING):
+            assert native.library.__wrapped__() is None  # the answer itself is cached
+    finally:
+        native.logger.removeHandler(caplog.handler)
+    expected = {"no compiler": "no-such-compiler", "a refusal": "-no-such-flag", "no cache": "cache"}
+    assert expected[broken] in caplog.text and "torch's operators take the place" in caplog.text
+
+
+def test_the_switch_turns_them_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(native.SWITCH, "0")
+    assert native.library.__wrapped__() is None
+
+
+def test_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.ones(4, 8)
+    assert not native.fits(x.half())
+    assert not native.fits(x, x.bfloat16())
+    assert not native.fits(x.T)
+    monkeypatch.setattr(native, "library", lambda: None)
+    assert not native.fits(x)
+
+
+@needs_kernels
+def test_an_engine_runs_them(engines: Engines, monkeypatch: pytest.MonkeyPatch) -> None:
+    called = []
+    call = native._call
+    monkeypatch.setattr(native, "_call", lambda name, *args: (called.append(name), call(name, *args))[1])
+    llm = engines.get("llama")
+    model = worker_of(llm).model_runner.get_model()
+    assert type(model.model.layers[0].mlp.act_fn).__name__ == "Silu"
+    options = {"learning_rate": 1e-4, "batch_size": 4, "steps": 1, "progress": False}
+    llm.finetune(reviews(4), objective=SENTIMENT, method=LoZO(rank=2), **options)
+    assert {*called} == {"zo_gate", "zo_low_rank", "zo_attend"}
