@@ -16,11 +16,14 @@ from torch import Tensor
 
 from tests.engines import SENTIMENT, Engines, reviews, worker_of
 from vllm_zo import LoZO
+from vllm_zo.methods import fold
 from vllm_zo.worker.cpu import native
 
 needs_kernels = pytest.mark.skipif(native.library() is None, reason="the kernels could not be compiled")
 
-HALF_ULP = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-9}
+ROUNDINGS = (native.stochastic_round, fold.stochastic_round)
+
+HALF_ULP = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8}
 """A result is rounded once to the type, from a float32 one."""
 IN_FLOAT32 = 4e-6
 """What sums of some hundred float32 terms of size 1 are off by."""
@@ -205,6 +208,21 @@ def test_a_sequence_attends_alike_whatever_is_beside_it_and_shared_rows_are_writ
         assert torch.equal(both[at], alone[at])
 
 
+# --- stochastic rounding ----------------------------------------------------------------------------------------------
+
+
+@needs_kernels
+@pytest.mark.parametrize(("first", "stride"), [(0, None), (7, None), (3, 1001), (2**33 + 1, 75)])
+@pytest.mark.parametrize("to", [torch.bfloat16, torch.float16])
+def test_rounding_has_the_bits_of_torchs(first: int, stride: int | None, to: torch.dtype) -> None:
+    torch.manual_seed(0)
+    value = torch.randn(33, 75) * torch.logspace(-8, 8, 75)
+    value[0, :6] = torch.tensor([float("inf"), -float("inf"), 3.3895e38, -3.4e38, -0.0, 1e-42])
+    ours, torchs = (round(value, to, 2**63 + 5, "a.module", first, stride) for round in ROUNDINGS)
+    assert torch.equal(ours.view(torch.int16), torchs.view(torch.int16))
+    assert native.stochastic_round(torch.full((2, 4), torch.nan), to, 1, "m").isnan().all()
+
+
 # --- how they are made ------------------------------------------------------------------------------------------------
 
 
@@ -216,7 +234,7 @@ def test_it_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert native.compiled() == made
 
 
-@pytest.mark.parametrize("broken", ["no compiler", "a refusal", "no cache"])
+@pytest.mark.parametrize("broken", ["no compiler", "a refusal", "no cache", "threads of their own"])
 def test_without_them_torch_computes_and_the_log_says_why(
     broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -225,8 +243,10 @@ def test_without_them_torch_computes_and_the_log_says_why(
         monkeypatch.setenv("CXX", "no-such-compiler")
     elif broken == "a refusal":
         monkeypatch.setattr(native, "FLAGS", ("-no-such-flag",))
-    else:
+    elif broken == "no cache":
         (tmp_path / "cache").write_text("a file")
+    else:
+        monkeypatch.setattr(native, "_shares_threads", lambda loaded: False)
     native.logger.addHandler(caplog.handler)
     try:
         with caplog.at_level(logging.WARNING):
@@ -234,7 +254,7 @@ def test_without_them_torch_computes_and_the_log_says_why(
     finally:
         native.logger.removeHandler(caplog.handler)
     expected = {"no compiler": "no-such-compiler", "a refusal": "-no-such-flag", "no cache": "cache"}
-    assert expected[broken] in caplog.text and "torch's operators take the place" in caplog.text
+    assert expected.get(broken, "another OpenMP library") in caplog.text and "torch's operators take the place" in caplog.text
 
 
 def test_the_switch_turns_them_off(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -261,4 +281,4 @@ def test_an_engine_runs_them(engines: Engines, monkeypatch: pytest.MonkeyPatch) 
     assert type(model.model.layers[0].mlp.act_fn).__name__ == "Silu"
     options = {"learning_rate": 1e-4, "batch_size": 4, "steps": 1, "progress": False}
     llm.finetune(reviews(4), objective=SENTIMENT, method=LoZO(rank=2), **options)
-    assert {*called} == {"zo_gate", "zo_low_rank", "zo_attend"}
+    assert {*called} == {"zo_gate", "zo_low_rank", "zo_attend", "zo_write_slots"}

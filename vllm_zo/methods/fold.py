@@ -8,6 +8,8 @@ replay rounds alike.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -30,6 +32,7 @@ def fold_into(
     *,
     first_element: int = 0,
     stride: int | None = None,
+    rounding: Callable[..., Tensor] | None = None,
 ) -> Tensor:
     """(O, I) `weight + u v^T` in the weight's dtype: addition in float32, then seeded stochastic rounding.
 
@@ -41,6 +44,7 @@ def fold_into(
         first_element, stride: where the part lies in the module: the number of its element (0, 0), and the inputs of
             the whole module (None: I). The rounding noise goes by an element's number in the whole module, so that
             every tensor-parallel size gives the same weights.
+        rounding: takes what `stochastic_round` takes, and gives the same bits. None: `stochastic_round` itself.
 
     Raises:
         TypeError: the weight has another dtype.
@@ -60,7 +64,7 @@ def fold_into(
         total = weight_OI[part].float()
         total = total.add_(u_OR[part]) if v_IR is None else total.addmm_(u_OR[part], v_IR.T)
         number = first_element + first * (ins if stride is None else stride)
-        out[part] = stochastic_round(total, weight_OI.dtype, key, module, number, stride)
+        out[part] = (rounding or stochastic_round)(total, weight_OI.dtype, key, module, number, stride)
     return out
 
 

@@ -1,7 +1,7 @@
 // Kernels of ours for what torch does slowly in a step of a small model: low-rank products, the gate of an MLP, causal
-// attention over short sequences, and writing factors into slots. Each does in one pass over its rows what torch does in
-// several operators, computes in float32, and rounds a result once. No row's bits depend on the other rows of a call, or
-// on the number of threads.
+// attention over short sequences, writing factors into slots, and rounding what a fold adds to a weight. Each does in
+// one pass over its rows what torch does in several operators, computes in float32, and rounds a result once. No row's
+// bits depend on the other rows of a call, or on the number of threads.
 //
 // `native.py` compiles this file and calls it; sizes are checked there. A row's numbers lie next to each other; what
 // is called a stride counts numbers from row to row. `bf16`: numbers are bfloat16, else float32.
@@ -477,14 +477,16 @@ void round_line(const float* value, BF16* out, int64_t length, uint64_t key, uin
 
 extern "C" {
 
-// value (lines, length) -> out, lines `out_stride` apart. Element (o, i) is the module's number first + o stride + i.
-void zo_round(const float* value, void* out, int64_t lines, int64_t length, int64_t out_stride, uint64_t key,
-              uint64_t id, uint64_t first, uint64_t stride) {
+// (lines, length) float32 -> bfloat16. Element (o, i) is the module's number first + o stride + i.
+void zo_round(const float* value, void* out, int64_t lines, int64_t length, uint64_t key, uint64_t id, uint64_t first,
+              uint64_t stride) {
 #pragma omp parallel for schedule(static) if (lines * length > WORTH_FORKING)
     for (int64_t line = 0; line < lines; line++)
-        round_line(value + line * length, static_cast<BF16*>(out) + line * out_stride, length, key, id,
+        round_line(value + line * length, static_cast<BF16*>(out) + line * length, length, key, id,
                    first + line * stride);
 }
+
+int zo_threads() { return omp_get_max_threads(); }
 
 void zo_gate(const void* x, void* out, int64_t rows, int64_t d, int gelu, int bf16) {
     if (bf16)

@@ -24,6 +24,9 @@ from torch.utils.cpp_extension import get_cxx_compiler
 from vllm import envs
 from vllm.logger import init_logger
 
+from vllm_zo import noise
+from vllm_zo.methods import fold
+
 logger = init_logger("vllm.zo.worker")
 
 SOURCE = Path(__file__).with_name("native.cpp")
@@ -85,6 +88,9 @@ _ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "zo_write_slots": (
         _POINTER, _POINTER, _INT64, _INT64, _INT64, _INT64, ctypes.c_float, ctypes.c_int,
     ),
+    "zo_round": (
+        _POINTER, _POINTER, _INT64, _INT64, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_uint64,
+    ),
     "zo_attend": (
         _POINTER, _INT64, _POINTER, _INT64, _POINTER, _INT64, _POINTER, ctypes.POINTER(Sequences),
         ctypes.POINTER(Heads), ctypes.c_int,
@@ -109,13 +115,25 @@ def load() -> ctypes.CDLL:
     """The kernels, compiled if need be.
 
     Raises:
-        FAILURES: see `compiled`; or the file cannot be loaded.
+        FAILURES: see `compiled`; or the file cannot be loaded, or not beside torch.
     """
     loaded = ctypes.CDLL(str(compiled()))
     for name, arguments in _ARGUMENTS.items():
         function = getattr(loaded, name)
         function.argtypes, function.restype = arguments, None
+    if not _shares_threads(loaded):
+        raise RuntimeError("they use another OpenMP library than torch: both sets of threads would fight for the cores")
     return loaded
+
+
+def _shares_threads(loaded: ctypes.CDLL) -> bool:
+    """Whether torch's number of threads is the kernels' too."""
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads + 1)
+        return bool(loaded.zo_threads() == threads + 1)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def compiled() -> Path:
@@ -218,6 +236,23 @@ def attend(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, rows: Tensor, writes
     _call(
         "zo_attend", q.data_ptr(), q.stride(0), k.data_ptr(), k.stride(0), v.data_ptr(), v.stride(0), out.data_ptr(),
         sequences, heads, q.dtype == torch.bfloat16,
+    )  # fmt: skip
+    return out
+
+
+def stochastic_round(
+    value: Tensor, dtype: torch.dtype, key: int, module: str, first_element: int = 0, stride: int | None = None
+) -> Tensor:
+    """`stochastic_round` of vllm_zo/methods/fold.py, with the same bits."""
+    if dtype != torch.bfloat16 or not fits(value):
+        return fold.stochastic_round(value, dtype, key, module, first_element, stride)
+    value = value.contiguous()
+    # Without a stride the elements follow each other: lines then serve to share them among threads.
+    lines, length = value.shape if value.ndim == 2 else (1, value.numel())
+    out = torch.empty_like(value, dtype=dtype)
+    _call(
+        "zo_round", value.data_ptr(), out.data_ptr(), lines, length, key, noise.module_id(module), first_element,
+        length if stride is None else stride,
     )  # fmt: skip
     return out
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -13,7 +14,7 @@ from vllm.distributed.parallel_state import get_pp_group
 from vllm_zo import compat
 from vllm_zo.config import ZOTrainingConfig
 from vllm_zo.methods.fold import fold_into
-from vllm_zo.worker.cpu import patches
+from vllm_zo.worker.cpu import native, patches
 from vllm_zo.worker.cpu.alone import AloneForward
 from vllm_zo.worker.cpu.memory import TRIM_INTERVAL, give_back_freed_memory
 from vllm_zo.worker.cpu.packed_weights import PackedWeights
@@ -29,7 +30,7 @@ from vllm_zo.worker.slot_writers import Piece, SlotWriter
 class CPUPlatform:
     """See `Platform`. If the model allows it, forwards leave out rows, and members may run alone."""
 
-    fold_into = staticmethod(fold_into)
+    fold_into = functools.partial(fold_into, rounding=native.stochastic_round)
 
     def __init__(self, runner: Any, wrappers: Sequence[Any], device: torch.device) -> None:
         self.runner, self.device = runner, device
