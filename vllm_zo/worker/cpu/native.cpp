@@ -224,7 +224,7 @@ void low_rank_row(T* y, const T* x, const Factors& f, int64_t rank, const float*
     const float* x_row = widen_row(x, f.inputs, scratch);
     for (int64_t j = 0; j < f.slices * rank; j++) shrunk[j] = scale * dot(x_row, widened + j * f.inputs, f.inputs);
     const float* b = widened + f.slices * rank * f.inputs;
-    const auto add = rank == 2 ? expand<2, T> : expand<0, T>;  // 2 is the methods' default
+    const auto add = rank == 2 ? expand<2, T> : rank == 4 ? expand<4, T> : rank == 8 ? expand<8, T> : expand<0, T>;
     for (int64_t s = 0; s < f.slices; s++) {
         add(y, shrunk + s * rank, b, rank, f.outputs[s]);
         y += f.outputs[s];
