@@ -93,7 +93,9 @@ def test_a_run_resumed_at_any_step_is_the_unbroken_run(
 
 def test_a_resumed_run_gives_back_a_best_state_from_before_it_was_interrupted(engines: Engines, tmp_path: Path) -> None:
     llm = engines.get()
-    worse = {"validation": reviews(12, seed=2), "learning_rate": 0.3, "eval_interval": 2, "divergence_factor": None}
+    # With seed 2 step 2 is the best at rates of .03 to .3: rounding does not choose another.
+    rate = {"learning_rate": 0.1, "seed": 2, "divergence_factor": None}
+    worse = {"validation": reviews(12, seed=2), "eval_interval": 2, **rate}
     run = train(llm, **worse)
     assert 0 <= run.version < 5 < STEPS, "the best state must lie before the cut"
     directory = cut_copy(run.directory, tmp_path / "cut", 5)

@@ -26,6 +26,7 @@ from vllm_zo.entrypoints.server.patches import STARTING
 from vllm_zo.worker.cpu.patches import (
     ATTENTION,
     DECODER_LAYER,
+    INTEGER_KERNEL,
     LORA_LINEAR,
     MODEL_FORWARD,
     ONE_PROCESS,
@@ -37,7 +38,9 @@ from vllm_zo.worker.patches import COMPUTE_LOGITS
 ROOT = Path(__file__).parents[1]
 SERIES = sorted((ROOT / "patches").glob("*.patch"))
 OF_CLASSES = {COMING.target, WAITING.target} | (
-    {WIDENED_LINEAR.target, PACKED_WEIGHT.target, ONE_PROCESS.target} if current_platform.is_cpu() else set()
+    {WIDENED_LINEAR.target, ONE_PROCESS.target, PACKED_WEIGHT.target, INTEGER_KERNEL.target}
+    if current_platform.is_cpu()
+    else set()
 )
 OF_OBJECTS = {COMPUTE_LOGITS.target, *(p.target for p in (MODEL_FORWARD, DECODER_LAYER, ATTENTION, LORA_LINEAR))}
 """What the series does not cover: the run-time patches that are left in every process, and on a worker's objects."""
@@ -137,7 +140,8 @@ def test_vllm_serve_trains_over_http_without_the_run_time_patches(engines: Engin
         assert answer["clean_start"], "vllm_zo was imported before vLLM loaded its plugins"
         assert answer["vllm"] == str(tree / "vllm" / "__init__.py")
         # vLLM's `setup_server`, in a process that has imported it, and what only the process of a model needs.
-        assert set(answer["replaced"]) - {STARTING.target, PACKED_WEIGHT.target} == OF_CLASSES - {PACKED_WEIGHT.target}
+        of_models = {PACKED_WEIGHT.target, INTEGER_KERNEL.target}
+        assert set(answer["replaced"]) - {STARTING.target} - of_models == OF_CLASSES - of_models
     assert STARTING.target in said[0]["replaced"]
     assert set(said[1]["replaced"]) >= OF_CLASSES
 

@@ -210,7 +210,7 @@ def _kernels() -> Check:
     try:
         native.load()
     except native.FAILURES as e:
-        fix = "install a C++ compiler (Debian and Ubuntu: apt install g++); until then steps take up to half as long again"
+        fix = "install a C++ compiler (Debian, Ubuntu: apt install g++); until then steps take up to half as long again"
         return Check("CPU kernels", NOTE, f"not compiled: {e}", fix)
     return Check("CPU kernels", OK, "compiled for this machine")
 

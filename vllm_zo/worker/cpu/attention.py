@@ -1,7 +1,7 @@
 """Causal attention on CPU for sequences that a single engine step computes from their first token to their last.
 
 No later step continues such a sequence, so its keys and values need no KV cache: attention reads them where the layer
-has just computed them. Our compiled kernel (`native.py`) takes the sequences as they are, torch's takes buckets of them.
+has just computed them. Our compiled kernel (`native.py`) takes the sequences as they are, torch's gets buckets.
 """
 
 from __future__ import annotations

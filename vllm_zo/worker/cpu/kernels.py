@@ -63,12 +63,12 @@ def _register_gates() -> None:
 
     # `forward_cpu` runs where the operator is enabled, so in models that are not compiled.
     @SiluAndMul.register_oot
-    class Silu(SiluAndMul):  # type: ignore[misc, valid-type]  # the decorator has no types
+    class Silu(SiluAndMul):
         def forward_cpu(self, x: Tensor) -> Tensor:
             return through(x, self.forward_native, gelu=False)
 
     @GeluAndMul.register_oot
-    class Gelu(GeluAndMul):  # type: ignore[misc, valid-type]
+    class Gelu(GeluAndMul):
         def forward_cpu(self, x: Tensor) -> Tensor:
             return through(x, self.forward_native, gelu=True) if self.approximate == "tanh" else self.forward_native(x)
 

@@ -49,7 +49,8 @@ class Factors(ctypes.Structure):
 
     _fields_ = (
         ("slices", ctypes.c_int64), ("inputs", ctypes.c_int64), ("ranks", ctypes.c_int64),
-        ("outputs", ctypes.c_int64 * MAX_SLICES), ("a", ctypes.c_void_p * MAX_SLICES), ("b", ctypes.c_void_p * MAX_SLICES),
+        ("outputs", ctypes.c_int64 * MAX_SLICES),
+        ("a", ctypes.c_void_p * MAX_SLICES), ("b", ctypes.c_void_p * MAX_SLICES),
     )  # fmt: skip
 
 
@@ -165,9 +166,7 @@ def compiled() -> Path:
 def fits(*tensors: Tensor) -> bool:
     """Whether the kernels can take these tensors: all of one type that they know, their rows without gaps."""
     dtype = tensors[0].dtype
-    return (
-        dtype in DTYPES and all(t.dtype == dtype and t.stride(-1) == 1 for t in tensors) and library() is not None
-    )
+    return dtype in DTYPES and all(t.dtype == dtype and t.stride(-1) == 1 for t in tensors) and library() is not None
 
 
 def gate(x: Tensor, *, gelu: bool) -> Tensor:

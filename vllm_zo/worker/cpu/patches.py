@@ -57,6 +57,16 @@ PACKED_WEIGHT = Patch(
     series="none: a line for a report of its own, it has nothing to do with training",
     optional=True,  # releases before 0.32 have the kernel elsewhere
 )
+INTEGER_KERNEL = Patch(
+    target="vllm.model_executor.kernels.linear.scaled_mm.cpu:check_cpu_sgl_kernel",
+    why="with AMX a small int8 layer gets a kernel that takes 16-bit activations only: a model in float32 ends at its "
+    "first forward (int8_scaled_mm_with_quant: expect A to be bfloat16 or half)",
+    how="in a model of another type such a layer gets oneDNN's product, as large ones do",
+    upstream="none yet",
+    remove_when="vLLM asks for the type of the activations before it chooses that kernel",
+    series="none: a line for a report of its own, it has nothing to do with training",
+    optional=True,  # releases before 0.32 have the kernel elsewhere
+)
 _WHY = "members of a probe that begin alike are computed alike again and again, and the last layer runs for every token"
 _SERIES = "none: of use only to requests that a scheduler makes for itself, so 0004 has to be there first"
 _REMOVE = "vLLM shares prefixes inside a batch and prunes the last layer to the rows that are read"
@@ -121,16 +131,19 @@ def choose_wrapper() -> None:
 
 
 def keep_int8_weights() -> None:
-    """Let LoRA find the device of int8 layers. To be called before the model is loaded, and in its process only: vLLM's
-    kernels take more than half a second to import.
+    """Let LoRA find the device of int8 layers, and float32 models run small ones.
+
+    To be called before the model is loaded, and in its process only: vLLM's kernels take more than half a second to
+    import.
 
     Raises:
         PatchConflictError: the patch does not fit the installed vLLM.
     """
     if PACKED_WEIGHT.unneeded():
         return
-    from vllm.model_executor.kernels.linear.scaled_mm.cpu import CPUInt8ScaledMMLinearKernel as Kernel
+    from vllm.model_executor.kernels.linear.scaled_mm import cpu as kernels
 
+    Kernel, original_check = kernels.CPUInt8ScaledMMLinearKernel, kernels.check_cpu_sgl_kernel
     original = Kernel.process_weights_for_onednn
 
     def process_weights_for_onednn(self: Any, layer: Any) -> None:
@@ -139,7 +152,13 @@ def keep_int8_weights() -> None:
         if getattr(layer, name) is None:
             setattr(layer, name, torch.nn.Parameter(torch.empty(0, dtype=torch.int8), requires_grad=False))
 
+    def check_cpu_sgl_kernel(n: int, k: int, dtype: torch.dtype) -> bool:
+        # While vLLM loads a model, torch's default type is the model's.
+        fits = torch.get_default_dtype() in (torch.bfloat16, torch.float16)
+        return fits and original_check(n, k, dtype)
+
     PACKED_WEIGHT.apply(Kernel, "process_weights_for_onednn", process_weights_for_onednn)
+    INTEGER_KERNEL.apply(kernels, "check_cpu_sgl_kernel", check_cpu_sgl_kernel)
 
 
 def _widen_linear_layers() -> None:

@@ -1,4 +1,4 @@
-"""Writes factors into the slots of every module: by our compiled kernel, or with one copy of torch's for each module."""
+"""Writes factors into the slots of every module: by our compiled kernel, or with a copy of torch's for each module."""
 
 from __future__ import annotations
 
