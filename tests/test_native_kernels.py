@@ -227,6 +227,7 @@ def test_rounding_has_the_bits_of_torchs(first: int, stride: int | None, to: tor
 # --- how they are made ------------------------------------------------------------------------------------------------
 
 
+@needs_kernels
 def test_it_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Not the environment: vLLM reads it once, when an engine starts.
     monkeypatch.setattr(native, "envs", SimpleNamespace(VLLM_CACHE_ROOT=str(tmp_path)))
