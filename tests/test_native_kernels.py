@@ -154,6 +154,16 @@ def test_a_rows_bits_do_not_depend_on_other_rows_or_threads(dtype: torch.dtype) 
         torch.set_num_threads(threads)
 
 
+@needs_kernels
+def test_factors_of_another_layer_are_refused() -> None:
+    found = native.factors(*factors(24, (8, 8), torch.float32))
+    assert found is not None
+    runs = torch.tensor([(0, 4, 0, 2)])
+    for y, x in (((4, 16), (4, 23)), ((4, 15), (4, 24)), ((3, 16), (4, 24))):
+        with pytest.raises(ValueError, match="the factors are for 24 to"):
+            native.low_rank(torch.zeros(y), torch.zeros(x), found, runs, 1.0)
+
+
 def test_factors_that_the_kernel_cannot_take() -> None:
     a, b = factors(24, (8, 8), torch.float32)
     assert native.factors(a, [part.half() for part in b]) is None

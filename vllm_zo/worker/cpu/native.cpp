@@ -3,7 +3,7 @@
 // one pass over its rows what torch does in several operators, computes in float32, and rounds a result once. No row's
 // bits depend on the other rows of a call, or on the number of threads.
 //
-// `native.py` compiles this file and calls it; sizes are checked there. A row's numbers lie next to each other; what
+// `native.py` compiles this file and calls it; nothing here checks a size. A row's numbers lie next to each other; what
 // is called a stride counts numbers from row to row. `bf16`: numbers are bfloat16, else float32.
 
 #include <omp.h>

@@ -190,8 +190,21 @@ def factors(a: Sequence[Tensor], b: Sequence[Tensor]) -> Factors | None:
 
 
 def low_rank(y: Tensor, x: Tensor, factors: Factors, runs: Tensor, scale: float) -> None:
-    """`y += scale x A^T B^T` in place. y: (T, sum of outputs), x: (T, I), runs: (runs, 4) int64, each (start, stop,
-    slot, ranks in use)."""
+    """`y += scale x A^T B^T` in place.
+
+    Args:
+        y: (T, sum of outputs or more).
+        x: (T, I).
+        runs: (runs, 4) int64, each (start, stop, slot, ranks in use or -1 for all), ascending within the T rows.
+
+    Raises:
+        ValueError: the factors are of another layer.
+    """
+    if x.shape[1] != factors.inputs or y.shape[1] < sum(factors.outputs) or len(y) != len(x):
+        raise ValueError(
+            f"rows of {x.shape[1]} numbers to {tuple(y.shape)}: the factors are for {factors.inputs} to "
+            f"{list(factors.outputs)}"
+        )
     _call(
         "zo_low_rank", y.data_ptr(), y.stride(0), x.data_ptr(), x.stride(0), factors, runs.data_ptr(), len(runs),
         scale, y.dtype == torch.bfloat16,
