@@ -14,13 +14,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from vllm.config import CompilationMode
 
 from tests.engines import SENTIMENT, Engines, reviews, worker_of
 from vllm_zo import LoZO
 from vllm_zo.methods import fold
-from vllm_zo.worker.cpu import native
+from vllm_zo.worker.cpu import native, tile_linear
 
 needs_kernels = pytest.mark.skipif(native.library() is None, reason="the kernels could not be compiled")
+needs_tiles = pytest.mark.skipif(native.library() is None or not native.has_tiles(), reason="this CPU has no AMX")
 
 ROUNDINGS = (native.stochastic_round, fold.stochastic_round)
 
@@ -232,6 +234,107 @@ def test_rounding_has_the_bits_of_torchs(first: int, stride: int | None, to: tor
     ours, torchs = (round(value, to, 2**63 + 5, "a.module", first, stride) for round in ROUNDINGS)
     assert torch.equal(ours.view(torch.int16), torchs.view(torch.int16))
     assert native.stochastic_round(torch.full((2, 4), torch.nan), to, 1, "m").isnan().all()
+
+
+# --- products with AMX's tiles ----------------------------------------------------------------------------------------
+
+
+@needs_tiles
+@pytest.mark.parametrize("rows", [0, 1, 16, 17, 32, 45, 300])
+@pytest.mark.parametrize(("outputs", "inputs"), [(32, 32), (7, 5), (96, 576), (65, 33), (50, 1537)], ids=str)
+@pytest.mark.parametrize("with_bias", [False, True], ids=["", "bias"])
+def test_a_tile_product_is_the_exact_one(rows: int, outputs: int, inputs: int, with_bias: bool) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, rows, inputs + 3).bfloat16()[1, :, :inputs]  # rows that do not lie next to each other
+    weight = (torch.randn(outputs, inputs) / inputs**0.5).bfloat16()
+    bias = torch.randn(outputs).bfloat16() if with_bias else None
+    exact = x.double() @ weight.double().T + (0 if bias is None else bias.double())
+    ours = tile_linear.tile_linear(weight)(x, None, bias)
+    assert ours.shape == (rows, outputs) and ours.dtype == torch.bfloat16
+    if rows:
+        assert_rounded_once(ours, exact)
+
+
+@needs_tiles
+def test_rows_that_do_not_fit_into_a_cache_take_turns() -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(700, 3072).bfloat16(), (torch.randn(96, 3072) / 55).bfloat16()
+    assert_rounded_once(tile_linear.tile_linear(weight)(x, None, None), x.double() @ weight.double().T)
+
+
+@needs_tiles
+@pytest.mark.parametrize("threads", [1, 2, 3, 4])
+def test_a_rows_bits_in_a_tile_product_depend_on_nothing_else(threads: int) -> None:
+    torch.manual_seed(0)
+    x, linear = torch.randn(600, 200).bfloat16(), tile_linear.tile_linear(torch.randn(160, 200).bfloat16())
+    whole, before = linear(x, None, None), torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        for start, stop in ((0, 1), (7, 40), (100, 600), (0, 600)):
+            assert torch.equal(linear(x[start:stop], None, None), whole[start:stop])
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_tiles
+def test_onednn_multiplies_as_before_beside_a_tile_product() -> None:
+    """oneDNN keeps what it has told the tiles between calls."""
+    torch.manual_seed(0)
+    x, weight, linear = torch.randn(64, 96).bfloat16(), torch.randn(48, 96).bfloat16(), torch.randn(32, 64).bfloat16()
+    before = F.linear(x, weight)
+    tile_linear.tile_linear(linear)(x[:, :64], None, None)
+    assert torch.equal(F.linear(x, weight), before)
+
+
+@needs_tiles
+def test_a_layer_in_bfloat16_gets_no_other_rows() -> None:
+    linear = tile_linear.tile_linear(torch.ones(4, 8).bfloat16())
+    with pytest.raises(ValueError, match=r"a layer in bfloat16 got torch\.float32"):
+        linear(torch.ones(3, 8), None, None)
+    with pytest.raises(ValueError, match=r"torch\.bfloat16 and torch\.float32"):
+        linear(torch.ones(3, 8).bfloat16(), None, torch.ones(4))
+    columns = torch.arange(24).bfloat16().view(8, 3)
+    assert torch.equal(linear(columns.T, None, None), linear(columns.T.contiguous(), None, None))
+
+
+@needs_tiles
+def test_who_gets_a_tile_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.ones(4, 8).bfloat16()
+    assert tile_linear.fits(weight)
+    assert not tile_linear.fits(weight.float()) and not tile_linear.fits(weight.half())
+
+    def loading(mode: CompilationMode) -> None:
+        config = SimpleNamespace(compilation_config=SimpleNamespace(mode=mode))
+        monkeypatch.setattr(tile_linear, "get_current_vllm_config_or_none", lambda: config)
+
+    loading(CompilationMode.NONE)
+    assert tile_linear.fits(weight)
+    loading(CompilationMode.VLLM_COMPILE)
+    assert not tile_linear.fits(weight)
+    loading(CompilationMode.NONE)
+    monkeypatch.setattr(native, "has_tiles", lambda: False)
+    assert not tile_linear.fits(weight)
+
+
+@pytest.mark.parametrize(
+    ("capability", "amx", "tiles"),
+    [("AVX512", True, True), ("AVX512", False, False), ("AVX2", True, False), ("DEFAULT", False, False)],
+)
+def test_who_has_tiles(capability: str, amx: bool, tiles: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": amx})
+    monkeypatch.setattr(torch.cpu, "_init_amx", lambda: True)
+    assert native.has_tiles.__wrapped__() is tiles
+
+
+@needs_tiles
+def test_an_engine_multiplies_with_them(engines: Engines) -> None:
+    model = worker_of(engines.get(dtype="bfloat16")).model_runner.get_model()
+    layers = model.model.decoder.layers
+    for layer in (layers[0].fc1.base_layer, layers[1].self_attn.qkv_proj.base_layer):
+        assert layer.cpu_linear.__module__ == tile_linear.__name__ and not layer.weight.numel()
+    other = worker_of(engines.get()).model_runner.get_model()
+    assert other.model.decoder.layers[0].fc1.base_layer.cpu_linear.__module__ != tile_linear.__name__
 
 
 # --- how they are made ------------------------------------------------------------------------------------------------

@@ -31,14 +31,14 @@ from vllm_zo.worker.cpu.patches import (
     MODEL_FORWARD,
     ONE_PROCESS,
     PACKED_WEIGHT,
-    WIDENED_LINEAR,
+    CPU_LINEAR,
 )
 from vllm_zo.worker.patches import COMPUTE_LOGITS
 
 ROOT = Path(__file__).parents[1]
 SERIES = sorted((ROOT / "patches").glob("*.patch"))
 OF_CLASSES = {COMING.target, WAITING.target} | (
-    {WIDENED_LINEAR.target, ONE_PROCESS.target, PACKED_WEIGHT.target, INTEGER_KERNEL.target}
+    {CPU_LINEAR.target, ONE_PROCESS.target, PACKED_WEIGHT.target, INTEGER_KERNEL.target}
     if current_platform.is_cpu()
     else set()
 )

@@ -1,4 +1,4 @@
-"""Our CPU kernels (`native.cpp`): compiled once for a machine, kept in vLLM's cache, called with pointers.
+"""Our CPU kernels (`native.cpp`, `tiles.cpp`): compiled once for a machine, kept in vLLM's cache, called with pointers.
 
 They do in one pass each what torch does in many operators, a third to a half of a small model's step
 (docs/performance.md). Where they cannot be compiled, and for 16-bit types other than bfloat16, torch's operators do the
@@ -29,7 +29,7 @@ from vllm_zo.methods import fold
 
 logger = init_logger("vllm.zo.worker")
 
-SOURCE = Path(__file__).with_name("native.cpp")
+SOURCES = [Path(__file__).with_name(name) for name in ("native.cpp", "tiles.cpp")]
 SWITCH = "ZO_NATIVE_KERNELS"
 FLAGS = ("-std=c++17", "-O3", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math")
 INSTRUCTIONS = {
@@ -37,6 +37,7 @@ INSTRUCTIONS = {
     "AVX2": ("-mavx2", "-mfma"),
 }
 """By torch's name for what the CPU has. Nothing for others: a compiler's own choice runs everywhere."""
+TILE_INSTRUCTIONS = ("-mavx512bf16", "-mamx-tile", "-mamx-bf16")
 COMPILE_SECONDS = 120
 FAILURES = (OSError, RuntimeError, subprocess.SubprocessError)
 """Of a compilation, and of loading what it has made."""
@@ -97,6 +98,17 @@ _ARGUMENTS: dict[str, tuple[Any, ...]] = {
         ctypes.POINTER(Heads), ctypes.c_int,
     ),
 }  # fmt: skip
+_TILE_ARGUMENTS: dict[str, tuple[Any, ...]] = {
+    "zo_pack_tiles": (_POINTER, _POINTER, _INT64, _INT64),
+    "zo_tile_product": (_POINTER, _INT64, _POINTER, _POINTER, _POINTER, _INT64, _INT64, _INT64, _INT64),
+}
+
+
+@functools.cache
+def has_tiles() -> bool:
+    """Whether this CPU has the tiles of AMX, and the system lets this process use them."""
+    with_avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512"  # torch's, which its user may have held back
+    return with_avx512 and bool(torch.cpu.get_capabilities().get("amx_bf16", False)) and bool(torch.cpu._init_amx())
 
 
 @functools.cache
@@ -119,7 +131,7 @@ def load() -> ctypes.CDLL:
         FAILURES: see `compiled`; or the file cannot be loaded, or not beside torch.
     """
     loaded = ctypes.CDLL(str(compiled()))
-    for name, arguments in _ARGUMENTS.items():
+    for name, arguments in (_ARGUMENTS | (_TILE_ARGUMENTS if has_tiles() else {})).items():
         function = getattr(loaded, name)
         function.argtypes, function.restype = arguments, None
     if not _shares_threads(loaded):
@@ -146,8 +158,10 @@ def compiled() -> Path:
         subprocess.TimeoutExpired: it did not end.
     """
     flags = [*FLAGS, *INSTRUCTIONS.get(torch.backends.cpu.get_cpu_capability(), ())]
+    flags += TILE_INSTRUCTIONS if has_tiles() else ()
     compiler = get_cxx_compiler()
-    key = hashlib.sha256(SOURCE.read_bytes() + repr((compiler, flags, platform.machine())).encode()).hexdigest()[:16]
+    text = b"".join(source.read_bytes() for source in SOURCES)
+    key = hashlib.sha256(text + repr((compiler, flags, platform.machine())).encode()).hexdigest()[:16]
     directory = Path(envs.VLLM_CACHE_ROOT) / "zo_cpu_kernels"
     target = directory / f"{key}.so"
     if target.exists():
@@ -155,7 +169,7 @@ def compiled() -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory) as scratch:
         made = Path(scratch) / target.name
-        command = [compiler, *flags, "-shared", "-fPIC", str(SOURCE), "-o", str(made)]
+        command = [compiler, *flags, "-shared", "-fPIC", *map(str, SOURCES), "-o", str(made)]
         run = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_SECONDS)
         if run.returncode:
             raise RuntimeError(f"{' '.join(command)} failed: {run.stderr.strip()[-1000:]}")
@@ -248,6 +262,33 @@ def attend(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, rows: Tensor, writes
     _call(
         "zo_attend", q.data_ptr(), q.stride(0), k.data_ptr(), k.stride(0), v.data_ptr(), v.stride(0), out.data_ptr(),
         sequences, heads, q.dtype == torch.bfloat16,
+    )  # fmt: skip
+    return out
+
+
+def pack_tiles(weight: Tensor) -> Tensor:
+    """A bfloat16 weight (O, I) as `tile_product` wants it: blocks of 32 by 32 numbers, filled up with zeros."""
+    outputs, inputs = weight.shape
+    packed = weight.new_empty(-(-outputs // 32), -(-inputs // 32), 32 * 32)
+    _call("zo_pack_tiles", weight.contiguous().data_ptr(), packed.data_ptr(), outputs, inputs)
+    return packed
+
+
+def tile_product(x: Tensor, packed: Tensor, outputs: int, bias: Tensor | None) -> Tensor:
+    """`x W^T + bias`. x: (T, I), bias: (O,), both bfloat16 -> (T, O). packed: `pack_tiles` of W, (O, I).
+
+    Raises:
+        ValueError: x or the bias is of another type.
+    """
+    types = [t.dtype for t in (x, bias) if t is not None]
+    if {*types} != {torch.bfloat16}:
+        raise ValueError(f"a layer in bfloat16 got {' and '.join(map(str, types))}")
+    rows, inputs = x.shape
+    x = x if x.stride(1) == 1 else x.contiguous()
+    out = x.new_empty(rows, outputs)
+    _call(
+        "zo_tile_product", x.data_ptr(), x.stride(0), packed.data_ptr(), None if bias is None else bias.data_ptr(),
+        out.data_ptr(), outputs, rows, inputs, outputs,
     )  # fmt: skip
     return out
 

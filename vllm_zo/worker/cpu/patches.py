@@ -9,13 +9,15 @@ import torch
 
 from vllm_zo.compat.registry import Patch
 
-WIDENED_LINEAR = Patch(
+CPU_LINEAR = Patch(
     target="vllm.model_executor.layers.utils:dispatch_cpu_unquantized_gemm",
-    why="without AVX512-BF16 or AMX a 16-bit layer is multiplied by emulation, 3 to 8 times slower than in float32",
-    how="16-bit layers get our product, which widens the weight block by block; all others are left to vLLM",
+    why="without AVX512-BF16 or AMX a 16-bit layer is multiplied by emulation, 3 to 8 times slower than in float32; "
+    "with AMX, oneDNN builds a kernel for each row count, and at some it leaves a product to one thread",
+    how="16-bit layers get a product of ours: one that widens the weight block by block, or one with AMX's tiles; all "
+    "others are left to vLLM",
     upstream="none yet",
-    remove_when="vLLM's CPU backend chooses by instructions",
-    series="none: a choice of kernel for old CPUs; upstream would want numbers from more of them first",
+    remove_when="vLLM's CPU backend chooses by instructions, and splits every product among its threads",
+    series="none: a choice of kernel for some CPUs; upstream would want numbers from more of them first",
 )
 GROUPED_LORA = Patch(
     target="vllm.platforms.cpu:CpuPlatform.get_punica_wrapper",
@@ -115,7 +117,7 @@ def install() -> None:
     Raises:
         PatchConflictError: a patch does not fit the installed vLLM.
     """
-    _widen_linear_layers()
+    _choose_products()
     _group_lora()
     _keep_worker_in_engine()
     _survive_kernel_scan()
@@ -161,9 +163,10 @@ def keep_int8_weights() -> None:
     INTEGER_KERNEL.apply(kernels, "check_cpu_sgl_kernel", check_cpu_sgl_kernel)
 
 
-def _widen_linear_layers() -> None:
+def _choose_products() -> None:
     from vllm.model_executor.layers import utils
 
+    from vllm_zo.worker.cpu import tile_linear
     from vllm_zo.worker.cpu.linear import is_emulated, widened_linear
 
     original = utils.dispatch_cpu_unquantized_gemm
@@ -174,10 +177,14 @@ def _widen_linear_layers() -> None:
             original(layer, remove_weight)
         elif is_emulated(weight.dtype):
             layer.cpu_linear = widened_linear
+        elif tile_linear.fits(weight):
+            layer.cpu_linear = tile_linear.tile_linear(weight)
+            if remove_weight:
+                layer.weight = torch.nn.Parameter(weight.new_empty(0), requires_grad=False)
         else:
             original(layer, remove_weight)
 
-    WIDENED_LINEAR.apply(utils, "dispatch_cpu_unquantized_gemm", dispatch_cpu_unquantized_gemm)
+    CPU_LINEAR.apply(utils, "dispatch_cpu_unquantized_gemm", dispatch_cpu_unquantized_gemm)
 
 
 def _group_lora() -> None:

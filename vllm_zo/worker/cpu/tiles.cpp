@@ -1,0 +1,222 @@
+// x W^T with the matrix tiles of AMX, for a bfloat16 weight that is packed once.
+//
+// oneDNN gives all of a product to one thread at some row counts (426 rows of 768 to 768, for one), and builds a kernel
+// for each row count it meets. Here the rows, or for a few rows the outputs, are split evenly among the threads, and a
+// row count costs nothing.
+//
+// A block is 32 rows by 32 outputs: four tiles of sums, and in turn two of x and two of W, 32 inputs deep. A row of a
+// tile is 64 bytes. Of a block's sums nothing waits: they are rounded while the next block is multiplied.
+
+#ifdef __AMX_BF16__
+#include <immintrin.h>
+#include <omp.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+
+namespace {
+
+using Number = uint16_t;  // the bits of a bfloat16
+constexpr int64_t BLOCK = 32;
+constexpr int64_t DEPTH = 32 * BLOCK;         // numbers in a block's two tiles of x, or of W
+constexpr int64_t PACKED_X = 768 << 10;       // bytes: what stays in a core's own cache beside a panel of W
+constexpr int64_t ROWS_WORTH_SPLITTING = 128;  // of a thread; with fewer, threads share the outputs
+
+int64_t blocks(int64_t n) { return (n + BLOCK - 1) / BLOCK; }
+
+// All eight tiles as 16 rows of 64 bytes, on this thread, until the end of the scope. Then they are as they were:
+// oneDNN's kernels may count on that.
+class Tiles {
+    struct alignas(64) Setup {
+        uint8_t palette = 0, start_row = 0, reserved[14] = {};
+        uint16_t row_bytes[16] = {};
+        uint8_t rows[16] = {};
+    };
+    Setup before;
+
+public:
+    Tiles() {
+        Setup setup;
+        setup.palette = 1;
+        for (int i = 0; i < 8; i++) setup.row_bytes[i] = 64, setup.rows[i] = 16;
+        asm volatile("sttilecfg %0" : "=m"(before));
+        asm volatile("ldtilecfg %0" : : "m"(setup));
+    }
+    ~Tiles() { asm volatile("ldtilecfg %0" : : "m"(before)); }
+};
+
+// Memory of one thread, kept between calls: fresh memory costs page faults. Tiles load faster from whole lines.
+class Scratch {
+    Number* memory = nullptr;
+    int64_t size = 0;
+
+public:
+    Number* of(int64_t bytes) {
+        if (bytes > size) {
+            free(memory);
+            size = (bytes + 4095) / 4096 * 4096;
+            memory = static_cast<Number*>(aligned_alloc(4096, size));
+        }
+        return memory;
+    }
+    ~Scratch() { free(memory); }
+};
+
+// Rows [start, stop) of x to blocks of (2 tiles, 16 rows, 32 inputs), zeros beyond its rows and inputs.
+void pack_rows(const Number* x, int64_t stride, int64_t start, int64_t stop, int64_t inputs, Number* to) {
+    for (int64_t row = start; row < start + blocks(stop - start) * BLOCK; row++) {
+        Number* line = to + (row - start) / BLOCK * blocks(inputs) * DEPTH + (row - start) % BLOCK * 32;
+        for (int64_t i = 0; i < inputs; i += 32, line += DEPTH) {
+            const int64_t left = row < stop ? std::min<int64_t>(32, inputs - i) : 0;
+            const __mmask32 mask = left == 32 ? ~0u : (1u << left) - 1;
+            _mm512_store_si512(line, _mm512_maskz_loadu_epi16(mask, x + row * stride + i));
+        }
+    }
+}
+
+// The sums of a block, and where they go.
+struct Block {
+    alignas(64) float sums[BLOCK * BLOCK];
+    Number* out;
+    int64_t stride, rows, columns;
+    __m512 bias[2];
+    int64_t done;  // rows
+
+    void round(int64_t count) {
+        for (const int64_t stop = std::min(rows, done + count); done < stop; done++) {
+            const __m512 low = _mm512_load_ps(sums + done * BLOCK), high = _mm512_load_ps(sums + done * BLOCK + 16);
+            const auto rounded = (__m512i)_mm512_cvtne2ps_pbh(high + bias[1], low + bias[0]);
+            const __mmask32 mask = columns == BLOCK ? ~0u : (1u << columns) - 1;
+            _mm512_mask_storeu_epi16(out + done * stride, mask, rounded);
+        }
+    }
+};
+
+// Sixteen numbers of a vector of n, from `first` on, in float32; zeros beyond it.
+__m512 widened(const Number* numbers, int64_t n, int64_t first) {
+    if (!numbers || first >= n) return _mm512_setzero_ps();
+    const int64_t left = std::min<int64_t>(16, n - first);
+    const __m256i bits = _mm256_maskz_loadu_epi16(left == 16 ? 0xffff : (1u << left) - 1, numbers + first);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+
+// The sums of one block: x and w are its packed rows and its panel, `depth` steps of 32 inputs. A second tile of rows
+// is left out where a block has one only. Meanwhile `before` is rounded and `ahead`, the panel to come, is fetched.
+template <bool TWO>
+void multiply(const Number* x, const Number* w, int64_t depth, Block& to, Block& before, const char*& ahead,
+              int64_t lines) {
+    const int64_t share = (before.rows + depth - 1) / depth;
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t k = 0; k < depth; k++, x += DEPTH, w += DEPTH) {
+        for (int64_t i = 0; i < lines; i++, ahead += 64) _mm_prefetch(ahead, _MM_HINT_T1);
+        _tile_loadd(6, w, 64);
+        _tile_loadd(4, x, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(7, w + DEPTH / 2, 64);
+        _tile_dpbf16ps(1, 4, 7);
+        if (TWO) {
+            _tile_loadd(5, x + DEPTH / 2, 64);
+            _tile_dpbf16ps(2, 5, 6);
+            _tile_dpbf16ps(3, 5, 7);
+        }
+        before.round(share);
+    }
+    _tile_stored(0, to.sums, 4 * BLOCK);
+    _tile_stored(1, to.sums + 16, 4 * BLOCK);
+    if (TWO) {
+        _tile_stored(2, to.sums + 16 * BLOCK, 4 * BLOCK);
+        _tile_stored(3, to.sums + 16 * BLOCK + 16, 4 * BLOCK);
+    }
+}
+
+struct Product {
+    const Number *x, *w, *bias;
+    Number* out;
+    int64_t x_stride, out_stride, inputs, outputs;
+
+    // Rows [start, stop), whose packed x fits into `scratch`, of the panels [first, last) of outputs.
+    void part(int64_t start, int64_t stop, int64_t first, int64_t last, Number* scratch) const {
+        const int64_t depth = blocks(inputs), row_blocks = blocks(stop - start);
+        const int64_t lines = (2 * 16 + row_blocks - 1) / row_blocks;
+        static thread_local Block sums[2];
+        sums[0].rows = sums[1].rows = 0;
+        int now = 0;
+        pack_rows(x, x_stride, start, stop, inputs, scratch);
+        asm volatile("" : : : "memory");  // gcc does not know that a tile's load reads memory
+        for (int64_t n = first; n < last; n++) {
+            const Number* panel = w + n * depth * DEPTH;
+            auto ahead = reinterpret_cast<const char*>(panel + depth * DEPTH);
+            const int64_t column = n * BLOCK;
+            const __m512 low = widened(bias, outputs, column), high = widened(bias, outputs, column + 16);
+            for (int64_t m = 0; m < row_blocks; m++, now ^= 1) {
+                const int64_t row = start + m * BLOCK, rows = std::min(BLOCK, stop - row);
+                Block &to = sums[now], &before = sums[now ^ 1];
+                const auto run = rows > 16 ? multiply<true> : multiply<false>;
+                run(scratch + m * depth * DEPTH, panel, depth, to, before, ahead, lines);
+                to.out = out + row * out_stride + column, to.stride = out_stride, to.rows = rows, to.done = 0;
+                to.columns = std::min(BLOCK, outputs - column), to.bias[0] = low, to.bias[1] = high;
+            }
+        }
+        sums[now ^ 1].round(BLOCK);
+    }
+};
+
+// Of n things, in whole multiples of `unit`, those of part i of `parts`.
+int64_t share(int64_t n, int64_t unit, int64_t i, int64_t parts) {
+    return std::min(n, (n + unit - 1) / unit * i / parts * unit);
+}
+
+}  // namespace
+
+extern "C" {
+
+// w (outputs, inputs) -> (blocks of outputs, blocks of inputs, 2, 16, 16, 2): 16 pairs of inputs of 16 outputs are a tile.
+void zo_pack_tiles(const Number* w, Number* packed, int64_t outputs, int64_t inputs) {
+#pragma omp parallel for schedule(static)
+    for (int64_t n = 0; n < blocks(outputs); n++)
+        for (int64_t k = 0; k < blocks(inputs); k++) {
+            Number* to = packed + (n * blocks(inputs) + k) * DEPTH;
+            const int64_t numbers = std::min(BLOCK, inputs - k * BLOCK);
+            for (int64_t column = 0; column < BLOCK; column++) {
+                Number row[BLOCK] = {};
+                const int64_t output = n * BLOCK + column;
+                const Number* from = w + output * inputs + k * BLOCK;
+                if (output < outputs) std::copy(from, from + numbers, row);
+                for (int64_t pair = 0; pair < 16; pair++)
+                    memcpy(to + column / 16 * 512 + pair * 32 + column % 16 * 2, row + 2 * pair, 4);
+            }
+        }
+}
+
+// out = x W^T + bias, if there is one. w: as zo_pack_tiles writes it. Sums in float32, rounded once.
+void zo_tile_product(const Number* x, int64_t x_stride, const Number* w, const Number* bias, Number* out,
+                     int64_t out_stride, int64_t rows, int64_t inputs, int64_t outputs) {
+    const Product product{x, w, bias, out, x_stride, out_stride, inputs, outputs};
+#pragma omp parallel
+    {
+        const Tiles tiles;
+        int64_t threads = omp_get_num_threads(), row_parts = 1;
+        for (int64_t parts = 2; parts <= threads; parts++)
+            if (threads % parts == 0 && rows >= parts * ROWS_WORTH_SPLITTING) row_parts = parts;
+        const int64_t column_parts = threads / row_parts, thread = omp_get_thread_num();
+        const int64_t start = share(rows, BLOCK, thread / column_parts, row_parts);
+        const int64_t stop = share(rows, BLOCK, thread / column_parts + 1, row_parts);
+        const int64_t first = share(blocks(outputs), 1, thread % column_parts, column_parts);
+        const int64_t last = share(blocks(outputs), 1, thread % column_parts + 1, column_parts);
+        const int64_t row_bytes = blocks(inputs) * 64;
+        const int64_t turns = (blocks(stop - start) * BLOCK * row_bytes + PACKED_X - 1) / PACKED_X;
+        static thread_local Scratch scratch;
+        for (int64_t turn = 0; turn < turns && first < last; turn++) {
+            const int64_t from = start + share(stop - start, BLOCK, turn, turns);
+            const int64_t to = start + share(stop - start, BLOCK, turn + 1, turns);
+            if (from < to) product.part(from, to, first, last, scratch.of(blocks(to - from) * BLOCK * row_bytes));
+        }
+    }
+}
+}
+#endif
