@@ -161,9 +161,11 @@ def test_factors_of_another_layer_are_refused() -> None:
     found = native.factors(*factors(24, (8, 8), torch.float32))
     assert found is not None
     runs = torch.tensor([(0, 4, 0, 2)])
-    for y, x in (((4, 16), (4, 23)), ((4, 15), (4, 24)), ((3, 16), (4, 24))):
+    for y, x in (((4, 16), (4, 23)), ((4, 15), (4, 24))):
         with pytest.raises(ValueError, match="the factors are for 24 to"):
             native.low_rank(torch.zeros(y), torch.zeros(x), found, runs, 1.0)
+    with pytest.raises(ValueError, match="4 rows cannot be added to 3"):
+        native.low_rank(torch.zeros(3, 16), torch.zeros(4, 24), found, runs, 1.0)
 
 
 def test_factors_that_the_kernel_cannot_take() -> None:
@@ -249,24 +251,67 @@ def test_a_tile_product_is_the_exact_one(rows: int, outputs: int, inputs: int, w
     weight = (torch.randn(outputs, inputs) / inputs**0.5).bfloat16()
     bias = torch.randn(outputs).bfloat16() if with_bias else None
     exact = x.double() @ weight.double().T + (0 if bias is None else bias.double())
-    ours = tile_linear.tile_linear(weight)(x, None, bias)
+    ours = tile_linear.TileLinear(weight)(x, None, bias)
     assert ours.shape == (rows, outputs) and ours.dtype == torch.bfloat16
     if rows:
         assert_rounded_once(ours, exact)
 
 
 @needs_tiles
+@pytest.mark.parametrize("outputs", [(32,), (96, 32, 64)], ids=str)
+@pytest.mark.parametrize("inputs", [64, 150])
+@pytest.mark.parametrize(
+    "runs",
+    [
+        [(0, 40, 0, 2), (40, 80, 1, 2)],
+        [(2, 3, 3, RANK), (33, 60, 0, 1), (60, 61, 2, -1)],  # rows without an adapter between them
+        [(0, 80, 1, 0)],
+        [(row, row + 1, row % SLOTS, -1) for row in range(80)],
+        [],
+    ],
+    ids=["pair", "requests", "rank 0", "a run a row", "nobody"],
+)
+def test_a_tile_product_with_a_low_rank_part_is_the_exact_one(
+    outputs: tuple[int, ...], inputs: int, runs: list[tuple[int, ...]]
+) -> None:
+    torch.manual_seed(0)
+    a, b = factors(inputs, outputs, torch.bfloat16)
+    found = native.factors(a, b)
+    assert found is not None
+    x, bias = torch.randn(80, inputs + 1).bfloat16()[:, 1:], torch.randn(sum(outputs)).bfloat16()
+    weight = (torch.randn(sum(outputs), inputs) / inputs**0.5).bfloat16()
+    linear = tile_linear.TileLinear(weight)
+    exact = exact_low_rank(x.double() @ weight.double().T + bias.double(), x, a, b, runs, 1.0)
+    ours = linear.with_low_rank(x, bias, found, torch.tensor(runs, dtype=torch.int64).view(-1, 4))
+    assert_rounded_once(ours, exact)
+
+
+@needs_tiles
+@pytest.mark.parametrize(("outputs", "count"), [((40, 24), 2), ((2048, 2048), 60)], ids=["odd slices", "many factors"])
+def test_a_low_rank_part_that_a_tile_product_cannot_take_comes_after_it(outputs: tuple[int, ...], count: int) -> None:
+    torch.manual_seed(0)
+    a, b = factors(2048, outputs, torch.bfloat16)
+    found = native.factors(a, b)
+    assert found is not None
+    x, linear = torch.randn(120, 2048).bfloat16(), tile_linear.TileLinear(torch.randn(sum(outputs), 2048).bfloat16())
+    runs = torch.tensor([(120 // count * i, 120 // count * (i + 1), i % SLOTS, RANK) for i in range(count)])
+    expected = linear(x, None, None)
+    native.low_rank(expected, x, found, runs, 1.0)
+    assert torch.equal(linear.with_low_rank(x, None, found, runs), expected)
+
+
+@needs_tiles
 def test_rows_that_do_not_fit_into_a_cache_take_turns() -> None:
     torch.manual_seed(0)
     x, weight = torch.randn(700, 3072).bfloat16(), (torch.randn(96, 3072) / 55).bfloat16()
-    assert_rounded_once(tile_linear.tile_linear(weight)(x, None, None), x.double() @ weight.double().T)
+    assert_rounded_once(tile_linear.TileLinear(weight)(x, None, None), x.double() @ weight.double().T)
 
 
 @needs_tiles
 @pytest.mark.parametrize("threads", [1, 2, 3, 4])
 def test_a_rows_bits_in_a_tile_product_depend_on_nothing_else(threads: int) -> None:
     torch.manual_seed(0)
-    x, linear = torch.randn(600, 200).bfloat16(), tile_linear.tile_linear(torch.randn(160, 200).bfloat16())
+    x, linear = torch.randn(600, 200).bfloat16(), tile_linear.TileLinear(torch.randn(160, 200).bfloat16())
     whole, before = linear(x, None, None), torch.get_num_threads()
     try:
         torch.set_num_threads(threads)
@@ -282,13 +327,13 @@ def test_onednn_multiplies_as_before_beside_a_tile_product() -> None:
     torch.manual_seed(0)
     x, weight, linear = torch.randn(64, 96).bfloat16(), torch.randn(48, 96).bfloat16(), torch.randn(32, 64).bfloat16()
     before = F.linear(x, weight)
-    tile_linear.tile_linear(linear)(x[:, :64], None, None)
+    tile_linear.TileLinear(linear)(x[:, :64], None, None)
     assert torch.equal(F.linear(x, weight), before)
 
 
 @needs_tiles
 def test_a_layer_in_bfloat16_gets_no_other_rows() -> None:
-    linear = tile_linear.tile_linear(torch.ones(4, 8).bfloat16())
+    linear = tile_linear.TileLinear(torch.ones(4, 8).bfloat16())
     with pytest.raises(ValueError, match=r"a layer in bfloat16 got torch\.float32"):
         linear(torch.ones(3, 8), None, None)
     with pytest.raises(ValueError, match=r"torch\.bfloat16 and torch\.float32"):
@@ -332,9 +377,9 @@ def test_an_engine_multiplies_with_them(engines: Engines) -> None:
     model = worker_of(engines.get(dtype="bfloat16")).model_runner.get_model()
     layers = model.model.decoder.layers
     for layer in (layers[0].fc1.base_layer, layers[1].self_attn.qkv_proj.base_layer):
-        assert layer.cpu_linear.__module__ == tile_linear.__name__ and not layer.weight.numel()
+        assert isinstance(layer.cpu_linear, tile_linear.TileLinear) and not layer.weight.numel()
     other = worker_of(engines.get()).model_runner.get_model()
-    assert other.model.decoder.layers[0].fc1.base_layer.cpu_linear.__module__ != tile_linear.__name__
+    assert not isinstance(other.model.decoder.layers[0].fc1.base_layer.cpu_linear, tile_linear.TileLinear)
 
 
 # --- how they are made ------------------------------------------------------------------------------------------------

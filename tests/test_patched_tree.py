@@ -25,13 +25,13 @@ from vllm_zo.compat.engine_core import COMING, WAITING
 from vllm_zo.entrypoints.server.patches import STARTING
 from vllm_zo.worker.cpu.patches import (
     ATTENTION,
+    CPU_LINEAR,
     DECODER_LAYER,
     INTEGER_KERNEL,
     LORA_LINEAR,
     MODEL_FORWARD,
     ONE_PROCESS,
     PACKED_WEIGHT,
-    CPU_LINEAR,
 )
 from vllm_zo.worker.patches import COMPUTE_LOGITS
 

@@ -185,8 +185,8 @@ class GroupedPunicaWrapper(PunicaWrapperCPU):
         x = x.view(-1, x.shape[-1])
         if not add_inputs:
             y.zero_()
-        factors = self._factors(lora_a_stacked, lora_b_stacked)
-        if factors is not None and native.fits(lora_a_stacked[0], y, x) and self.spans.stop <= len(x):
+        factors = self.factors(lora_a_stacked, lora_b_stacked, x)
+        if factors is not None and native.fits(x, y):
             native.low_rank(y, x, factors, self.spans.runs, scale)
             return
         emulated = is_emulated(x.dtype)
@@ -236,8 +236,11 @@ class GroupedPunicaWrapper(PunicaWrapperCPU):
                 a, b = lora_a_stacked[run.slot, 0].float(), lora_b_stacked[run.slot, 0].float()
                 y[rows, : len(b)] += scale * (x[rows].float() @ a.T @ b.T)
 
-    def _factors(self, a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> native.Factors | None:
-        """Where a layer's factors lie, for our kernel; None if it cannot take them. Kept as the views are."""
+    def factors(self, a: tuple[Tensor, ...], b: tuple[Tensor, ...], x: Tensor) -> native.Factors | None:
+        """Where a layer's factors lie, for our kernels; None if they cannot take them with the rows x, (T, I). Kept as
+        the views are. a, b: as in `add_lora_linear`."""
+        if not native.fits(a[0], x) or self.spans.stop > len(x):
+            return None
         key = id(a), id(b)
         if key not in self._kept_factors:
             if len(self._kept_factors) >= MAX_KEPT_VIEWS:

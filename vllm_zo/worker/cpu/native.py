@@ -30,6 +30,7 @@ from vllm_zo.methods import fold
 logger = init_logger("vllm.zo.worker")
 
 SOURCES = [Path(__file__).with_name(name) for name in ("native.cpp", "tiles.cpp")]
+HEADER = Path(__file__).with_name("low_rank.h")
 SWITCH = "ZO_NATIVE_KERNELS"
 FLAGS = ("-std=c++17", "-O3", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math")
 INSTRUCTIONS = {
@@ -100,8 +101,11 @@ _ARGUMENTS: dict[str, tuple[Any, ...]] = {
 }  # fmt: skip
 _TILE_ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "zo_pack_tiles": (_POINTER, _POINTER, _INT64, _INT64),
-    "zo_tile_product": (_POINTER, _INT64, _POINTER, _POINTER, _POINTER, _INT64, _INT64, _INT64, _INT64),
-}
+    "zo_tile_product": (
+        _POINTER, _INT64, _POINTER, _POINTER, _POINTER, _INT64, _INT64, _INT64, _INT64, ctypes.POINTER(Factors),
+        _POINTER, _INT64, ctypes.c_float,
+    ),
+}  # fmt: skip
 
 
 @functools.cache
@@ -160,7 +164,7 @@ def compiled() -> Path:
     flags = [*FLAGS, *INSTRUCTIONS.get(torch.backends.cpu.get_cpu_capability(), ())]
     flags += TILE_INSTRUCTIONS if has_tiles() else ()
     compiler = get_cxx_compiler()
-    text = b"".join(source.read_bytes() for source in SOURCES)
+    text = b"".join(source.read_bytes() for source in (*SOURCES, HEADER))
     key = hashlib.sha256(text + repr((compiler, flags, platform.machine())).encode()).hexdigest()[:16]
     directory = Path(envs.VLLM_CACHE_ROOT) / "zo_cpu_kernels"
     target = directory / f"{key}.so"
@@ -212,17 +216,22 @@ def low_rank(y: Tensor, x: Tensor, factors: Factors, runs: Tensor, scale: float)
         runs: (runs, 4) int64, each (start, stop, slot, ranks in use or -1 for all), ascending within the T rows.
 
     Raises:
-        ValueError: the factors are of another layer.
+        ValueError: the factors are of another layer, or y has other rows than x.
     """
-    if x.shape[1] != factors.inputs or y.shape[1] < sum(factors.outputs) or len(y) != len(x):
-        raise ValueError(
-            f"rows of {x.shape[1]} numbers to {tuple(y.shape)}: the factors are for {factors.inputs} to "
-            f"{list(factors.outputs)}"
-        )
+    _check_factors(factors, x.shape[1], y.shape[1])
+    if len(y) != len(x):
+        raise ValueError(f"{len(x)} rows cannot be added to {len(y)}")
     _call(
         "zo_low_rank", y.data_ptr(), y.stride(0), x.data_ptr(), x.stride(0), factors, runs.data_ptr(), len(runs),
         scale, y.dtype == torch.bfloat16,
     )  # fmt: skip
+
+
+def _check_factors(factors: Factors, inputs: int, outputs: int) -> None:
+    if inputs != factors.inputs or outputs < sum(factors.outputs):
+        raise ValueError(
+            f"rows of {inputs} numbers to {outputs}: the factors are for {factors.inputs} to {list(factors.outputs)}"
+        )
 
 
 def pieces(slots: Sequence[Tensor], offsets: Sequence[int]) -> ctypes.Array[Piece] | None:
@@ -274,21 +283,37 @@ def pack_tiles(weight: Tensor) -> Tensor:
     return packed
 
 
-def tile_product(x: Tensor, packed: Tensor, outputs: int, bias: Tensor | None) -> Tensor:
-    """`x W^T + bias`. x: (T, I), bias: (O,), both bfloat16 -> (T, O). packed: `pack_tiles` of W, (O, I).
+def tile_product(
+    x: Tensor,
+    packed: Tensor,
+    outputs: int,
+    bias: Tensor | None,
+    factors: Factors | None = None,
+    runs: Tensor | None = None,
+    scale: float = 1.0,
+) -> Tensor:
+    """`x W^T + bias + scale x A^T B^T`. (T, I) -> (T, O), all in bfloat16.
+
+    Args:
+        packed: `pack_tiles` of W, (O, I).
+        bias: (O,).
+        factors, runs: of the low-rank part, as in `low_rank`; without runs there is none.
 
     Raises:
-        ValueError: x or the bias is of another type.
+        ValueError: x or the bias is of another type, or the factors are of another layer.
     """
     types = [t.dtype for t in (x, bias) if t is not None]
     if {*types} != {torch.bfloat16}:
         raise ValueError(f"a layer in bfloat16 got {' and '.join(map(str, types))}")
     rows, inputs = x.shape
+    if factors is not None:
+        _check_factors(factors, inputs, outputs)
     x = x if x.stride(1) == 1 else x.contiguous()
     out = x.new_empty(rows, outputs)
     _call(
         "zo_tile_product", x.data_ptr(), x.stride(0), packed.data_ptr(), None if bias is None else bias.data_ptr(),
-        out.data_ptr(), outputs, rows, inputs, outputs,
+        out.data_ptr(), outputs, rows, inputs, outputs, factors, None if runs is None else runs.data_ptr(),
+        0 if runs is None else len(runs), scale,
     )  # fmt: skip
     return out
 

@@ -15,6 +15,7 @@ from vllm.model_executor.layers import utils
 
 from vllm_zo.worker.base_weights import BaseWeights
 from vllm_zo.worker.cpu.plain_linear import plain_linear
+from vllm_zo.worker.cpu.tile_linear import TileLinear
 
 PACKED = {"handler", "packed_weight", "zen_weight"}
 """Variables that hold a packed copy in the closures that vLLM sets as `cpu_linear` (oneDNN, AMX, zentorch). vLLM has no
@@ -39,7 +40,7 @@ class PackedWeights(BaseWeights):
 
     def _pack(self, layer: Any) -> None:
         # A layer without a packed copy reads `layer.weight` at every call: there is nothing to do.
-        if not PACKED & _variables(layer.cpu_linear):
+        if not _is_packed(layer.cpu_linear):
             return
         if layer.weight.dtype == torch.float32:
             layer.cpu_linear = plain_linear()
@@ -52,9 +53,10 @@ class PackedWeights(BaseWeights):
         utils.dispatch_cpu_unquantized_gemm(layer, remove_weight=True)
 
 
-def _variables(function: Any) -> set[str]:
-    """Names of the variables that a closure holds; none for any other object."""
-    return set(function.__code__.co_freevars) if getattr(function, "__closure__", None) else set()
+def _is_packed(product: Any) -> bool:
+    """Whether this `cpu_linear` multiplies with a packed copy: ours, or a closure of vLLM's that holds one."""
+    names = product.__code__.co_freevars if getattr(product, "__closure__", None) else ()
+    return isinstance(product, TileLinear) or not PACKED.isdisjoint(names)
 
 
 def _multiplied_out(layer: Any) -> Tensor:

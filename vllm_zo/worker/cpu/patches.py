@@ -178,7 +178,7 @@ def _choose_products() -> None:
         elif is_emulated(weight.dtype):
             layer.cpu_linear = widened_linear
         elif tile_linear.fits(weight):
-            layer.cpu_linear = tile_linear.tile_linear(weight)
+            layer.cpu_linear = tile_linear.TileLinear(weight)
             if remove_weight:
                 layer.weight = torch.nn.Parameter(weight.new_empty(0), requires_grad=False)
         else:

@@ -26,7 +26,9 @@ from vllm.config import CompilationMode
 from vllm.distributed.parallel_state import get_pp_group
 from vllm.logger import init_logger
 from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
+from vllm.lora.layers.column_parallel_linear import MergedColumnParallelLinearWithLoRA
 from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.linear import ColumnParallelLinear
 from vllm.v1.attention.backend import AttentionType
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
@@ -35,6 +37,7 @@ from vllm_zo.worker.cpu.decoder_layers import DecoderLayers, find_decoder_layers
 from vllm_zo.worker.cpu.lora import GroupedPunicaWrapper, Spans
 from vllm_zo.worker.cpu.patches import ATTENTION, DECODER_LAYER, LORA_LINEAR, MODEL_FORWARD
 from vllm_zo.worker.cpu.row_plan import Below, Buckets, RowPlan, plan_rows
+from vllm_zo.worker.cpu.tile_linear import TileLinear
 from vllm_zo.worker.kept_states import KeptStates
 from vllm_zo.worker.platform import Chunk, Chunks
 
@@ -105,8 +108,8 @@ class RowPruner:
         for layer in runner.compilation_config.static_forward_context.values():
             ATTENTION.on(layer, "forward", _attention(self, layer, layer.forward))
         for layer in set(manager.modules.values()):  # a tied module is registered under two names
-            # A layer with an `apply` of its own keeps it, and computes every kept row.
-            if type(layer).apply is BaseLinearLayerWithLoRA.apply:
+            # A layer with a product of its own keeps it, and computes every kept row.
+            if _multiplies_plainly(layer):
                 LORA_LINEAR.on(layer, "apply", _lora_linear(self, layer, layer.apply))
 
     def _why_not(self) -> str | None:
@@ -403,26 +406,46 @@ def _attention(pruner: RowPruner, layer: Any, original: Callable[..., Tensor]) -
     return forward
 
 
+def _multiplies_plainly(layer: Any) -> bool:
+    """Whether `apply` of this layer with LoRA is `BaseLinearLayerWithLoRA.apply`, in the end."""
+    apply = getattr(type(layer), "apply", None)
+    if apply is MergedColumnParallelLinearWithLoRA.apply:
+        # From vLLM 0.32 on it asks first whether the layer below has a `forward` of its own.
+        return type(layer.base_layer).forward is ColumnParallelLinear.forward
+    return apply is BaseLinearLayerWithLoRA.apply
+
+
 def _lora_linear(pruner: RowPruner, layer: Any, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """The replacement of `BaseLinearLayerWithLoRA.apply` of one layer."""
+    multiply = functools.partial(_linear, layer, original)
 
     @functools.wraps(original)
     def apply(x: Tensor, bias: Tensor | None = None) -> Tensor:
         running = pruner.running
         if running is None or x.ndim != 2:
-            return original(x, bias)
+            return multiply(x, bias)
         if running.is_first_linear() and running.plan.repeats:
             return _first_linear(layer, x, bias, running.plan)
         if not running.past_attention or running.below is not None or not running.plan.prunes:
-            return original(x, bias)
+            return multiply(x, bias)
         needed = running.plan.needed_P
         wrapper = layer.punica_wrapper
         with wrapper.linears_on(running.needed_spans[id(wrapper)]):
-            part = original(x.index_select(0, needed), bias)
+            part = multiply(x.index_select(0, needed), bias)
         # As many rows as came in: the model adds the result to its residual stream.
         return part.new_zeros(len(x), part.shape[1]).index_copy_(0, needed, part)
 
     return apply
+
+
+def _linear(layer: Any, original: Callable[..., Tensor], x: Tensor, bias: Tensor | None) -> Tensor:
+    """`BaseLinearLayerWithLoRA.apply` of one layer; in one pass where the base product is ours."""
+    product, wrapper = getattr(layer.base_layer, "cpu_linear", None), layer.punica_wrapper
+    if isinstance(product, TileLinear) and x.ndim == 2:
+        factors = wrapper.factors(layer.lora_a_stacked, layer.lora_b_stacked, x)
+        if factors is not None:
+            return product.with_low_rank(x, bias, factors, wrapper.spans.runs)
+    return original(x, bias)
 
 
 def _first_linear(layer: Any, x: Tensor, bias: Tensor | None, plan: RowPlan) -> Tensor:

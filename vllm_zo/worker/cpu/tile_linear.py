@@ -2,11 +2,12 @@
 
 vLLM multiplies with oneDNN there. That builds a kernel for each row count it meets, 20 ms for a layer's four products,
 and a step has another row count than the one before; and at some row counts it leaves all of a product to one thread.
+Ours adds the low-rank part of an adapter before it rounds, where a product of its own would read and write every output
+once more.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,20 +17,26 @@ from vllm.config import CompilationMode, get_current_vllm_config_or_none
 from vllm_zo.worker.cpu import native
 
 
+class TileLinear:
+    """A layer's product, as vLLM calls it (`cpu_linear`). It keeps a packed copy of the weight, (O, I)."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self._packed = native.pack_tiles(weight)
+        self.outputs, self.inputs = weight.shape
+
+    def __call__(self, x: Tensor, _: Any, bias: Tensor | None) -> Tensor:
+        """`x W^T + bias`. x: (..., I), bias: (O,) -> (..., O). The layer's own weight, which vLLM passes, is empty."""
+        y = native.tile_product(x.reshape(-1, self.inputs), self._packed, self.outputs, bias)
+        return y.view(*x.shape[:-1], self.outputs)
+
+    def with_low_rank(self, x: Tensor, bias: Tensor | None, factors: native.Factors, runs: Tensor) -> Tensor:
+        """`x W^T + bias + x A^T B^T`. x: (T, I) -> (T, O); factors, runs: as in `native.low_rank`."""
+        return native.tile_product(x, self._packed, self.outputs, bias, factors, runs)
+
+
 def fits(weight: Tensor) -> bool:
     """Whether a layer with this weight (O, I) gets our product."""
     return weight.dtype == torch.bfloat16 and native.has_tiles() and native.library() is not None and not _compiled()
-
-
-def tile_linear(weight: Tensor) -> Callable[[Tensor, Any, Tensor | None], Tensor]:
-    """`x W^T + bias` for this weight (O, I), of which it keeps a packed copy. x: (..., I), bias: (O,) -> (..., O)."""
-    packed_weight, (outputs, inputs) = native.pack_tiles(weight), weight.shape
-
-    # `packed_weight` is a name that packed_weights.py looks for. The layer's own weight is empty by now.
-    def linear(x: Tensor, _: Any, bias: Tensor | None) -> Tensor:
-        return native.tile_product(x.reshape(-1, inputs), packed_weight, outputs, bias).view(*x.shape[:-1], outputs)
-
-    return linear
 
 
 def _compiled() -> bool:

@@ -16,6 +16,8 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "low_rank.h"
+
 namespace {
 
 using Number = uint16_t;  // the bits of a bfloat16
@@ -76,19 +78,38 @@ void pack_rows(const Number* x, int64_t stride, int64_t start, int64_t stop, int
     }
 }
 
+// Thirty-two of a layer's outputs: how many there are, their bias, and where they lie in a slice of the low-rank part.
+struct Columns {
+    int64_t count;
+    __m512 bias[2];
+    int64_t slice, slice_start, offset, slice_outputs;  // the slice's first column; where the 32 lie in it; its columns
+};
+
 // The sums of a block, and where they go.
 struct Block {
     alignas(64) float sums[BLOCK * BLOCK];
     Number* out;
-    int64_t stride, rows, columns;
-    __m512 bias[2];
-    int64_t done;  // rows
+    int64_t stride, rows;
+    Columns columns;
+    const Addend* addends;  // of its rows; null: nothing is added
+    int64_t done;           // rows
 
     void round(int64_t count) {
         for (const int64_t stop = std::min(rows, done + count); done < stop; done++) {
-            const __m512 low = _mm512_load_ps(sums + done * BLOCK), high = _mm512_load_ps(sums + done * BLOCK + 16);
-            const auto rounded = (__m512i)_mm512_cvtne2ps_pbh(high + bias[1], low + bias[0]);
-            const __mmask32 mask = columns == BLOCK ? ~0u : (1u << columns) - 1;
+            __m512 low = _mm512_load_ps(sums + done * BLOCK) + columns.bias[0];
+            __m512 high = _mm512_load_ps(sums + done * BLOCK + 16) + columns.bias[1];
+            if (addends) {
+                const Addend& addend = addends[done];
+                const float* shrunk = addend.shrunk + columns.slice * addend.rank;
+                const float* b = addend.b + columns.slice_start * addend.rank + columns.offset;
+                for (int64_t r = 0; r < addend.rank; r++, b += columns.slice_outputs) {
+                    const __m512 weight = _mm512_set1_ps(shrunk[r]);
+                    low = _mm512_fmadd_ps(weight, _mm512_loadu_ps(b), low);
+                    high = _mm512_fmadd_ps(weight, _mm512_loadu_ps(b + 16), high);
+                }
+            }
+            const auto rounded = (__m512i)_mm512_cvtne2ps_pbh(high, low);
+            const __mmask32 mask = columns.count == BLOCK ? ~0u : (1u << columns.count) - 1;
             _mm512_mask_storeu_epi16(out + done * stride, mask, rounded);
         }
     }
@@ -138,6 +159,19 @@ struct Product {
     const Number *x, *w, *bias;
     Number* out;
     int64_t x_stride, out_stride, inputs, outputs;
+    const Factors* factors;
+    const Addend* addends;  // of all rows; null: nothing is added
+
+    Columns columns_of(int64_t panel) const {
+        const int64_t start = panel * BLOCK;
+        Columns c{std::min(BLOCK, outputs - start), {widened(bias, outputs, start), widened(bias, outputs, start + 16)}};
+        if (addends) {
+            for (; start >= c.slice_start + factors->outputs[c.slice]; c.slice++)
+                c.slice_start += factors->outputs[c.slice];
+            c.offset = start - c.slice_start, c.slice_outputs = factors->outputs[c.slice];
+        }
+        return c;
+    }
 
     // Rows [start, stop), whose packed x fits into `scratch`, of the panels [first, last) of outputs.
     void part(int64_t start, int64_t stop, int64_t first, int64_t last, Number* scratch) const {
@@ -151,15 +185,14 @@ struct Product {
         for (int64_t n = first; n < last; n++) {
             const Number* panel = w + n * depth * DEPTH;
             auto ahead = reinterpret_cast<const char*>(panel + depth * DEPTH);
-            const int64_t column = n * BLOCK;
-            const __m512 low = widened(bias, outputs, column), high = widened(bias, outputs, column + 16);
+            const Columns columns = columns_of(n);
             for (int64_t m = 0; m < row_blocks; m++, now ^= 1) {
                 const int64_t row = start + m * BLOCK, rows = std::min(BLOCK, stop - row);
                 Block &to = sums[now], &before = sums[now ^ 1];
                 const auto run = rows > 16 ? multiply<true> : multiply<false>;
                 run(scratch + m * depth * DEPTH, panel, depth, to, before, ahead, lines);
-                to.out = out + row * out_stride + column, to.stride = out_stride, to.rows = rows, to.done = 0;
-                to.columns = std::min(BLOCK, outputs - column), to.bias[0] = low, to.bias[1] = high;
+                to.out = out + row * out_stride + n * BLOCK, to.stride = out_stride, to.rows = rows, to.done = 0;
+                to.columns = columns, to.addends = addends ? addends + row : nullptr;
             }
         }
         sums[now ^ 1].round(BLOCK);
@@ -169,6 +202,29 @@ struct Product {
 // Of n things, in whole multiples of `unit`, those of part i of `parts`.
 int64_t share(int64_t n, int64_t unit, int64_t i, int64_t parts) {
     return std::min(n, (n + unit - 1) / unit * i / parts * unit);
+}
+
+void multiply_all(const Product& product, int64_t rows) {
+#pragma omp parallel
+    {
+        const Tiles tiles;
+        int64_t threads = omp_get_num_threads(), row_parts = 1;
+        for (int64_t parts = 2; parts <= threads; parts++)
+            if (threads % parts == 0 && rows >= parts * ROWS_WORTH_SPLITTING) row_parts = parts;
+        const int64_t column_parts = threads / row_parts, thread = omp_get_thread_num();
+        const int64_t start = share(rows, BLOCK, thread / column_parts, row_parts);
+        const int64_t stop = share(rows, BLOCK, thread / column_parts + 1, row_parts);
+        const int64_t first = share(blocks(product.outputs), 1, thread % column_parts, column_parts);
+        const int64_t last = share(blocks(product.outputs), 1, thread % column_parts + 1, column_parts);
+        const int64_t row_bytes = blocks(product.inputs) * 64;
+        const int64_t turns = (blocks(stop - start) * BLOCK * row_bytes + PACKED_X - 1) / PACKED_X;
+        static thread_local Scratch scratch;
+        for (int64_t turn = 0; turn < turns && first < last; turn++) {
+            const int64_t from = start + share(stop - start, BLOCK, turn, turns);
+            const int64_t to = start + share(stop - start, BLOCK, turn + 1, turns);
+            if (from < to) product.part(from, to, first, last, scratch.of(blocks(to - from) * BLOCK * row_bytes));
+        }
+    }
 }
 
 }  // namespace
@@ -193,30 +249,16 @@ void zo_pack_tiles(const Number* w, Number* packed, int64_t outputs, int64_t inp
         }
 }
 
-// out = x W^T + bias, if there is one. w: as zo_pack_tiles writes it. Sums in float32, rounded once.
+// out = x W^T + bias, if there is one, + scale x A^T B^T for the rows of the n runs. w: as zo_pack_tiles writes it. Sums in
+// float32, rounded once; twice where a slice's outputs are no multiple of 32, or the factors too many.
 void zo_tile_product(const Number* x, int64_t x_stride, const Number* w, const Number* bias, Number* out,
-                     int64_t out_stride, int64_t rows, int64_t inputs, int64_t outputs) {
-    const Product product{x, w, bias, out, x_stride, out_stride, inputs, outputs};
-#pragma omp parallel
-    {
-        const Tiles tiles;
-        int64_t threads = omp_get_num_threads(), row_parts = 1;
-        for (int64_t parts = 2; parts <= threads; parts++)
-            if (threads % parts == 0 && rows >= parts * ROWS_WORTH_SPLITTING) row_parts = parts;
-        const int64_t column_parts = threads / row_parts, thread = omp_get_thread_num();
-        const int64_t start = share(rows, BLOCK, thread / column_parts, row_parts);
-        const int64_t stop = share(rows, BLOCK, thread / column_parts + 1, row_parts);
-        const int64_t first = share(blocks(outputs), 1, thread % column_parts, column_parts);
-        const int64_t last = share(blocks(outputs), 1, thread % column_parts + 1, column_parts);
-        const int64_t row_bytes = blocks(inputs) * 64;
-        const int64_t turns = (blocks(stop - start) * BLOCK * row_bytes + PACKED_X - 1) / PACKED_X;
-        static thread_local Scratch scratch;
-        for (int64_t turn = 0; turn < turns && first < last; turn++) {
-            const int64_t from = start + share(stop - start, BLOCK, turn, turns);
-            const int64_t to = start + share(stop - start, BLOCK, turn + 1, turns);
-            if (from < to) product.part(from, to, first, last, scratch.of(blocks(to - from) * BLOCK * row_bytes));
-        }
-    }
+                     int64_t out_stride, int64_t rows, int64_t inputs, int64_t outputs, const Factors* f,
+                     const Run* runs, int64_t n, float scale) {
+    const Addend* addends = nullptr;
+    if (n && std::none_of(f->outputs, f->outputs + f->slices, [](int64_t slice) { return slice % BLOCK; }))
+        addends = shrink(x, x_stride, rows, *f, runs, n, scale);
+    multiply_all({x, w, bias, out, x_stride, out_stride, inputs, outputs, f, addends}, rows);
+    if (n && !addends) zo_low_rank(out, out_stride, x, x_stride, f, runs, n, scale, 1);
 }
 }
 #endif
