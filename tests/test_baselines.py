@@ -274,6 +274,14 @@ def test_a_prepacked_linear_multiplies_with_the_folded_weight(
         assert contender.losses == pytest.approx(expected, abs=LOSS_TOLERANCE)
 
 
+@pytest.mark.parametrize("rows", [100, 160, 161, 426])
+def test_a_product_in_parts_has_every_row(rows: int) -> None:
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(rows, 48), torch.randn(40, 48), torch.randn(40)
+    product = linears.onednn_in_parts(weight, bias)(x)
+    torch.testing.assert_close(product, torch.nn.functional.linear(x, weight, bias), atol=1e-4, rtol=1e-4)
+
+
 def test_prompts_have_the_stated_lengths_and_every_epoch_holds_each_once() -> None:
     assert sum(PROMPT_LENGTHS.values()) == 1000
     assert mean_prompt_tokens() == pytest.approx(13.8, abs=0.05)
