@@ -18,7 +18,7 @@ Builder = Callable[[Tensor, Tensor | None], Linear]
 TYPICAL_TOKENS = 441
 """The mean tokens of a step of 16 prompts and 2 signs (shapes.py)."""
 PART = 160
-"""Rows: the count at which eight products of 576 to 3,072 features were all within a quarter of the fastest with AMX."""
+"""Rows: the count at which eight products of 576 to 3,072 features all came near their fastest with AMX."""
 
 
 def plain(weight: Tensor, bias: Tensor | None) -> Linear:
