@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from vllm import SamplingParams
+from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
 
 from tests.engines import SENTIMENT, Engines, reviews, worker_of
 from vllm_zo import LanguageModeling, LoZO
@@ -128,3 +129,12 @@ def test_losses_with_rows_left_out_are_those_of_the_whole_batch(
         assert torch.allclose(alone, whole, atol=LOSS_TOLERANCE, rtol=0)
     else:
         assert torch.equal(alone, as_requests), "the same rows, the same products"
+
+
+@pytest.mark.parametrize("family", ["opt", "llama", "qwen2"])
+def test_every_linear_layer_leaves_rows_out(engines: Engines, family: str) -> None:
+    """Merged ones too, which have an `apply` of their own from vLLM 0.32 on."""
+    manager = worker_of(engines.get(family)).model_runner.lora_manager._adapter_manager
+    linear = [layer for layer in manager.modules.values() if isinstance(layer, BaseLinearLayerWithLoRA)]
+    assert linear
+    assert all("apply" in vars(layer) for layer in linear)
