@@ -124,6 +124,8 @@ def replay_weights(weights: Mapping[str, Tensor], log: SeedLog, upto: int | None
             folded[module.name] = fold_into(folded[module.name], u_OR, v_IR, key, module.name)
 
     end = _end(log, upto)
+    # The rounding of a fold draws a word of noise for every weight, which is half a second for a hundred million.
+    logger.info("%s: folding %d steps into the weights; thousands take minutes", log.path, end)
     replay_into(state, log, end, on_fold=fold)
     if (taken := state.take()) is not None:
         fold(fold_key(header.job_seed, end), *taken)

@@ -9,7 +9,7 @@ Our compiled kernel (`native.py`) takes the runs of a linear layer in one call; 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -21,8 +21,8 @@ from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 from vllm_zo.worker.cpu import native
 from vllm_zo.worker.cpu.linear import is_emulated
 
-MAX_KEPT_VIEWS = 1 << 14
-"""Bound on the cache of views. The slots and layers of a large model need fewer entries, of a few hundred bytes each.
+MAX_KEPT = 1 << 14
+"""Bound on the cache of views and pointers. The slots and layers of a large model need fewer entries, of a few hundred bytes each.
 Without a bound, a caller that passes new tuples at each call would fill the memory."""
 
 
@@ -72,8 +72,7 @@ class GroupedPunicaWrapper(PunicaWrapperCPU):
         super().__init__(*args, **kwargs)
         # From `save_batch` to `restore_batch`: slots of tokens, offsets of embeddings and spans of the batch.
         self._batch: tuple[Tensor, Tensor, Spans] | None = None
-        self._kept_views: dict[tuple[int, int, int], tuple[tuple[Tensor, ...], list[Tensor]]] = {}
-        self._kept_factors: dict[tuple[int, int], tuple[Any, Any, native.Factors | None]] = {}
+        self._kept: dict[tuple[int, ...], tuple[tuple[Any, ...], Any]] = {}
 
     def update_metadata(
         self, mapping: Any, lora_index_to_id: Any, max_loras: int, vocab_size: int, **kwargs: Any
@@ -237,27 +236,31 @@ class GroupedPunicaWrapper(PunicaWrapperCPU):
                 y[rows, : len(b)] += scale * (x[rows].float() @ a.T @ b.T)
 
     def factors(self, a: tuple[Tensor, ...], b: tuple[Tensor, ...], x: Tensor) -> native.Factors | None:
-        """Where a layer's factors lie, for our kernels; None if they cannot take them with the rows x, (T, I). Kept as
-        the views are. a, b: as in `add_lora_linear`."""
+        """Where a layer's factors lie, for our kernels; None if they cannot take them with the rows x, (T, I). a, b: as
+        in `add_lora_linear`."""
         if not native.fits(a[0], x) or self.spans.stop > len(x):
             return None
-        key = id(a), id(b)
-        if key not in self._kept_factors:
-            if len(self._kept_factors) >= MAX_KEPT_VIEWS:
-                self._kept_factors.clear()
-            self._kept_factors[key] = a, b, native.factors(a, b)
-        return self._kept_factors[key][2]
+        found: native.Factors | None = self._keep((a, b), (), lambda: native.factors(a, b))
+        return found
 
     def _views(self, stacked: tuple[Tensor, ...], slot: int, rank: int, *, of_a: bool) -> list[Tensor]:
         """For each slice, the part of a slot that is in use: (rank, I) of A or (rank, O) of B.
 
         Making the views takes as long as a small model's product, so they are kept.
         """
-        # Entries are found by the tuple's id. They hold the tuple too, so that no other object can get that id.
-        key = id(stacked), slot, rank
-        if key not in self._kept_views:
-            if len(self._kept_views) >= MAX_KEPT_VIEWS:
-                self._kept_views.clear()
-            views = [one[slot, 0, :rank] if of_a else one[slot, 0, :, :rank].T for one in stacked]
-            self._kept_views[key] = stacked, views
-        return self._kept_views[key][1]
+        views: list[Tensor] = self._keep(
+            (stacked,),
+            (slot, rank),
+            lambda: [one[slot, 0, :rank] if of_a else one[slot, 0, :, :rank].T for one in stacked],
+        )
+        return views
+
+    def _keep(self, of: tuple[Any, ...], numbers: tuple[int, ...], make: Callable[[], Any]) -> Any:
+        """What `make` gives for these objects and numbers, made once."""
+        # Entries are found by the objects' ids. They hold the objects too, so that no other can get such an id.
+        key = (*map(id, of), *numbers)
+        if key not in self._kept:
+            if len(self._kept) >= MAX_KEPT:
+                self._kept.clear()
+            self._kept[key] = of, make()
+        return self._kept[key][1]

@@ -132,7 +132,7 @@ def choose_wrapper() -> None:
         choose_punica_wrapper(WRAPPER)
 
 
-def keep_int8_weights() -> None:
+def mend_int8_layers() -> None:
     """Let LoRA find the device of int8 layers, and float32 models run small ones.
 
     To be called before the model is loaded, and in its process only: vLLM's kernels take more than half a second to

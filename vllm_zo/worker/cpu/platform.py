@@ -52,7 +52,7 @@ class CPUPlatform:
     @staticmethod
     def before_load() -> None:
         # Here too, although the plugin applies them: VLLM_PLUGINS may leave the plugin out of this process.
-        compat.require(patches.install, patches.keep_int8_weights)
+        compat.require(patches.install, patches.mend_int8_layers)
         patches.choose_wrapper()
 
     def head(self, lm_head: Any, logits_processor: Any, tp: Any) -> Head:
