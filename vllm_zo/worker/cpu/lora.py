@@ -22,8 +22,8 @@ from vllm_zo.worker.cpu import native
 from vllm_zo.worker.cpu.linear import is_emulated
 
 MAX_KEPT = 1 << 14
-"""Bound on the cache of views and pointers. The slots and layers of a large model need fewer entries, of a few hundred bytes each.
-Without a bound, a caller that passes new tuples at each call would fill the memory."""
+"""Bound on the cache of views and pointers. The slots and layers of a large model need fewer entries, of a few hundred
+bytes each. Without a bound, a caller that passes new tuples at each call would fill the memory."""
 
 
 @dataclass(frozen=True)
