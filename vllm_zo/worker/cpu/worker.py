@@ -11,6 +11,7 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from vllm_zo.worker.cpu.crowding import Crowding
 from vllm_zo.worker.cpu.kernels import choose_kernels
+from vllm_zo.worker.cpu.memory import keep_freed_memory
 from vllm_zo.worker.cpu.platform import CPUPlatform
 from vllm_zo.worker.worker import ZOWorkerMixin
 
@@ -24,6 +25,10 @@ class ZOCPUWorker(ZOWorkerMixin, CPUWorker):
         choose_kernels(vllm_config)
         super().__init__(vllm_config, *args, **kwargs)
         self._crowding = Crowding()
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        super().load_model(*args, **kwargs)
+        keep_freed_memory()
 
     def execute_model(self, *args: Any, **kwargs: Any) -> Any:
         self._crowding.look()
