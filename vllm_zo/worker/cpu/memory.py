@@ -1,5 +1,5 @@
-"""What becomes of memory that a CPU worker has freed: it stays for the next forward, and goes back to the system now and
-then while a job runs.
+"""What becomes of memory that a CPU worker has freed: it stays for the next forward, and goes back to the system from
+time to time while a job runs.
 
 glibc by itself gives free memory at the top of a heap back at once where it is much, and each output of a prompt of
 2,048 tokens is faulted in anew, page by page.

@@ -38,7 +38,7 @@ INSTRUCTIONS = {
     "AVX2": ("-mavx2", "-mfma"),
 }
 """By torch's name for what the CPU has. Nothing for others: a compiler's own choice runs everywhere."""
-TILE_INSTRUCTIONS = ("-mavx512bf16", "-mamx-tile", "-mamx-bf16")
+TILE_INSTRUCTIONS = ("-mavx512bf16", "-mprfchw", "-mamx-tile", "-mamx-bf16")
 COMPILE_SECONDS = 120
 FAILURES = (OSError, RuntimeError, subprocess.SubprocessError)
 """Of a compilation, and of loading what it has made."""

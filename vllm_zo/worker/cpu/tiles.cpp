@@ -128,13 +128,15 @@ __m512 widened(const Number* numbers, int64_t n, int64_t first) {
 template <bool TWO>
 void multiply(const Number* x, const Number* w, int64_t depth, Block& to, Block& before, const char*& ahead,
               int64_t lines) {
-    const int64_t share = (before.rows + depth - 1) / depth;
+    const int64_t share = (before.rows + depth - 1) / depth, fetches = (to.rows + depth - 1) / depth;
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
     for (int64_t k = 0; k < depth; k++, x += DEPTH, w += DEPTH) {
         for (int64_t i = 0; i < lines; i++, ahead += 64) _mm_prefetch(ahead, _MM_HINT_T1);
+        for (int64_t i = k * fetches; i < std::min(to.rows, (k + 1) * fetches); i++)
+            __builtin_prefetch(to.out + i * to.stride, 1);
         _tile_loadd(6, w, 64);
         _tile_loadd(4, x, 64);
         _tile_dpbf16ps(0, 4, 6);
@@ -189,10 +191,10 @@ struct Product {
             for (int64_t m = 0; m < row_blocks; m++, now ^= 1) {
                 const int64_t row = start + m * BLOCK, rows = std::min(BLOCK, stop - row);
                 Block &to = sums[now], &before = sums[now ^ 1];
-                const auto run = rows > 16 ? multiply<true> : multiply<false>;
-                run(scratch + m * depth * DEPTH, panel, depth, to, before, ahead, lines);
                 to.out = out + row * out_stride + n * BLOCK, to.stride = out_stride, to.rows = rows, to.done = 0;
                 to.columns = columns, to.addends = addends ? addends + row : nullptr;
+                const auto run = rows > 16 ? multiply<true> : multiply<false>;
+                run(scratch + m * depth * DEPTH, panel, depth, to, before, ahead, lines);
             }
         }
         sums[now ^ 1].round(BLOCK);
