@@ -81,11 +81,11 @@ def test_without_the_data_it_says_so_and_runs_nothing(tmp_path: Path) -> None:
 def test_peak_memory_counts_what_was_freed_again_until_it_is_reset() -> None:
     memory.reset_peak()
     before = memory.peak_rss()
-    block = torch.ones(64 * memory.MIB // 4)
+    block = torch.ones(320 * memory.MIB // 4)  # more than a worker of this process keeps when it is freed
     del block
-    assert memory.peak_rss() - before > 50 * memory.MIB
+    assert memory.peak_rss() - before > 250 * memory.MIB
     memory.reset_peak()
-    assert memory.peak_rss() - before < 50 * memory.MIB
+    assert memory.peak_rss() - before < 250 * memory.MIB
 
 
 def peaks(start: float, work: float) -> dict[str, float]:

@@ -287,13 +287,20 @@ def test_a_tile_product_with_a_low_rank_part_is_the_exact_one(
 
 
 @needs_tiles
-@pytest.mark.parametrize(("outputs", "count"), [((40, 24), 2), ((2048, 2048), 60)], ids=["odd slices", "many factors"])
-def test_a_low_rank_part_that_a_tile_product_cannot_take_comes_after_it(outputs: tuple[int, ...], count: int) -> None:
+@pytest.mark.parametrize(
+    ("outputs", "more", "count"),
+    [((40, 24), 0, 2), ((2048, 2048), 0, 60), ((32, 32), 40, 2)],
+    ids=["odd slices", "many factors", "outputs without a slice"],
+)
+def test_a_low_rank_part_that_a_tile_product_cannot_take_comes_after_it(
+    outputs: tuple[int, ...], more: int, count: int
+) -> None:
     torch.manual_seed(0)
     a, b = factors(2048, outputs, torch.bfloat16)
     found = native.factors(a, b)
     assert found is not None
-    x, linear = torch.randn(120, 2048).bfloat16(), tile_linear.TileLinear(torch.randn(sum(outputs), 2048).bfloat16())
+    weight = torch.randn(sum(outputs) + more, 2048).bfloat16()
+    x, linear = torch.randn(120, 2048).bfloat16(), tile_linear.TileLinear(weight)
     runs = torch.tensor([(120 // count * i, 120 // count * (i + 1), i % SLOTS, RANK) for i in range(count)])
     expected = linear(x, None, None)
     native.low_rank(expected, x, found, runs, 1.0)

@@ -15,6 +15,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <numeric>
 
 #include "low_rank.h"
 
@@ -166,7 +167,9 @@ struct Product {
 
     Columns columns_of(int64_t panel) const {
         const int64_t start = panel * BLOCK;
-        Columns c{std::min(BLOCK, outputs - start), {widened(bias, outputs, start), widened(bias, outputs, start + 16)}};
+        Columns c{};
+        c.count = std::min(BLOCK, outputs - start);
+        c.bias[0] = widened(bias, outputs, start), c.bias[1] = widened(bias, outputs, start + 16);
         if (addends) {
             for (; start >= c.slice_start + factors->outputs[c.slice]; c.slice++)
                 c.slice_start += factors->outputs[c.slice];
@@ -201,8 +204,8 @@ struct Product {
     }
 };
 
-// Of n things, in whole multiples of `unit`, those of part i of `parts`.
-int64_t share(int64_t n, int64_t unit, int64_t i, int64_t parts) {
+// Of n things, shared out in multiples of `unit`, the first of part i of `parts`.
+int64_t part_start(int64_t n, int64_t unit, int64_t i, int64_t parts) {
     return std::min(n, (n + unit - 1) / unit * i / parts * unit);
 }
 
@@ -214,16 +217,16 @@ void multiply_all(const Product& product, int64_t rows) {
         for (int64_t parts = 2; parts <= threads; parts++)
             if (threads % parts == 0 && rows >= parts * ROWS_WORTH_SPLITTING) row_parts = parts;
         const int64_t column_parts = threads / row_parts, thread = omp_get_thread_num();
-        const int64_t start = share(rows, BLOCK, thread / column_parts, row_parts);
-        const int64_t stop = share(rows, BLOCK, thread / column_parts + 1, row_parts);
-        const int64_t first = share(blocks(product.outputs), 1, thread % column_parts, column_parts);
-        const int64_t last = share(blocks(product.outputs), 1, thread % column_parts + 1, column_parts);
+        const int64_t start = part_start(rows, BLOCK, thread / column_parts, row_parts);
+        const int64_t stop = part_start(rows, BLOCK, thread / column_parts + 1, row_parts);
+        const int64_t first = part_start(blocks(product.outputs), 1, thread % column_parts, column_parts);
+        const int64_t last = part_start(blocks(product.outputs), 1, thread % column_parts + 1, column_parts);
         const int64_t row_bytes = blocks(product.inputs) * 64;
         const int64_t turns = (blocks(stop - start) * BLOCK * row_bytes + PACKED_X - 1) / PACKED_X;
         static thread_local Scratch scratch;
         for (int64_t turn = 0; turn < turns && first < last; turn++) {
-            const int64_t from = start + share(stop - start, BLOCK, turn, turns);
-            const int64_t to = start + share(stop - start, BLOCK, turn + 1, turns);
+            const int64_t from = start + part_start(stop - start, BLOCK, turn, turns);
+            const int64_t to = start + part_start(stop - start, BLOCK, turn + 1, turns);
             if (from < to) product.part(from, to, first, last, scratch.of(blocks(to - from) * BLOCK * row_bytes));
         }
     }
@@ -233,7 +236,7 @@ void multiply_all(const Product& product, int64_t rows) {
 
 extern "C" {
 
-// w (outputs, inputs) -> (blocks of outputs, blocks of inputs, 2, 16, 16, 2): 16 pairs of inputs of 16 outputs are a tile.
+// w (outputs, inputs) -> (blocks of outputs, blocks of inputs, 2, 16, 16, 2). A tile: 16 pairs of inputs by 16 outputs.
 void zo_pack_tiles(const Number* w, Number* packed, int64_t outputs, int64_t inputs) {
 #pragma omp parallel for schedule(static)
     for (int64_t n = 0; n < blocks(outputs); n++)
@@ -251,13 +254,15 @@ void zo_pack_tiles(const Number* w, Number* packed, int64_t outputs, int64_t inp
         }
 }
 
-// out = x W^T + bias, if there is one, + scale x A^T B^T for the rows of the n runs. w: as zo_pack_tiles writes it. Sums in
-// float32, rounded once; twice where a slice's outputs are no multiple of 32, or the factors too many.
+// out = x W^T + bias, if there is one, + scale x A^T B^T for the rows of the n runs. w: as zo_pack_tiles writes it. Sums
+// in float32, rounded once; twice where slices do not end with blocks of outputs, or the factors are too many.
 void zo_tile_product(const Number* x, int64_t x_stride, const Number* w, const Number* bias, Number* out,
                      int64_t out_stride, int64_t rows, int64_t inputs, int64_t outputs, const Factors* f,
                      const Run* runs, int64_t n, float scale) {
     const Addend* addends = nullptr;
-    if (n && std::none_of(f->outputs, f->outputs + f->slices, [](int64_t slice) { return slice % BLOCK; }))
+    const auto is_odd = [](int64_t slice) { return slice % BLOCK != 0; };
+    if (n && std::none_of(f->outputs, f->outputs + f->slices, is_odd) &&
+        std::accumulate(f->outputs, f->outputs + f->slices, int64_t{0}) == outputs)
         addends = shrink(x, x_stride, rows, *f, runs, n, scale);
     multiply_all({x, w, bias, out, x_stride, out_stride, inputs, outputs, f, addends}, rows);
     if (n && !addends) zo_low_rank(out, out_stride, x, x_stride, f, runs, n, scale, 1);
