@@ -25,10 +25,9 @@ struct Addend {
     int64_t rank;
 };
 
-// What `scale x A^T B^T` adds to each of the rows x, (rows, inputs) in bfloat16. It lives until the next low-rank product.
-// Null where the factors of so many runs would take too much memory at a time.
-const Addend* shrink(const uint16_t* x, int64_t stride, int64_t rows, const Factors& f, const Run* runs, int64_t n,
-                     float scale);
+// What `x A^T B^T` adds to each of the rows x, (rows, inputs) in bfloat16. It lives until the next low-rank product. Null
+// where the factors of so many runs would take too much memory at a time.
+const Addend* shrink(const uint16_t* x, int64_t stride, int64_t rows, const Factors& f, const Run* runs, int64_t n);
 
 // y += scale x A^T B^T
 extern "C" void zo_low_rank(void* y, int64_t y_stride, const void* x, int64_t x_stride, const Factors* f,

@@ -285,7 +285,7 @@ void low_rank(T* y, int64_t y_stride, const T* x, int64_t x_stride, const Factor
 
 // See low_rank.h.
 const Addend* shrink(const uint16_t* numbers, int64_t stride, int64_t rows, const Factors& f, const Run* runs,
-                     int64_t n, float scale) {
+                     int64_t n) {
     static std::vector<Addend> addends;
     static std::vector<float> shrunk;
     const auto x = reinterpret_cast<const BF16*>(numbers);
@@ -298,7 +298,7 @@ const Addend* shrink(const uint16_t* numbers, int64_t stride, int64_t rows, cons
                    [&](int64_t row, const Run& run, const float* widened, float* scratch) {
                        const int64_t rank = rank_of(f, run);
                        float* to = shrunk.data() + row * width;
-                       shrink_row(x + row * stride, f, rank, widened, scale, scratch, to);
+                       shrink_row(x + row * stride, f, rank, widened, 1.0f, scratch, to);
                        addends[row] = {to, widened + f.slices * rank * f.inputs, rank};
                    });
     return addends.data();

@@ -103,7 +103,7 @@ _TILE_ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "zo_pack_tiles": (_POINTER, _POINTER, _INT64, _INT64),
     "zo_tile_product": (
         _POINTER, _INT64, _POINTER, _POINTER, _POINTER, _INT64, _INT64, _INT64, _INT64, ctypes.POINTER(Factors),
-        _POINTER, _INT64, ctypes.c_float,
+        _POINTER, _INT64,
     ),
 }  # fmt: skip
 
@@ -290,9 +290,8 @@ def tile_product(
     bias: Tensor | None,
     factors: Factors | None = None,
     runs: Tensor | None = None,
-    scale: float = 1.0,
 ) -> Tensor:
-    """`x W^T + bias + scale x A^T B^T`. (T, I) -> (T, O), all in bfloat16.
+    """`x W^T + bias + x A^T B^T`. (T, I) -> (T, O), all in bfloat16.
 
     Args:
         packed: `pack_tiles` of W, (O, I).
@@ -313,7 +312,7 @@ def tile_product(
     _call(
         "zo_tile_product", x.data_ptr(), x.stride(0), packed.data_ptr(), None if bias is None else bias.data_ptr(),
         out.data_ptr(), outputs, rows, inputs, outputs, factors, None if runs is None else runs.data_ptr(),
-        0 if runs is None else len(runs), scale,
+        0 if runs is None else len(runs),
     )  # fmt: skip
     return out
 

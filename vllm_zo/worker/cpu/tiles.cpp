@@ -254,18 +254,18 @@ void zo_pack_tiles(const Number* w, Number* packed, int64_t outputs, int64_t inp
         }
 }
 
-// out = x W^T + bias, if there is one, + scale x A^T B^T for the rows of the n runs. w: as zo_pack_tiles writes it. Sums
+// out = x W^T + bias, if there is one, + x A^T B^T for the rows of the n runs. w: as zo_pack_tiles writes it. Sums
 // in float32, rounded once; twice where slices do not end with blocks of outputs, or the factors are too many.
 void zo_tile_product(const Number* x, int64_t x_stride, const Number* w, const Number* bias, Number* out,
                      int64_t out_stride, int64_t rows, int64_t inputs, int64_t outputs, const Factors* f,
-                     const Run* runs, int64_t n, float scale) {
+                     const Run* runs, int64_t n) {
     const Addend* addends = nullptr;
     const auto is_odd = [](int64_t slice) { return slice % BLOCK != 0; };
     if (n && std::none_of(f->outputs, f->outputs + f->slices, is_odd) &&
         std::accumulate(f->outputs, f->outputs + f->slices, int64_t{0}) == outputs)
-        addends = shrink(x, x_stride, rows, *f, runs, n, scale);
+        addends = shrink(x, x_stride, rows, *f, runs, n);
     multiply_all({x, w, bias, out, x_stride, out_stride, inputs, outputs, f, addends}, rows);
-    if (n && !addends) zo_low_rank(out, out_stride, x, x_stride, f, runs, n, scale, 1);
+    if (n && !addends) zo_low_rank(out, out_stride, x, x_stride, f, runs, n, 1.0f, 1);
 }
 }
 #endif
