@@ -1,4 +1,4 @@
-// What native.cpp knows of low-rank products and tiles.cpp adds to a product of its own.
+// Low-rank products as native.cpp and tiles.cpp are given them.
 
 #pragma once
 #include <cstdint>
@@ -16,19 +16,9 @@ struct Factors {
 struct Run {
     int64_t start, stop, slot, rank;
 };
+// y += scale x A^T B^T for the rows of n runs. bf16: numbers are bfloat16, else float32.
+void zo_low_rank(void* y, int64_t y_stride, const void* x, int64_t x_stride, const Factors* f, const Run* runs, int64_t n,
+                 float scale, int bf16);
 }
 
-// What is to be added to a row: of each slice, shrunk (rank) times b (rank, outputs), float32. The slices follow each
-// other in both. Rank 0: nothing.
-struct Addend {
-    const float *shrunk, *b;
-    int64_t rank;
-};
-
-// What `x A^T B^T` adds to each of the rows x, (rows, inputs) in bfloat16. It lives until the next low-rank product. Null
-// where the factors of so many runs would take too much memory at a time.
-const Addend* shrink(const uint16_t* x, int64_t stride, int64_t rows, const Factors& f, const Run* runs, int64_t n);
-
-// y += scale x A^T B^T
-extern "C" void zo_low_rank(void* y, int64_t y_stride, const void* x, int64_t x_stride, const Factors* f,
-                            const Run* runs, int64_t n, float scale, int bf16);
+inline int64_t rank_of(const Factors& f, const Run& run) { return run.rank < 0 ? f.ranks : run.rank; }

@@ -137,8 +137,6 @@ void gate(const T* x, T* out, int64_t rows, int64_t d, bool gelu) {
 
 constexpr int64_t MAX_SCRATCH = 1 << 21;  // numbers: the factors of so many runs are widened at a time
 
-int64_t rank_of(const Factors& f, const Run& run) { return run.rank < 0 ? f.ranks : run.rank; }
-
 // A run's factors in float32: first A (slices * rank, inputs), then of each slice the transposed B (rank, outputs).
 int64_t widened_size(const Factors& f, const Run& run) {
     int64_t outputs = 0;
@@ -202,18 +200,11 @@ void expand(T* y, const float* shrunk, const float* b, int64_t rank, int64_t out
     }
 }
 
-// scale x A^T of one row: (slices * rank). The scratch is for a row of x.
-template <class T>
-void shrink_row(const T* x, const Factors& f, int64_t rank, const float* widened, float scale, float* scratch,
-                float* shrunk) {
-    const float* x_row = widen_row(x, f.inputs, scratch);
-    for (int64_t j = 0; j < f.slices * rank; j++) shrunk[j] = scale * dot(x_row, widened + j * f.inputs, f.inputs);
-}
-
 template <class T>
 void low_rank_row(T* y, const T* x, const Factors& f, int64_t rank, const float* widened, float scale, float* scratch) {
     float* shrunk = scratch + round_up(f.inputs);
-    shrink_row(x, f, rank, widened, scale, scratch, shrunk);
+    const float* x_row = widen_row(x, f.inputs, scratch);
+    for (int64_t j = 0; j < f.slices * rank; j++) shrunk[j] = scale * dot(x_row, widened + j * f.inputs, f.inputs);
     const float* b = widened + f.slices * rank * f.inputs;
     const auto add = rank == 2 ? expand<2, T> : rank == 4 ? expand<4, T> : rank == 8 ? expand<8, T> : expand<0, T>;
     for (int64_t s = 0; s < f.slices; s++) {
@@ -223,88 +214,50 @@ void low_rank_row(T* y, const T* x, const Factors& f, int64_t rank, const float*
     }
 }
 
-struct Totals {
-    int64_t rows = 0, numbers = 0, ranks = 0;  // of widened factors; the largest rank
-    Totals(const Factors& f, const Run* runs, int64_t n) {
-        for (int64_t i = 0; i < n; i++) {
-            rows += runs[i].stop - runs[i].start;
-            numbers += widened_size(f, runs[i]);
-            ranks = std::max(ranks, rank_of(f, runs[i]));
-        }
+// y += scale x A^T B^T for the rows of all runs, whose widened factors fit into `scratch`.
+template <class T>
+void low_rank_runs(T* y, int64_t y_stride, const T* x, int64_t x_stride, const Factors& f, const Run* runs, int64_t n,
+                   float scale, float* scratch) {
+    int64_t rows = 0, numbers = 0, ranks = 0;
+    for (int64_t i = 0; i < n; i++) {
+        rows += runs[i].stop - runs[i].start;
+        numbers += widened_size(f, runs[i]);
+        ranks = std::max(ranks, rank_of(f, runs[i]));
     }
-};
-
-// do_row(row, run, its widened factors, scratch) for the rows of all runs, whose widened factors fit into `to`.
-template <class T, class DoRow>
-void each_row(const Factors& f, const Run* runs, int64_t n, float* to, DoRow do_row) {
-    const Totals totals(f, runs, n);
-#pragma omp parallel if (totals.numbers + totals.rows * totals.numbers / n > WORTH_FORKING)
+#pragma omp parallel if (numbers + rows * numbers / n > WORTH_FORKING)
     {
-        float* next = to;
-        for (int64_t i = 0; i < n; next += widened_size(f, runs[i++])) widen<T>(f, runs[i], next);
+        float* to = scratch;
+        for (int64_t i = 0; i < n; to += widened_size(f, runs[i++])) widen<T>(f, runs[i], to);
 #pragma omp barrier
-        std::vector<float> scratch(round_up(f.inputs) + f.slices * totals.ranks);
-        const Share share(totals.rows);
+        std::vector<float> row_scratch(round_up(f.inputs) + f.slices * ranks);
+        const Share share(rows);
         int64_t first = 0;  // of the run's rows, among the rows of all runs
-        const float* widened = to;
+        const float* widened = scratch;
         for (int64_t i = 0; i < n; i++) {
             const int64_t count = runs[i].stop - runs[i].start;
-            const int64_t from = std::max(share.start - first, int64_t{0}), stop = std::min(share.stop - first, count);
-            for (int64_t row = runs[i].start + from; row < runs[i].start + stop; row++)
-                do_row(row, runs[i], widened, scratch.data());
+            const int64_t from = std::max(share.start - first, int64_t{0}), to = std::min(share.stop - first, count);
+            for (int64_t row = runs[i].start + from; row < runs[i].start + to; row++)
+                low_rank_row(y + row * y_stride, x + row * x_stride, f, rank_of(f, runs[i]), widened, scale,
+                             row_scratch.data());
             first += count;
             widened += widened_size(f, runs[i]);
         }
     }
 }
 
-// Room for the widened factors, kept, because fresh memory costs page faults; one thread runs the model.
-float* room(int64_t numbers) {
-    static std::vector<float> memory;
-    if (static_cast<int64_t>(memory.size()) < numbers) memory.resize(numbers);
-    return memory.data();
-}
-
 template <class T>
 void low_rank(T* y, int64_t y_stride, const T* x, int64_t x_stride, const Factors& f, const Run* runs, int64_t n,
               float scale) {
+    static std::vector<float> scratch;  // kept, because fresh memory costs page faults; one thread runs the model
     for (int64_t done = 0; done < n;) {
         int64_t take = 1, numbers = widened_size(f, runs[done]);
         while (done + take < n && numbers + widened_size(f, runs[done + take]) <= MAX_SCRATCH)
             numbers += widened_size(f, runs[done + take++]);
-        each_row<T>(f, runs + done, take, room(numbers),
-                    [&](int64_t row, const Run& run, const float* widened, float* scratch) {
-                        low_rank_row(y + row * y_stride, x + row * x_stride, f, rank_of(f, run), widened, scale,
-                                     scratch);
-                    });
+        if (static_cast<int64_t>(scratch.size()) < numbers) scratch.resize(numbers);
+        low_rank_runs(y, y_stride, x, x_stride, f, runs + done, take, scale, scratch.data());
         done += take;
     }
 }
-
-}  // namespace
-
-// See low_rank.h.
-const Addend* shrink(const uint16_t* numbers, int64_t stride, int64_t rows, const Factors& f, const Run* runs,
-                     int64_t n) {
-    static std::vector<Addend> addends;
-    static std::vector<float> shrunk;
-    const auto x = reinterpret_cast<const BF16*>(numbers);
-    const Totals totals(f, runs, n);
-    if (totals.numbers > MAX_SCRATCH) return nullptr;
-    addends.assign(rows, Addend{nullptr, nullptr, 0});
-    const int64_t width = f.slices * totals.ranks;
-    if (static_cast<int64_t>(shrunk.size()) < rows * width) shrunk.resize(rows * width);
-    each_row<BF16>(f, runs, n, room(totals.numbers),
-                   [&](int64_t row, const Run& run, const float* widened, float* scratch) {
-                       const int64_t rank = rank_of(f, run);
-                       float* to = shrunk.data() + row * width;
-                       shrink_row(x + row * stride, f, rank, widened, 1.0f, scratch, to);
-                       addends[row] = {to, widened + f.slices * rank * f.inputs, rank};
-                   });
-    return addends.data();
-}
-
-namespace {
 
 // --- factors into slots -----------------------------------------------------------------------------------------------
 

@@ -1,11 +1,12 @@
-// x W^T with the matrix tiles of AMX, for a bfloat16 weight that is packed once.
+// x W^T + x A^T B^T with the matrix tiles of AMX, for a bfloat16 weight that is packed once and adapters' factors.
 //
 // oneDNN gives all of a product to one thread at some row counts (426 rows of 768 to 768, for one), and builds a kernel
 // for each row count it meets. Here the rows, or for a few rows the outputs, are split evenly among the threads, and a
 // row count costs nothing.
 //
 // A block is 32 rows by 32 outputs: four tiles of sums, and in turn two of x and two of W, 32 inputs deep. A row of a
-// tile is 64 bytes. Of a block's sums nothing waits: they are rounded while the next block is multiplied.
+// tile is 64 bytes. Of a block's sums nothing waits: they are rounded while the next block is multiplied. To an
+// adapter's rows A is a few outputs more of the layer. What they come to, x A^T, is inputs more, with B as weights.
 
 #ifdef __AMX_BF16__
 #include <immintrin.h>
@@ -16,6 +17,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <numeric>
+#include <vector>
 
 #include "low_rank.h"
 
@@ -23,8 +25,10 @@ namespace {
 
 using Number = uint16_t;  // the bits of a bfloat16
 constexpr int64_t BLOCK = 32;
-constexpr int64_t DEPTH = 32 * BLOCK;         // numbers in a block's two tiles of x, or of W
-constexpr int64_t PACKED_X = 768 << 10;       // bytes: what stays in a core's own cache beside a panel of W
+constexpr int64_t TILE = 16 * 32;              // numbers
+constexpr int64_t DEPTH = 2 * TILE;            // numbers in a block's two tiles of x, or of W
+constexpr int64_t PACKED_X = 768 << 10;        // bytes: what stays in a core's own cache beside a panel of W
+constexpr int64_t PACKED_FACTORS = 8 << 20;    // bytes: of all runs' factors
 constexpr int64_t ROWS_WORTH_SPLITTING = 128;  // of a thread; with fewer, threads share the outputs
 
 int64_t blocks(int64_t n) { return (n + BLOCK - 1) / BLOCK; }
@@ -56,148 +60,292 @@ class Scratch {
     int64_t size = 0;
 
 public:
-    Number* of(int64_t bytes) {
-        if (bytes > size) {
+    Number* of(int64_t numbers) {
+        if (numbers > size) {
             free(memory);
-            size = (bytes + 4095) / 4096 * 4096;
-            memory = static_cast<Number*>(aligned_alloc(4096, size));
+            size = (numbers + 2047) / 2048 * 2048;
+            memory = static_cast<Number*>(aligned_alloc(4096, size * sizeof(Number)));
         }
         return memory;
     }
     ~Scratch() { free(memory); }
 };
 
+// --- packing ----------------------------------------------------------------------------------------------------------
+
+// The first n of 32 numbers; all, if n is larger.
+__mmask32 some(int64_t n) { return n < 32 ? (1u << std::max(n, int64_t{0})) - 1 : ~0u; }
+
 // Rows [start, stop) of x to blocks of (2 tiles, 16 rows, 32 inputs), zeros beyond its rows and inputs.
 void pack_rows(const Number* x, int64_t stride, int64_t start, int64_t stop, int64_t inputs, Number* to) {
     for (int64_t row = start; row < start + blocks(stop - start) * BLOCK; row++) {
         Number* line = to + (row - start) / BLOCK * blocks(inputs) * DEPTH + (row - start) % BLOCK * 32;
-        for (int64_t i = 0; i < inputs; i += 32, line += DEPTH) {
-            const int64_t left = row < stop ? std::min<int64_t>(32, inputs - i) : 0;
-            const __mmask32 mask = left == 32 ? ~0u : (1u << left) - 1;
-            _mm512_store_si512(line, _mm512_maskz_loadu_epi16(mask, x + row * stride + i));
-        }
+        for (int64_t i = 0; i < inputs; i += 32, line += DEPTH)
+            _mm512_store_si512(line, _mm512_maskz_loadu_epi16(row < stop ? some(inputs - i) : 0, x + row * stride + i));
     }
 }
 
-// Thirty-two of a layer's outputs: how many there are, their bias, and where they lie in a slice of the low-rank part.
-struct Columns {
-    int64_t count;
-    __m512 bias[2];
-    int64_t slice, slice_start, offset, slice_outputs;  // the slice's first column; where the 32 lie in it; its columns
-};
+// Sixteen rows of 16 pairs of numbers -> 16 lines, each with a pair of every row: a tile of weights.
+void store_transposed(__m512i (&rows)[16], Number* to) {
+    __m512i mixed[16];
+    for (int i = 0; i < 16; i += 2) {
+        mixed[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
+        mixed[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4)
+        for (int k = 0; k < 2; k++) {
+            rows[i + 2 * k] = _mm512_unpacklo_epi64(mixed[i + k], mixed[i + k + 2]);
+            rows[i + 2 * k + 1] = _mm512_unpackhi_epi64(mixed[i + k], mixed[i + k + 2]);
+        }
+    // rows[i + c], where 4 divides i, now has of the rows from i to i + 3 the pairs c, 4 + c, 8 + c and 12 + c.
+    for (int c = 0; c < 4; c++) {
+        const __m512i even = _mm512_shuffle_i32x4(rows[c], rows[4 + c], 0x88);
+        const __m512i odd = _mm512_shuffle_i32x4(rows[c], rows[4 + c], 0xdd);
+        const __m512i even_below = _mm512_shuffle_i32x4(rows[8 + c], rows[12 + c], 0x88);
+        const __m512i odd_below = _mm512_shuffle_i32x4(rows[8 + c], rows[12 + c], 0xdd);
+        _mm512_store_si512(to + 32 * c, _mm512_shuffle_i32x4(even, even_below, 0x88));
+        _mm512_store_si512(to + 32 * (4 + c), _mm512_shuffle_i32x4(odd, odd_below, 0x88));
+        _mm512_store_si512(to + 32 * (8 + c), _mm512_shuffle_i32x4(even, even_below, 0xdd));
+        _mm512_store_si512(to + 32 * (12 + c), _mm512_shuffle_i32x4(odd, odd_below, 0xdd));
+    }
+}
+
+// The first 16 outputs of a weight, and their first 32 inputs, to a tile; zeros beyond what it has.
+void pack_weight(const Number* w, int64_t outputs, int64_t inputs, int64_t stride, Number* to) {
+    __m512i rows[16];
+    for (int64_t i = 0; i < 16; i++) rows[i] = _mm512_maskz_loadu_epi16(i < outputs ? some(inputs) : 0, w + i * stride);
+    store_transposed(rows, to);
+}
+
+// The same for B, 16 outputs and 16 ranks, each rank as two inputs. Returns whether all of it is finite.
+bool pack_b(const Number* b, int64_t ranks, int64_t stride, Number* to) {
+    __m512i rows[16];
+    const __m512i exponent = _mm512_set1_epi32(0x7f80);
+    __mmask16 infinite = 0;
+    for (int64_t i = 0; i < 16; i++) {
+        const __m512i once = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some(ranks), b + i * stride));
+        infinite |= _mm512_cmpeq_epi32_mask(_mm512_and_si512(once, exponent), exponent);
+        rows[i] = _mm512_or_si512(once, _mm512_slli_epi32(once, 16));
+    }
+    store_transposed(rows, to);
+    return !infinite;
+}
+
+// Sixteen numbers of a vector of n, from `start` on, in float32; zeros beyond it.
+__m512 widened(const Number* numbers, int64_t n, int64_t start) {
+    if (!numbers) return _mm512_setzero_ps();
+    const __m256i bits = _mm256_maskz_loadu_epi16(some(n - start), numbers + start);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+
+// Sixteen numbers as two of bfloat16 each, the second being what the first leaves of it.
+__m512i halves(__m512 numbers) {
+    const __m512i first = _mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(numbers)), 16);
+    const auto second = (__m256i)_mm512_cvtneps_pbh(numbers - _mm512_castsi512_ps(first));
+    return _mm512_or_si512(_mm512_srli_epi32(first, 16), _mm512_slli_epi32(_mm512_cvtepu16_epi32(second), 16));
+}
+
+// --- blocks -----------------------------------------------------------------------------------------------------------
 
 // The sums of a block, and where they go.
 struct Block {
     alignas(64) float sums[BLOCK * BLOCK];
     Number* out;
-    int64_t stride, rows;
-    Columns columns;
-    const Addend* addends;  // of its rows; null: nothing is added
-    int64_t done;           // rows
+    int64_t stride, rows, columns;
+    __m512 bias[2];
+    int64_t done;  // rows
 
     void round(int64_t count) {
         for (const int64_t stop = std::min(rows, done + count); done < stop; done++) {
-            __m512 low = _mm512_load_ps(sums + done * BLOCK) + columns.bias[0];
-            __m512 high = _mm512_load_ps(sums + done * BLOCK + 16) + columns.bias[1];
-            if (addends) {
-                const Addend& addend = addends[done];
-                const float* shrunk = addend.shrunk + columns.slice * addend.rank;
-                const float* b = addend.b + columns.slice_start * addend.rank + columns.offset;
-                for (int64_t r = 0; r < addend.rank; r++, b += columns.slice_outputs) {
-                    const __m512 weight = _mm512_set1_ps(shrunk[r]);
-                    low = _mm512_fmadd_ps(weight, _mm512_loadu_ps(b), low);
-                    high = _mm512_fmadd_ps(weight, _mm512_loadu_ps(b + 16), high);
-                }
-            }
-            const auto rounded = (__m512i)_mm512_cvtne2ps_pbh(high, low);
-            const __mmask32 mask = columns.count == BLOCK ? ~0u : (1u << columns.count) - 1;
-            _mm512_mask_storeu_epi16(out + done * stride, mask, rounded);
+            const __m512 low = _mm512_load_ps(sums + done * BLOCK) + bias[0];
+            const __m512 high = _mm512_load_ps(sums + done * BLOCK + 16) + bias[1];
+            _mm512_mask_storeu_epi16(out + done * stride, some(columns), (__m512i)_mm512_cvtne2ps_pbh(high, low));
         }
     }
 };
 
-// Sixteen numbers of a vector of n, from `first` on, in float32; zeros beyond it.
-__m512 widened(const Number* numbers, int64_t n, int64_t first) {
-    if (!numbers || first >= n) return _mm512_setzero_ps();
-    const int64_t left = std::min<int64_t>(16, n - first);
-    const __m256i bits = _mm256_maskz_loadu_epi16(left == 16 ? 0xffff : (1u << left) - 1, numbers + first);
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+// A run's factors, packed.
+struct PackedRun {
+    int64_t start, stop;  // its rows
+    int64_t steps;        // of 16 ranks: tiles of a slice
+    Number *a, *b;        // a: panels of shrunk numbers, as those of W. b: for each panel of W, `steps` deep
+    bool finite;          // B is; zeros times infinity would reach the other rows of a block
+};
+
+// The shrunk rows of a block, for each slice; zeros where a row is not the run's.
+struct Addend {
+    const PackedRun* run;
+    Number* shrunk;
+};
+
+// Multiplies 32 inputs. ROWS: tiles of rows.
+template <int ROWS>
+void step(const Number* x, const Number* w) {
+    _tile_loadd(6, w, 64);
+    _tile_loadd(4, x, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(7, w + TILE, 64);
+    _tile_dpbf16ps(1, 4, 7);
+    if (ROWS == 2) {
+        _tile_loadd(5, x + TILE, 64);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+    }
 }
 
-// The sums of one block: x and w are its packed rows and its panel, `depth` steps of 32 inputs. A second tile of rows
-// is left out where a block has one only. Meanwhile `before` is rounded and `ahead`, the panel to come, is fetched.
-template <bool TWO>
-void multiply(const Number* x, const Number* w, int64_t depth, Block& to, Block& before, const char*& ahead,
-              int64_t lines) {
-    const int64_t share = (before.rows + depth - 1) / depth, fetches = (to.rows + depth - 1) / depth;
+// For the next step, which loads tiles from memory: gcc does not know that it does.
+void written() { asm volatile("" : : : "memory"); }
+
+void clear() {
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
-    for (int64_t k = 0; k < depth; k++, x += DEPTH, w += DEPTH) {
+}
+
+template <int ROWS>
+void store(float* sums) {
+    _tile_stored(0, sums, 4 * BLOCK);
+    _tile_stored(1, sums + 16, 4 * BLOCK);
+    if (ROWS == 2) {
+        _tile_stored(2, sums + 16 * BLOCK, 4 * BLOCK);
+        _tile_stored(3, sums + 16 * BLOCK + 16, 4 * BLOCK);
+    }
+}
+
+// Where a panel of W is, and the slice of the low-rank part to which it belongs.
+struct Panel {
+    int64_t index, slice;
+    const Number* w;
+};
+
+// The sums of one block: its rows are packed in x, `depth` steps. Meanwhile `before` is rounded, and `ahead`, the panel
+// to come, and what the block will write are fetched.
+template <int ROWS>
+void multiply(const Number* x, const Panel& panel, int64_t depth, const std::vector<Addend>& addends, Block& to,
+              Block& before, const char*& ahead, int64_t lines) {
+    const int64_t share = (before.rows + depth - 1) / depth, fetches = (to.rows + depth - 1) / depth;
+    clear();
+    for (int64_t k = 0; k < depth; k++) {
         for (int64_t i = 0; i < lines; i++, ahead += 64) _mm_prefetch(ahead, _MM_HINT_T1);
         for (int64_t i = k * fetches; i < std::min(to.rows, (k + 1) * fetches); i++)
             __builtin_prefetch(to.out + i * to.stride, 1);
-        _tile_loadd(6, w, 64);
-        _tile_loadd(4, x, 64);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_loadd(7, w + DEPTH / 2, 64);
-        _tile_dpbf16ps(1, 4, 7);
-        if (TWO) {
-            _tile_loadd(5, x + DEPTH / 2, 64);
-            _tile_dpbf16ps(2, 5, 6);
-            _tile_dpbf16ps(3, 5, 7);
-        }
+        step<ROWS>(x + k * DEPTH, panel.w + k * DEPTH);
         before.round(share);
     }
-    _tile_stored(0, to.sums, 4 * BLOCK);
-    _tile_stored(1, to.sums + 16, 4 * BLOCK);
-    if (TWO) {
-        _tile_stored(2, to.sums + 16 * BLOCK, 4 * BLOCK);
-        _tile_stored(3, to.sums + 16 * BLOCK + 16, 4 * BLOCK);
+    for (const auto& [run, shrunk] : addends)
+        for (int64_t k = 0; k < run->steps; k++)
+            step<ROWS>(shrunk + (panel.slice * run->steps + k) * DEPTH, run->b + (panel.index * run->steps + k) * DEPTH);
+    store<ROWS>(to.sums);
+}
+
+// x A^T of the rows [start, stop) of a block. to: for each 16 of its columns, (32 rows, 16 pairs).
+template <int ROWS>
+void shrink(const Number* x, const Number* a, int64_t depth, int64_t columns, int64_t start, int64_t stop, Number* to) {
+    alignas(64) float sums[BLOCK * BLOCK];
+    for (int64_t first = 0; first < columns; first += BLOCK, a += depth * DEPTH) {
+        clear();
+        for (int64_t k = 0; k < depth; k++) step<ROWS>(x + k * DEPTH, a + k * DEPTH);
+        store<ROWS>(sums);
+        for (int64_t c = first; c < std::min(columns, first + BLOCK); c += 16, to += DEPTH)
+            for (int64_t row = 0; row < 16 * ROWS; row++) {
+                const bool of_run = start <= row && row < stop;
+                const __m512i pairs = of_run ? halves(_mm512_load_ps(sums + row * BLOCK + c % BLOCK)) : __m512i{};
+                _mm512_store_si512(to + row * 32, pairs);
+            }
     }
 }
+
+// --- products ---------------------------------------------------------------------------------------------------------
 
 struct Product {
     const Number *x, *w, *bias;
     Number* out;
     int64_t x_stride, out_stride, inputs, outputs;
     const Factors* factors;
-    const Addend* addends;  // of all rows; null: nothing is added
+    std::vector<PackedRun>& runs;
 
-    Columns columns_of(int64_t panel) const {
-        const int64_t start = panel * BLOCK;
-        Columns c{};
-        c.count = std::min(BLOCK, outputs - start);
-        c.bias[0] = widened(bias, outputs, start), c.bias[1] = widened(bias, outputs, start + 16);
-        if (addends) {
-            for (; start >= c.slice_start + factors->outputs[c.slice]; c.slice++)
-                c.slice_start += factors->outputs[c.slice];
-            c.offset = start - c.slice_start, c.slice_outputs = factors->outputs[c.slice];
-        }
-        return c;
+    Panel panel(int64_t index) const {
+        int64_t slice = 0;
+        for (int64_t start = index * BLOCK; !runs.empty() && start >= factors->outputs[slice]; slice++)
+            start -= factors->outputs[slice];
+        return {index, slice, w + index * blocks(inputs) * DEPTH};
     }
 
-    // Rows [start, stop), whose packed x fits into `scratch`, of the panels [first, last) of outputs.
-    void part(int64_t start, int64_t stop, int64_t first, int64_t last, Number* scratch) const {
-        const int64_t depth = blocks(inputs), row_blocks = blocks(stop - start);
-        const int64_t lines = (2 * 16 + row_blocks - 1) / row_blocks;
+    // This thread's share of a run's factors.
+    void pack(const Run& run, PackedRun& to) const {
+        const Factors& f = *factors;
+        const int64_t rank = rank_of(f, run), depth = blocks(inputs);
+#pragma omp for schedule(static) nowait
+        for (int64_t k = 0; k < depth; k++)
+            for (int64_t t = 0; t < f.slices * to.steps; t++) {
+                const int64_t first = t % to.steps * 16;
+                const auto a = static_cast<const Number*>(f.a[t / to.steps]) + (run.slot * f.ranks + first) * inputs;
+                Number* tile = to.a + (t / 2 * depth + k) * DEPTH + t % 2 * TILE;
+                pack_weight(a + k * 32, rank - first, inputs - k * 32, inputs, tile);
+            }
+#pragma omp for schedule(static) nowait
+        for (int64_t n = 0; n < outputs / 16; n++) {
+            int64_t slice = 0, output = n * 16;
+            for (; output >= f.outputs[slice]; slice++) output -= f.outputs[slice];
+            const auto b = static_cast<const Number*>(f.b[slice]) + (run.slot * f.outputs[slice] + output) * f.ranks;
+            for (int64_t k = 0; k < to.steps; k++) {
+                Number* tile = to.b + (n / 2 * to.steps + k) * DEPTH + n % 2 * TILE;
+                if (pack_b(b + k * 16, rank - k * 16, f.ranks, tile)) continue;
+#pragma omp atomic write
+                to.finite = false;
+            }
+        }
+    }
+
+    // Numbers that the shrunk rows of a block take.
+    int64_t shrunk_size(const PackedRun& run) const { return factors->slices * run.steps * DEPTH; }
+
+    // What the runs add to a block, which has `rows` rows from `start` on. Shrunk rows go to `memory`, and move it on.
+    void shrink_block(const Number* packed, int64_t start, int64_t rows, Number*& memory, std::vector<Addend>& to) const {
+        to.clear();
+        for (const PackedRun& run : runs) {
+            if (run.stop <= start || start + rows <= run.start || !run.steps || !run.finite) continue;
+            const auto of_rows = rows > 16 ? shrink<2> : shrink<1>;
+            of_rows(packed, run.a, blocks(inputs), factors->slices * run.steps * 16, run.start - start, run.stop - start,
+                    memory);
+            to.push_back({&run, memory});
+            memory += shrunk_size(run);
+        }
+    }
+
+    // Rows [start, stop), whose packed x fits into a core's cache, of the panels [first, last) of outputs.
+    void part(int64_t start, int64_t stop, int64_t first, int64_t last) const {
+        static thread_local Scratch scratch;
         static thread_local Block sums[2];
+        static thread_local std::vector<std::vector<Addend>> addends;
+        const int64_t depth = blocks(inputs), row_blocks = blocks(stop - start);
+        int64_t shrunk = 0;
+        for (const PackedRun& run : runs)
+            shrunk += std::min(row_blocks, blocks(run.stop - run.start) + 1) * shrunk_size(run);
+        Number *packed = scratch.of(row_blocks * depth * DEPTH + shrunk), *memory = packed + row_blocks * depth * DEPTH;
+        pack_rows(x, x_stride, start, stop, inputs, packed);
+        written();
+        if (addends.size() < static_cast<size_t>(row_blocks)) addends.resize(row_blocks);
+        for (int64_t m = 0; m < row_blocks; m++)
+            shrink_block(packed + m * depth * DEPTH, start + m * BLOCK, std::min(BLOCK, stop - start - m * BLOCK), memory,
+                         addends[m]);
+        written();
+
+        const int64_t lines = (2 * 16 + row_blocks - 1) / row_blocks;
         sums[0].rows = sums[1].rows = 0;
         int now = 0;
-        pack_rows(x, x_stride, start, stop, inputs, scratch);
-        asm volatile("" : : : "memory");  // gcc does not know that a tile's load reads memory
         for (int64_t n = first; n < last; n++) {
-            const Number* panel = w + n * depth * DEPTH;
-            auto ahead = reinterpret_cast<const char*>(panel + depth * DEPTH);
-            const Columns columns = columns_of(n);
+            const Panel here = panel(n);
+            auto ahead = reinterpret_cast<const char*>(here.w + depth * DEPTH);
+            const __m512 low = widened(bias, outputs, n * BLOCK), high = widened(bias, outputs, n * BLOCK + 16);
             for (int64_t m = 0; m < row_blocks; m++, now ^= 1) {
                 const int64_t row = start + m * BLOCK, rows = std::min(BLOCK, stop - row);
-                Block &to = sums[now], &before = sums[now ^ 1];
+                Block& to = sums[now];
                 to.out = out + row * out_stride + n * BLOCK, to.stride = out_stride, to.rows = rows, to.done = 0;
-                to.columns = columns, to.addends = addends ? addends + row : nullptr;
-                const auto run = rows > 16 ? multiply<true> : multiply<false>;
-                run(scratch + m * depth * DEPTH, panel, depth, to, before, ahead, lines);
+                to.columns = outputs - n * BLOCK, to.bias[0] = low, to.bias[1] = high;
+                const auto of_rows = rows > 16 ? multiply<2> : multiply<1>;
+                of_rows(packed + m * depth * DEPTH, here, depth, addends[m], to, sums[now ^ 1], ahead, lines);
             }
         }
         sums[now ^ 1].round(BLOCK);
@@ -209,9 +357,13 @@ int64_t part_start(int64_t n, int64_t unit, int64_t i, int64_t parts) {
     return std::min(n, (n + unit - 1) / unit * i / parts * unit);
 }
 
-void multiply_all(const Product& product, int64_t rows) {
+void multiply_all(const Product& product, int64_t rows, const Run* runs, int64_t n) {
 #pragma omp parallel
     {
+        if (!product.runs.empty()) {
+            for (int64_t i = 0; i < n; i++) product.pack(runs[i], product.runs[i]);
+#pragma omp barrier
+        }
         const Tiles tiles;
         int64_t threads = omp_get_num_threads(), row_parts = 1;
         for (int64_t parts = 2; parts <= threads; parts++)
@@ -221,15 +373,31 @@ void multiply_all(const Product& product, int64_t rows) {
         const int64_t stop = part_start(rows, BLOCK, thread / column_parts + 1, row_parts);
         const int64_t first = part_start(blocks(product.outputs), 1, thread % column_parts, column_parts);
         const int64_t last = part_start(blocks(product.outputs), 1, thread % column_parts + 1, column_parts);
-        const int64_t row_bytes = blocks(product.inputs) * 64;
-        const int64_t turns = (blocks(stop - start) * BLOCK * row_bytes + PACKED_X - 1) / PACKED_X;
-        static thread_local Scratch scratch;
+        const int64_t bytes = blocks(stop - start) * BLOCK * blocks(product.inputs) * 64;
+        const int64_t turns = (bytes + PACKED_X - 1) / PACKED_X;
         for (int64_t turn = 0; turn < turns && first < last; turn++) {
             const int64_t from = start + part_start(stop - start, BLOCK, turn, turns);
             const int64_t to = start + part_start(stop - start, BLOCK, turn + 1, turns);
-            if (from < to) product.part(from, to, first, last, scratch.of(blocks(to - from) * BLOCK * row_bytes));
+            if (from < to) product.part(from, to, first, last);
         }
     }
+}
+
+// Where the runs' factors are to be packed, in memory that lives until the next call. Empty: they cannot be.
+void place(const Factors& f, const Run* runs, int64_t n, int64_t outputs, std::vector<PackedRun>& to) {
+    static Scratch scratch;
+    const auto is_odd = [](int64_t slice) { return slice % BLOCK != 0; };
+    if (std::any_of(f.outputs, f.outputs + f.slices, is_odd)) return;
+    if (std::accumulate(f.outputs, f.outputs + f.slices, int64_t{0}) != outputs) return;
+    const auto steps = [&](const Run& run) { return (rank_of(f, run) + 15) / 16; };
+    const auto size_a = [&](const Run& run) { return (f.slices * steps(run) + 1) / 2 * blocks(f.inputs) * DEPTH; };
+    const auto size_b = [&](const Run& run) { return blocks(outputs) * steps(run) * DEPTH; };
+    int64_t numbers = 0;
+    for (const Run* run = runs; run < runs + n; run++) numbers += size_a(*run) + size_b(*run);
+    if (numbers * static_cast<int64_t>(sizeof(Number)) > PACKED_FACTORS) return;
+    Number* memory = scratch.of(numbers);
+    for (const Run* run = runs; run < runs + n; memory += size_a(*run) + size_b(*run), run++)
+        to.push_back({run->start, run->stop, steps(*run), memory, memory + size_a(*run), true});
 }
 
 }  // namespace
@@ -239,33 +407,25 @@ extern "C" {
 // w (outputs, inputs) -> (blocks of outputs, blocks of inputs, 2, 16, 16, 2). A tile: 16 pairs of inputs by 16 outputs.
 void zo_pack_tiles(const Number* w, Number* packed, int64_t outputs, int64_t inputs) {
 #pragma omp parallel for schedule(static)
-    for (int64_t n = 0; n < blocks(outputs); n++)
-        for (int64_t k = 0; k < blocks(inputs); k++) {
-            Number* to = packed + (n * blocks(inputs) + k) * DEPTH;
-            const int64_t numbers = std::min(BLOCK, inputs - k * BLOCK);
-            for (int64_t column = 0; column < BLOCK; column++) {
-                Number row[BLOCK] = {};
-                const int64_t output = n * BLOCK + column;
-                const Number* from = w + output * inputs + k * BLOCK;
-                if (output < outputs) std::copy(from, from + numbers, row);
-                for (int64_t pair = 0; pair < 16; pair++)
-                    memcpy(to + column / 16 * 512 + pair * 32 + column % 16 * 2, row + 2 * pair, 4);
-            }
-        }
+    for (int64_t n = 0; n < 2 * blocks(outputs); n++)
+        for (int64_t k = 0; k < blocks(inputs); k++)
+            pack_weight(w + n * 16 * inputs + k * 32, outputs - n * 16, inputs - k * 32, inputs,
+                        packed + (n / 2 * blocks(inputs) + k) * DEPTH + n % 2 * TILE);
 }
 
 // out = x W^T + bias, if there is one, + x A^T B^T for the rows of the n runs. w: as zo_pack_tiles writes it. Sums
-// in float32, rounded once; twice where slices do not end with blocks of outputs, or the factors are too many.
+// in float32, rounded once; twice where slices do not end with blocks of outputs, or the factors are too many, or B is
+// not finite.
 void zo_tile_product(const Number* x, int64_t x_stride, const Number* w, const Number* bias, Number* out,
                      int64_t out_stride, int64_t rows, int64_t inputs, int64_t outputs, const Factors* f,
                      const Run* runs, int64_t n) {
-    const Addend* addends = nullptr;
-    const auto is_odd = [](int64_t slice) { return slice % BLOCK != 0; };
-    if (n && std::none_of(f->outputs, f->outputs + f->slices, is_odd) &&
-        std::accumulate(f->outputs, f->outputs + f->slices, int64_t{0}) == outputs)
-        addends = shrink(x, x_stride, rows, *f, runs, n);
-    multiply_all({x, w, bias, out, x_stride, out_stride, inputs, outputs, f, addends}, rows);
-    if (n && !addends) zo_low_rank(out, out_stride, x, x_stride, f, runs, n, 1.0f, 1);
+    static std::vector<PackedRun> packed;
+    packed.clear();
+    if (n) place(*f, runs, n, outputs, packed);
+    multiply_all({x, w, bias, out, x_stride, out_stride, inputs, outputs, f, packed}, rows, runs, n);
+    if (packed.empty() && n) zo_low_rank(out, out_stride, x, x_stride, f, runs, n, 1.0f, 1);
+    for (size_t i = 0; i < packed.size(); i++)
+        if (!packed[i].finite) zo_low_rank(out, out_stride, x, x_stride, f, runs + i, 1, 1.0f, 1);
 }
 }
 #endif
