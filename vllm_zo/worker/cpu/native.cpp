@@ -164,51 +164,88 @@ void widen(const Factors& f, const Run& run, float* to) {
     }
 }
 
-// A row in float32, in `scratch` if it has to be widened.
-const float* widen_row(const float* x, int64_t, float*) { return x; }
-const float* widen_row(const BF16* x, int64_t n, float* scratch) {
-    int64_t i = 0;
-    for (; i + W <= n; i += W) store(scratch + i, load(x + i));
-    for (; i < n; i++) scratch[i] = load_one(x + i);
+// Rows in float32, one after the other in `scratch` if they have to be widened; then that is where the stride is from.
+const float* widen_rows(const float* x, int64_t&, int64_t, int64_t, float*) { return x; }
+const float* widen_rows(const BF16* x, int64_t& stride, int64_t rows, int64_t n, float* scratch) {
+    for (int64_t row = 0; row < rows; row++) {
+        const BF16* from = x + row * stride;
+        float* to = scratch + row * n;
+        int64_t i = 0;
+        for (; i + W <= n; i += W) store(to + i, load(from + i));
+        for (; i < n; i++) to[i] = load_one(from + i);
+    }
+    stride = n;
     return scratch;
 }
 
-float dot(const float* x, const float* a, int64_t n) {
-    Vec parts[4] = {};
-    int64_t i = 0;
-    for (; i + 4 * W <= n; i += 4 * W)
-        for (int k = 0; k < 4; k++) parts[k] += load(x + i + k * W) * load(a + i + k * W);
-    for (; i + W <= n; i += W) parts[0] += load(x + i) * load(a + i);
-    if (i < n) parts[1] += load_some(x + i, n - i) * load_some(a + i, n - i);
-    return sum((parts[0] + parts[1]) + (parts[2] + parts[3]));
+// scale x A^T of N rows and C columns. A sum has one order, whatever N and C are: of parts, so that no term is added to
+// a sum of very many.
+template <int N, int C>
+void dots(const float* x, int64_t stride, const float* a, int64_t n, float scale, float* to, int64_t to_stride) {
+    Vec sums[N][C] = {}, part[N][C];
+    const auto add = [&](const auto& load_at, int64_t i) {
+        Vec columns[C];
+        for (int c = 0; c < C; c++) columns[c] = load_at(a + c * n + i);
+        for (int row = 0; row < N; row++) {
+            const Vec numbers = load_at(x + row * stride + i);
+            for (int c = 0; c < C; c++) part[row][c] += numbers * columns[c];
+        }
+    };
+    for (int64_t i = 0; i < n;) {
+        for (auto& row : part)
+            for (Vec& v : row) v = Vec{};
+        const int64_t stop = std::min(n / W * W, i + 32 * W);
+        if (i == stop) add([left = n - i](const float* p) { return load_some(p, left); }, i), i = n;
+        for (; i < stop; i += W) add([](const float* p) { return load(p); }, i);
+        for (int row = 0; row < N; row++)
+            for (int c = 0; c < C; c++) sums[row][c] += part[row][c];
+    }
+    for (int row = 0; row < N; row++)
+        for (int c = 0; c < C; c++) to[row * to_stride + c] = scale * sum(sums[row][c]);
 }
 
-// y (outputs) += shrunk (rank) B^T (rank, outputs). RANK: the rank, where the compiler is to know it; else 0.
-template <int RANK, class T>
-void expand(T* y, const float* shrunk, const float* b, int64_t rank, int64_t outputs) {
-    if (RANK) rank = RANK;
+// y (N, outputs) += shrunk (N, rank) B^T (rank, outputs)
+template <int N, class T>
+void expand(T* y, int64_t y_stride, const float* shrunk, int64_t shrunk_stride, const float* b, int64_t rank,
+            int64_t outputs) {
     int64_t o = 0;
     for (; o + W <= outputs; o += W) {
-        Vec v = load(y + o);
-        for (int64_t r = 0; r < rank; r++) v += shrunk[r] * load(b + r * outputs + o);
-        store(y + o, v);
+        Vec sums[N];
+        for (int row = 0; row < N; row++) sums[row] = load(y + row * y_stride + o);
+        for (int64_t r = 0; r < rank; r++) {
+            const Vec column = load(b + r * outputs + o);
+            for (int row = 0; row < N; row++) sums[row] += shrunk[row * shrunk_stride + r] * column;
+        }
+        for (int row = 0; row < N; row++) store(y + row * y_stride + o, sums[row]);
     }
-    for (; o < outputs; o++) {
-        float v = load_one(y + o);
-        for (int64_t r = 0; r < rank; r++) v = __builtin_fmaf(shrunk[r], b[r * outputs + o], v);
-        store_one(y + o, v);
-    }
+    for (; o < outputs; o++)
+        for (int row = 0; row < N; row++) {
+            float v = load_one(y + row * y_stride + o);
+            for (int64_t r = 0; r < rank; r++)
+                v = __builtin_fmaf(shrunk[row * shrunk_stride + r], b[r * outputs + o], v);
+            store_one(y + row * y_stride + o, v);
+        }
 }
 
-template <class T>
-void low_rank_row(T* y, const T* x, const Factors& f, int64_t rank, const float* widened, float scale, float* scratch) {
-    float* shrunk = scratch + round_up(f.inputs);
-    const float* x_row = widen_row(x, f.inputs, scratch);
-    for (int64_t j = 0; j < f.slices * rank; j++) shrunk[j] = scale * dot(x_row, widened + j * f.inputs, f.inputs);
-    const float* b = widened + f.slices * rank * f.inputs;
-    const auto add = rank == 2 ? expand<2, T> : rank == 4 ? expand<4, T> : rank == 8 ? expand<8, T> : expand<0, T>;
+constexpr int ROWS = 4;  // computed at a time: they share what is loaded of the factors
+
+// N rows. The scratch has room for them in float32, and for what they shrink to.
+template <int N, class T>
+void low_rank_rows(T* y, int64_t y_stride, const T* x, int64_t x_stride, const Factors& f, int64_t rank,
+                   const float* widened, float scale, float* scratch) {
+    constexpr int COLUMNS = 8 / N;  // sums in as many registers keep the multipliers busy
+    const int64_t columns = f.slices * rank;
+    float* shrunk = scratch + N * round_up(f.inputs);
+    const float* rows = widen_rows(x, x_stride, N, f.inputs, scratch);
+    int64_t j = 0;
+    for (; j + COLUMNS <= columns; j += COLUMNS)
+        dots<N, COLUMNS>(rows, x_stride, widened + j * f.inputs, f.inputs, scale, shrunk + j, columns);
+    for (; j + 2 <= columns; j += 2)
+        dots<N, 2>(rows, x_stride, widened + j * f.inputs, f.inputs, scale, shrunk + j, columns);
+    if (j < columns) dots<N, 1>(rows, x_stride, widened + j * f.inputs, f.inputs, scale, shrunk + j, columns);
+    const float* b = widened + columns * f.inputs;
     for (int64_t s = 0; s < f.slices; s++) {
-        add(y, shrunk + s * rank, b, rank, f.outputs[s]);
+        expand<N>(y, y_stride, shrunk + s * rank, columns, b, rank, f.outputs[s]);
         y += f.outputs[s];
         b += rank * f.outputs[s];
     }
@@ -229,16 +266,19 @@ void low_rank_runs(T* y, int64_t y_stride, const T* x, int64_t x_stride, const F
         float* to = scratch;
         for (int64_t i = 0; i < n; to += widened_size(f, runs[i++])) widen<T>(f, runs[i], to);
 #pragma omp barrier
-        std::vector<float> row_scratch(round_up(f.inputs) + f.slices * ranks);
+        std::vector<float> row_scratch(ROWS * (round_up(f.inputs) + f.slices * ranks));
         const Share share(rows);
         int64_t first = 0;  // of the run's rows, among the rows of all runs
         const float* widened = scratch;
         for (int64_t i = 0; i < n; i++) {
             const int64_t count = runs[i].stop - runs[i].start;
             const int64_t from = std::max(share.start - first, int64_t{0}), to = std::min(share.stop - first, count);
-            for (int64_t row = runs[i].start + from; row < runs[i].start + to; row++)
-                low_rank_row(y + row * y_stride, x + row * x_stride, f, rank_of(f, runs[i]), widened, scale,
-                             row_scratch.data());
+            for (int64_t row = from, next; row < to; row = next) {
+                next = row + ROWS <= to ? row + ROWS : row + 1;
+                const auto some_rows = next == row + ROWS ? low_rank_rows<ROWS, T> : low_rank_rows<1, T>;
+                some_rows(y + (runs[i].start + row) * y_stride, y_stride, x + (runs[i].start + row) * x_stride, x_stride,
+                          f, rank_of(f, runs[i]), widened, scale, row_scratch.data());
+            }
             first += count;
             widened += widened_size(f, runs[i]);
         }
