@@ -260,6 +260,15 @@ def test_a_tile_product_is_the_exact_one(rows: int, outputs: int, inputs: int, w
 
 
 @needs_tiles
+@pytest.mark.parametrize(("outputs", "inputs"), [(32, 32), (7, 5), (17, 33), (96, 576), (65, 31)], ids=str)
+def test_a_packed_weight_is_read_back(outputs: int, inputs: int) -> None:
+    weight = torch.randn(outputs, inputs).bfloat16()
+    weight.view(-1)[:2] = torch.tensor([torch.nan, -0.0])
+    read = tile_linear.TileLinear(weight).weight()
+    assert torch.equal(read.view(torch.int16), weight.view(torch.int16))
+
+
+@needs_tiles
 @pytest.mark.parametrize("outputs", [(32,), (96, 32, 64)], ids=str)
 @pytest.mark.parametrize(("inputs", "ranks"), [(64, 6), (150, 16), (150, 40)], ids=str)
 @pytest.mark.parametrize(

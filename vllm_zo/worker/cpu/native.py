@@ -30,7 +30,7 @@ from vllm_zo.methods import fold
 logger = init_logger("vllm.zo.worker")
 
 SOURCES = [Path(__file__).with_name(name) for name in ("native.cpp", "tiles.cpp")]
-HEADER = Path(__file__).with_name("low_rank.h")
+HEADERS = [Path(__file__).with_name(name) for name in ("low_rank.h", "tile_packing.h")]
 SWITCH = "ZO_NATIVE_KERNELS"
 FLAGS = ("-std=c++17", "-O3", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math")
 INSTRUCTIONS = {
@@ -101,6 +101,7 @@ _ARGUMENTS: dict[str, tuple[Any, ...]] = {
 }  # fmt: skip
 _TILE_ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "zo_pack_tiles": (_POINTER, _POINTER, _INT64, _INT64),
+    "zo_unpack_tiles": (_POINTER, _POINTER, _INT64, _INT64),
     "zo_tile_product": (
         _POINTER, _INT64, _POINTER, _POINTER, _POINTER, _INT64, _INT64, _INT64, _INT64, ctypes.POINTER(Factors),
         _POINTER, _INT64,
@@ -164,7 +165,7 @@ def compiled() -> Path:
     flags = [*FLAGS, *INSTRUCTIONS.get(torch.backends.cpu.get_cpu_capability(), ())]
     flags += TILE_INSTRUCTIONS if has_tiles() else ()
     compiler = get_cxx_compiler()
-    text = b"".join(source.read_bytes() for source in (*SOURCES, HEADER))
+    text = b"".join(source.read_bytes() for source in (*SOURCES, *HEADERS))
     key = hashlib.sha256(text + repr((compiler, flags, platform.machine())).encode()).hexdigest()[:16]
     directory = Path(envs.VLLM_CACHE_ROOT) / "zo_cpu_kernels"
     target = directory / f"{key}.so"
@@ -281,6 +282,13 @@ def pack_tiles(weight: Tensor) -> Tensor:
     packed = weight.new_empty(-(-outputs // 32), -(-inputs // 32), 32 * 32)
     _call("zo_pack_tiles", weight.contiguous().data_ptr(), packed.data_ptr(), outputs, inputs)
     return packed
+
+
+def unpack_tiles(packed: Tensor, outputs: int, inputs: int) -> Tensor:
+    """The weight (O, I) that `pack_tiles` has packed."""
+    weight = packed.new_empty(outputs, inputs)
+    _call("zo_unpack_tiles", packed.data_ptr(), weight.data_ptr(), outputs, inputs)
+    return weight
 
 
 def tile_product(

@@ -32,7 +32,10 @@ class PackedWeights(BaseWeights):
 
     def read(self, layer: Any) -> Tensor:
         """See `BaseWeights`."""
-        return super().read(layer) if layer.weight.numel() else _multiplied_out(layer)
+        if layer.weight.numel():
+            return super().read(layer)
+        product = layer.cpu_linear
+        return product.weight() if isinstance(product, TileLinear) else _multiplied_out(layer)
 
     def _unpack(self, layer: Any, weight: Tensor) -> None:
         if not layer.weight.numel():

@@ -2,8 +2,8 @@
 
 vLLM multiplies with oneDNN there. That builds a kernel for each row count it meets, 20 ms for a layer's four products,
 and a step has another row count than the one before; and at some row counts it leaves all of a product to one thread.
-Ours adds the low-rank part of an adapter before it rounds, where a product of its own would read and write every output
-once more.
+Ours takes the low-rank part of an adapter through the same tiles, where a product of its own would read and write every
+output once more.
 """
 
 from __future__ import annotations
@@ -28,6 +28,10 @@ class TileLinear:
         """`x W^T + bias`. x: (..., I), bias: (O,) -> (..., O). The layer's own weight, which vLLM passes, is empty."""
         y = native.tile_product(x.reshape(-1, self.inputs), self._packed, self.outputs, bias)
         return y.view(*x.shape[:-1], self.outputs)
+
+    def weight(self) -> Tensor:
+        """The layer's weight, (O, I), unpacked."""
+        return native.unpack_tiles(self._packed, self.outputs, self.inputs)
 
     def with_low_rank(self, x: Tensor, bias: Tensor | None, factors: native.Factors, runs: Tensor) -> Tensor:
         """`x W^T + bias + x A^T B^T`. x: (T, I) -> (T, O); factors, runs: as in `native.low_rank`."""

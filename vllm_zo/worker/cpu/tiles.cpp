@@ -20,18 +20,13 @@
 #include <vector>
 
 #include "low_rank.h"
+#include "tile_packing.h"
 
 namespace {
 
-using Number = uint16_t;  // the bits of a bfloat16
-constexpr int64_t BLOCK = 32;
-constexpr int64_t TILE = 16 * 32;              // numbers
-constexpr int64_t DEPTH = 2 * TILE;            // numbers in a block's two tiles of x, or of W
 constexpr int64_t PACKED_X = 768 << 10;        // bytes: what stays in a core's own cache beside a panel of W
 constexpr int64_t PACKED_FACTORS = 8 << 20;    // bytes: of all runs' factors
 constexpr int64_t ROWS_WORTH_SPLITTING = 128;  // of a thread; with fewer, threads share the outputs
-
-int64_t blocks(int64_t n) { return (n + BLOCK - 1) / BLOCK; }
 
 // All eight tiles as 16 rows of 64 bytes, on this thread, until the end of the scope. Then they are as they were:
 // oneDNN's kernels may count on that.
@@ -70,80 +65,6 @@ public:
     }
     ~Scratch() { free(memory); }
 };
-
-// --- packing ----------------------------------------------------------------------------------------------------------
-
-// The first n of 32 numbers; all, if n is larger.
-__mmask32 some(int64_t n) { return n < 32 ? (1u << std::max(n, int64_t{0})) - 1 : ~0u; }
-
-// Rows [start, stop) of x to blocks of (2 tiles, 16 rows, 32 inputs), zeros beyond its rows and inputs.
-void pack_rows(const Number* x, int64_t stride, int64_t start, int64_t stop, int64_t inputs, Number* to) {
-    for (int64_t row = start; row < start + blocks(stop - start) * BLOCK; row++) {
-        Number* line = to + (row - start) / BLOCK * blocks(inputs) * DEPTH + (row - start) % BLOCK * 32;
-        for (int64_t i = 0; i < inputs; i += 32, line += DEPTH)
-            _mm512_store_si512(line, _mm512_maskz_loadu_epi16(row < stop ? some(inputs - i) : 0, x + row * stride + i));
-    }
-}
-
-// Sixteen rows of 16 pairs of numbers -> 16 lines, each with a pair of every row: a tile of weights.
-void store_transposed(__m512i (&rows)[16], Number* to) {
-    __m512i mixed[16];
-    for (int i = 0; i < 16; i += 2) {
-        mixed[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
-        mixed[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
-    }
-    for (int i = 0; i < 16; i += 4)
-        for (int k = 0; k < 2; k++) {
-            rows[i + 2 * k] = _mm512_unpacklo_epi64(mixed[i + k], mixed[i + k + 2]);
-            rows[i + 2 * k + 1] = _mm512_unpackhi_epi64(mixed[i + k], mixed[i + k + 2]);
-        }
-    // rows[i + c], where 4 divides i, now has of the rows from i to i + 3 the pairs c, 4 + c, 8 + c and 12 + c.
-    for (int c = 0; c < 4; c++) {
-        const __m512i even = _mm512_shuffle_i32x4(rows[c], rows[4 + c], 0x88);
-        const __m512i odd = _mm512_shuffle_i32x4(rows[c], rows[4 + c], 0xdd);
-        const __m512i even_below = _mm512_shuffle_i32x4(rows[8 + c], rows[12 + c], 0x88);
-        const __m512i odd_below = _mm512_shuffle_i32x4(rows[8 + c], rows[12 + c], 0xdd);
-        _mm512_store_si512(to + 32 * c, _mm512_shuffle_i32x4(even, even_below, 0x88));
-        _mm512_store_si512(to + 32 * (4 + c), _mm512_shuffle_i32x4(odd, odd_below, 0x88));
-        _mm512_store_si512(to + 32 * (8 + c), _mm512_shuffle_i32x4(even, even_below, 0xdd));
-        _mm512_store_si512(to + 32 * (12 + c), _mm512_shuffle_i32x4(odd, odd_below, 0xdd));
-    }
-}
-
-// The first 16 outputs of a weight, and their first 32 inputs, to a tile; zeros beyond what it has.
-void pack_weight(const Number* w, int64_t outputs, int64_t inputs, int64_t stride, Number* to) {
-    __m512i rows[16];
-    for (int64_t i = 0; i < 16; i++) rows[i] = _mm512_maskz_loadu_epi16(i < outputs ? some(inputs) : 0, w + i * stride);
-    store_transposed(rows, to);
-}
-
-// The same for B, 16 outputs and 16 ranks, each rank as two inputs. Returns whether all of it is finite.
-bool pack_b(const Number* b, int64_t ranks, int64_t stride, Number* to) {
-    __m512i rows[16];
-    const __m512i exponent = _mm512_set1_epi32(0x7f80);
-    __mmask16 infinite = 0;
-    for (int64_t i = 0; i < 16; i++) {
-        const __m512i once = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some(ranks), b + i * stride));
-        infinite |= _mm512_cmpeq_epi32_mask(_mm512_and_si512(once, exponent), exponent);
-        rows[i] = _mm512_or_si512(once, _mm512_slli_epi32(once, 16));
-    }
-    store_transposed(rows, to);
-    return !infinite;
-}
-
-// Sixteen numbers of a vector of n, from `start` on, in float32; zeros beyond it.
-__m512 widened(const Number* numbers, int64_t n, int64_t start) {
-    if (!numbers) return _mm512_setzero_ps();
-    const __m256i bits = _mm256_maskz_loadu_epi16(some(n - start), numbers + start);
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
-}
-
-// Sixteen numbers as two of bfloat16 each, the second being what the first leaves of it.
-__m512i halves(__m512 numbers) {
-    const __m512i first = _mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(numbers)), 16);
-    const auto second = (__m256i)_mm512_cvtneps_pbh(numbers - _mm512_castsi512_ps(first));
-    return _mm512_or_si512(_mm512_srli_epi32(first, 16), _mm512_slli_epi32(_mm512_cvtepu16_epi32(second), 16));
-}
 
 // --- blocks -----------------------------------------------------------------------------------------------------------
 
@@ -411,6 +332,15 @@ void zo_pack_tiles(const Number* w, Number* packed, int64_t outputs, int64_t inp
         for (int64_t k = 0; k < blocks(inputs); k++)
             pack_weight(w + n * 16 * inputs + k * 32, outputs - n * 16, inputs - k * 32, inputs,
                         packed + (n / 2 * blocks(inputs) + k) * DEPTH + n % 2 * TILE);
+}
+
+// And back.
+void zo_unpack_tiles(const Number* packed, Number* w, int64_t outputs, int64_t inputs) {
+#pragma omp parallel for schedule(static)
+    for (int64_t n = 0; n < 2 * blocks(outputs); n++)
+        for (int64_t k = 0; k < blocks(inputs); k++)
+            unpack_weight(packed + (n / 2 * blocks(inputs) + k) * DEPTH + n % 2 * TILE, outputs - n * 16,
+                          inputs - k * 32, inputs, w + n * 16 * inputs + k * 32);
 }
 
 // out = x W^T + bias, if there is one, + x A^T B^T for the rows of the n runs. w: as zo_pack_tiles writes it. Sums
