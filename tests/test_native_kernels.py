@@ -356,11 +356,21 @@ def test_rows_that_do_not_fit_into_a_cache_take_turns() -> None:
 def test_a_rows_bits_in_a_tile_product_depend_on_nothing_else(threads: int) -> None:
     torch.manual_seed(0)
     x, linear = torch.randn(600, 200).bfloat16(), tile_linear.TileLinear(torch.randn(160, 200).bfloat16())
-    whole, before = linear(x, None, None), torch.get_num_threads()
+    a, b = factors(200, (96, 64), torch.bfloat16)
+    found = native.factors(a, b)
+    assert found is not None
+    owners = [(0, 33, 0), (33, 300, 1), (310, 311, 2), (311, 600, 0)]
+
+    def product(start: int, stop: int) -> Tensor:
+        inside = [(max(i, start) - start, min(j, stop) - start, slot, RANK) for i, j, slot in owners]
+        runs = torch.tensor([run for run in inside if run[0] < run[1]])
+        return torch.cat([linear(x[start:stop], None, None), linear.with_low_rank(x[start:stop], None, found, runs)], 1)
+
+    whole, before = product(0, 600), torch.get_num_threads()
     try:
         torch.set_num_threads(threads)
         for start, stop in ((0, 1), (7, 40), (100, 600), (0, 600)):
-            assert torch.equal(linear(x[start:stop], None, None), whole[start:stop])
+            assert torch.equal(product(start, stop), whole[start:stop])
     finally:
         torch.set_num_threads(before)
 
