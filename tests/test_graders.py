@@ -288,7 +288,7 @@ ANSWERS = 3
         ("return float('nan')", "python_grader_runtime_error", "returned nan"),
         ("sys.exit(3)", "python_grader_runtime_error", "SystemExit"),
         ("return len('x' * (8 << 30))", "python_grader_runtime_error", "MemoryError"),
-        ("f = open('f', 'w')\nwhile True: f.write('x' * 1000000)", "python_grader_runtime_error", "File too large"),
+        ("f = open('f', 'wb', 0)\nf.seek(1 << 30)\nf.write(b'x')", "python_grader_runtime_error", "File too large"),
         ("os._exit(3)", "python_grader_server_error", "process ended (status 3)"),
         ("while True: pass", "unresponsive_reward_error", "did not answer within 1 s"),
         (f"os.write({ANSWERS}, b'[1]\\n')", "python_grader_runtime_error", "it wrote b'[1]\\n"),
