@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
+import tempfile
 import time
 import uuid
 from collections.abc import Callable
@@ -264,12 +265,17 @@ async def serve_and_train(engine: AsyncLLM) -> Any:
 
     run = await engine.finetune(rows, **options)
     loss = (await engine.evaluate(rows, run=run))["loss"], (await engine.evaluate(rows, SENTIMENT))["loss"]
+    assert not [*Path(tempfile.gettempdir()).glob("vllm-zo-evaluate-*")]
     assert abs(loss[0] - loss[1]) > 1e-3
     assert_agree(await async_answers(engine), alone)
     return run
 
 
-def test_an_async_engine_serves_while_it_trains_and_takes_the_same_steps(engines: Engines) -> None:
+def test_an_async_engine_serves_while_it_trains_and_takes_the_same_steps(
+    engines: Engines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
     async def scenario() -> Any:
         options = {"max_model_len": 128, "dtype": "float32", "block_size": 32, "zo_training": True, **ONE_PROCESS}
         engine = AsyncLLM.from_engine_args(AsyncEngineArgs(model=str(engines.model("opt")), **options))

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import itertools
 import math
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -389,6 +391,14 @@ def test_probes_carry_the_directions_that_the_update_uses(engines: Engines, monk
         plan = method.plan(header.job_seed, step, basis_of(method, step, "bank", header.num_bases))
         u_OR = state.layout.split_u(state.draws(plan.keys)[0])[0]
         assert torch.allclose(slot[0], u_OR * 1e-2, rtol=1e-6) and torch.allclose(slot[1], -u_OR * 1e-2, rtol=1e-6)
+
+
+def test_an_evaluation_leaves_no_files(engines: Engines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless it fails, or there is a directory for jobs."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    llm = engines.get()
+    assert llm.evaluate(reviews(4), SENTIMENT)["loss"] > 0
+    assert not [*tmp_path.iterdir()]
 
 
 def test_evaluate_scores_the_base_and_a_run(engines: Engines) -> None:

@@ -186,7 +186,9 @@ class Cluster:
             check_played(objective, chat, wait=True, apart=True)
         examples = load_examples(data, "data")
         job: PreparedJob = self._host.alive()[0].call("prepare_evaluation", chat, examples, objective, state)
-        return self._start(job).wait().last_evaluation()
+        result = self._start(job).wait().last_evaluation()
+        job.discard()
+        return result
 
     def _start(self, job: PreparedJob, callbacks: Iterable[Callback] = ()) -> FineTuneRun:
         client = self._host.start(JobDir(job.directory))

@@ -130,7 +130,9 @@ class AsyncTrainingMixin:
             prepare_evaluation, self, data, objective, run, render=render, trust=Trust.IMPORTS
         )
         async with _playing(self, job):
-            return (await (await _start(self, job)).wait()).last_evaluation()
+            result = (await (await _start(self, job)).wait()).last_evaluation()
+        await asyncio.to_thread(job.discard)
+        return result
 
     async def restore_base(self, run: JobResult) -> None:
         """Give the base weights the values that they had before a `fold` run."""

@@ -119,7 +119,9 @@ class TrainingMixin:
         with _client_for(self.llm_engine, job) as client:
             evaluation = FineTuneRun(client, job.directory, job.config, job.model)
             client.call("zo_start", str(job.directory))
-            return evaluation.wait().last_evaluation()
+            result = evaluation.wait().last_evaluation()
+        job.discard()
+        return result
 
     def restore_base(self, run: FineTuneRun) -> None:
         """Give the base weights the values that they had before a `fold` run.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import tempfile
 import uuid
 from collections.abc import Mapping
@@ -41,12 +42,22 @@ class Trained(Protocol):
 
 @dataclass(frozen=True)
 class PreparedJob:
-    """A job whose settings are checked and whose directory is written: the engine can start it."""
+    """A job whose settings are checked and whose directory is written: the engine can start it.
+
+    Attributes:
+        passing: whether nobody needs the directory once there is a result.
+    """
 
     directory: Path
     config: JobConfig
     model: str
     num_bases: int
+    passing: bool = False
+
+    def discard(self) -> None:
+        """Remove the directory, if nobody needs it any more."""
+        if self.passing:
+            shutil.rmtree(self.directory, ignore_errors=True)
 
     def log_start(self) -> None:
         config = self.config
@@ -189,7 +200,10 @@ def prepare_evaluation(
             f"objective={objective!r:.80}: compares the model with the base, and a `fold` run has changed the base; "
             "give `finetune` the data as validation."
         )
-    directory = _state_dir(zo) / f"evaluate-{uuid.uuid4().hex[:8]}"
+    if zo.state_dir is None:
+        directory = Path(tempfile.mkdtemp(prefix="vllm-zo-evaluate-"))
+    else:
+        directory = _state_dir(zo) / f"evaluate-{uuid.uuid4().hex[:8]}"
     if run is None or run.config.space == "fold":
         # The base itself holds what a `fold` run learnt, so there is no state to load.
         config, initial = JobConfig(objective=objective, steps=0), None
@@ -197,7 +211,7 @@ def prepare_evaluation(
         config, initial = replace(run.config, objective=objective), run.version_file
     model = engine.model_config.model
     JobDir(directory).write(JobDescription(model, config, evaluate_only=True, initial=initial), [], examples)
-    return PreparedJob(directory, config, model, num_bases=1)
+    return PreparedJob(directory, config, model, num_bases=1, passing=zo.state_dir is None)
 
 
 def check_played(objective: Objective, chat: Mapping[str, Any] | None, *, wait: bool, apart: bool = False) -> None:
