@@ -32,7 +32,7 @@ def test_the_example_of_the_docstring() -> None:
     plan = plan_rows([Chunk(3, "+", (5, 7, 9), (2,)), Chunk(4, "-", (5, 7, 8, 4), (3,))])
     assert plan.first_D.tolist() == [0, 1, 2, 5, 6]
     assert plan.spread_U.tolist() == [0, 1, 2, 0, 1, 3, 4]
-    assert plan.repeats and not plan.shares and plan.buckets is None
+    assert plan.repeats and not plan.shares and plan.whole is None
 
 
 def test_other_requests_and_continued_members_keep_every_row() -> None:
@@ -68,9 +68,9 @@ def test_a_plan_merges_rows_of_equal_state_and_history_and_no_others() -> None:
 
 def test_a_plan_has_buckets_where_all_sequences_are_whole_and_only_there() -> None:
     whole = Chunk(2, "+", (5, 7), (1,), whole=True)
-    assert plan_rows([whole, replace(whole, state="-")]).buckets is not None
-    assert plan_rows([whole, replace(whole, whole=False)]).buckets is None
-    assert plan_rows([whole, Chunk(3)]).buckets is None
+    assert plan_rows([whole, replace(whole, state="-")]).whole is not None
+    assert plan_rows([whole, replace(whole, whole=False)]).whole is None
+    assert plan_rows([whole, Chunk(3)]).whole is None
 
 
 PREFIX = "nothing happens for two hours , and then it ends , "

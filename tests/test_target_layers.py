@@ -134,8 +134,8 @@ def test_rows_below_are_those_of_equal_history_and_serving_rows_are_apart() -> N
         for sequence, rows in below.to_keep.items():
             assert sequence not in kept
             assert [entering[b] for b in rows] == [((), sequence.token_ids[: i + 1]) for i in range(len(rows))]
-        if below.buckets is not None:
-            assert sorted(set(below.buckets.gather_P.tolist())) == list(range(len(below.rows_B)))
+        if below.whole is not None:
+            assert sorted(set(below.whole.buckets.gather_P.tolist())) == list(range(len(below.rows_B)))
 
 
 def test_a_step_whose_jobs_train_the_first_layer_has_nothing_below() -> None:

@@ -21,17 +21,18 @@ from tests.engines import SENTIMENT, Engines, members_as_requests, reviews, work
 from vllm_zo import Classification, LoZO, Reward
 from vllm_zo.worker.cpu import attention as whole_attention
 from vllm_zo.worker.cpu import native
-from vllm_zo.worker.cpu.row_plan import MOST_PADDING, fill_buckets, plan_rows
+from vllm_zo.worker.cpu.row_plan import MOST_PADDING, plan_rows, whole_sequences
 from vllm_zo.worker.platform import Chunk
 
 
-def test_the_example_of_the_docstring() -> None:
-    buckets = fill_buckets([3, 4], [0, 1, 2, 0, 1, 3, 4])
+def test_the_examples_of_the_docstrings() -> None:
+    whole = whole_sequences([[0, 1, 2], [0, 1, 3, 4]])
+    assert whole.longest == 4
+    buckets, unpadded = whole.buckets, whole.unpadded
     assert buckets.shapes == ((2, 4),)
     assert buckets.gather_P.tolist() == [0, 1, 3, 4, 0, 1, 2, 2]
     assert buckets.back_U.tolist() == [4, 5, 6, 2, 3]
-    unpadded = buckets.unpadded
-    assert (unpadded.starts.tolist(), unpadded.longest) == ([0, 4, 7], 4)
+    assert unpadded.starts.tolist() == [0, 4, 7]
     assert unpadded.rows_S.tolist() == [0, 1, 3, 4, 0, 1, 2]
     assert unpadded.first_S.tolist() == [1, 1, 1, 1, 0, 0, 1]
 
@@ -50,8 +51,8 @@ def test_every_row_is_in_its_sequence_and_little_is_padded() -> None:
     for _ in range(50):
         chunks = random_sequences(rng)
         plan = plan_rows(chunks)
-        buckets = plan.buckets
-        assert buckets is not None
+        assert plan.whole is not None
+        buckets = plan.whole.buckets
         rows = [part.tolist() for part in plan.expand_T.split([c.rows for c in chunks])]
         padded, start = [], 0
         for count, length in buckets.shapes:
@@ -98,10 +99,10 @@ def test_attention_is_that_of_each_sequence_alone(
     for _ in range(5):
         chunks = random_sequences(rng, longest=12)
         plan = plan_rows(chunks)
-        assert plan.buckets is not None
+        assert plan.whole is not None
         packed = torch.randn(len(plan.keep_U), (4 + 2 * kv_heads) * 32, generator=generator).to(dtype)
         qkv = packed.split([4 * 32, kv_heads * 32, kv_heads * 32], 1)  # views, as a packed layer makes them
-        ours = whole_attention.attend(layer, *qkv, plan.buckets)
+        ours = whole_attention.attend(layer, *qkv, plan.whole)
         assert ours.dtype == dtype and ours.shape == (len(plan.keep_U), 4 * 32)
         for rows in plan.expand_T.split([c.rows for c in chunks]):
             alone = naive(layer, *(x[rows] for x in qkv))

@@ -15,7 +15,7 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 
 from vllm_zo.worker.cpu import native
 from vllm_zo.worker.cpu.linear import is_emulated
-from vllm_zo.worker.cpu.row_plan import Buckets, Unpadded
+from vllm_zo.worker.cpu.row_plan import Unpadded, WholeSequences
 
 SHORT = 128
 """Our kernel computes in float32. With 16-bit instructions torch's is faster where sequences are longer than this, by
@@ -38,21 +38,22 @@ def why_not(layer: Any) -> str | None:
     return next((f"it has {name}" for name, present in extras.items() if present), None)
 
 
-def attend(layer: Any, query: Tensor, key: Tensor, value: Tensor, buckets: Buckets) -> Tensor:
+def attend(layer: Any, query: Tensor, key: Tensor, value: Tensor, whole: WholeSequences) -> Tensor:
     """Causal attention within each sequence.
 
     Args:
         layer: vLLM's attention layer, for its sizes, scale and sliding window.
         query: (U, heads * D); U counts the kept rows (`RowPlan`).
         key, value: (U, kv_heads * D).
-        buckets: the sequences.
+        whole: the sequences.
 
     Returns:
         (U, heads * D), contiguous.
     """
     in_float32 = query.dtype == torch.float32 or is_emulated(query.dtype)
-    if (in_float32 or buckets.unpadded.longest <= SHORT) and native.fits(query, key, value):
-        return _attend_unpadded(layer, query, key, value, buckets.unpadded)
+    if (in_float32 or whole.longest <= SHORT) and native.fits(query, key, value):
+        return _attend_unpadded(layer, query, key, value, whole.unpadded)
+    buckets = whole.buckets
     heads, kv_heads, width = layer.num_heads, layer.num_kv_heads, layer.head_size
     sizes = [count * length for count, length in buckets.shapes]
     padded = [x.reshape(len(x), -1).index_select(0, buckets.gather_P) for x in (query, key, value)]
@@ -67,8 +68,8 @@ def attend(layer: Any, query: Tensor, key: Tensor, value: Tensor, buckets: Bucke
             q, k, v, mask, is_causal=mask is None, scale=layer.impl.scale, enable_gqa=heads != kv_heads
         )
         attended.append(out.transpose(1, 2).reshape(count * length, heads * width))
-    whole = attended[0] if len(attended) == 1 else torch.cat(attended)
-    return whole.index_select(0, buckets.back_U).to(query.dtype)
+    placed = attended[0] if len(attended) == 1 else torch.cat(attended)
+    return placed.index_select(0, buckets.back_U).to(query.dtype)
 
 
 def _attend_unpadded(layer: Any, query: Tensor, key: Tensor, value: Tensor, unpadded: Unpadded) -> Tensor:

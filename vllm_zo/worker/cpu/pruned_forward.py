@@ -36,7 +36,7 @@ from vllm_zo.worker.cpu import attention as whole_attention
 from vllm_zo.worker.cpu.decoder_layers import DecoderLayers, find_decoder_layers
 from vllm_zo.worker.cpu.lora import GroupedPunicaWrapper, Spans
 from vllm_zo.worker.cpu.patches import ATTENTION, DECODER_LAYER, LORA_LINEAR, MODEL_FORWARD
-from vllm_zo.worker.cpu.row_plan import Below, Buckets, RowPlan, plan_rows
+from vllm_zo.worker.cpu.row_plan import Below, RowPlan, WholeSequences, plan_rows
 from vllm_zo.worker.cpu.tile_linear import TileLinear
 from vllm_zo.worker.kept_states import KeptStates
 from vllm_zo.worker.platform import Chunk, Chunks
@@ -181,7 +181,7 @@ class RowPruner:
         plan = self.plan_of(chunks)
         if self.needs_cache:
             plan = plan.through_cache()
-        return plan if plan.shares or plan.prunes or plan.repeats or plan.buckets or plan.below else None
+        return plan if plan.shares or plan.prunes or plan.repeats or plan.whole or plan.below else None
 
     def plan_of(self, chunks: Sequence[Chunk]) -> RowPlan:
         """The plan of a forward with these rows."""
@@ -231,8 +231,8 @@ class Forward:
         return self.attentions == self.pruner.layers
 
     @property
-    def buckets(self) -> Buckets | None:
-        return (self.below or self.plan).buckets
+    def whole(self) -> WholeSequences | None:
+        return (self.below or self.plan).whole
 
     def expand(self, x: Tensor) -> Tensor:
         """The rows that layers get now to all rows: (U or B, ...) -> (T, ...)."""
@@ -392,8 +392,8 @@ def _attention(pruner: RowPruner, layer: Any, original: Callable[..., Tensor]) -
         running = pruner.running
         if running is None:
             return original(query, key, value, output_shape, *args, **kwargs)
-        if (buckets := running.buckets) is not None and not args and not kwargs:
-            return running.past(whole_attention.attend(layer, query, key, value, buckets))
+        if (whole := running.whole) is not None and not args and not kwargs:
+            return running.past(whole_attention.attend(layer, query, key, value, whole))
         if running.alone:  # without metadata vLLM's attention returns a tensor that it never wrote to
             raise RuntimeError(f"{layer.layer_name}: an attention call with further arguments {args} {sorted(kwargs)}")
         pruner.wrote_kv = True

@@ -19,8 +19,9 @@ The functions here are pure: they read nothing of vLLM.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import accumulate
 
 import torch
@@ -37,37 +38,83 @@ attention in 3 to 8 buckets takes the same time within a tenth, and two to three
 
 
 @dataclass(frozen=True)
-class Buckets:
-    """Sequences as dense batches: P places, bucket after bucket, which hold U kept rows (see `RowPlan`) and padding.
+class WholeSequences:
+    """All rows of a forward as whole sequences, for attention. A layout is made when the first layer asks for it.
 
     Attributes:
-        shapes: (sequences, length) of each bucket; P is the sum of their products.
-        gather_P: for each place, which of the U rows it holds. Padding repeats the last row of its sequence.
-        back_U: for each of the U rows, one of its places.
-        unpadded: the same sequences without padding.
+        rows: of each sequence, which of the U rows (see `RowPlan`) it has; the longest sequence first.
     """
 
-    shapes: tuple[tuple[int, int], ...]
-    gather_P: Tensor
-    back_U: Tensor
-    unpadded: Unpadded
+    rows: Sequence[Sequence[int]]
+
+    @property
+    def longest(self) -> int:
+        """The length of the first sequence."""
+        return len(self.rows[0])
+
+    @cached_property
+    def unpadded(self) -> Unpadded:
+        rows_S = [row for rows in self.rows for row in rows]
+        first_S: list[bool] = []
+        seen: set[int] = set()
+        for row in rows_S:
+            first_S.append(row not in seen)
+            seen.add(row)
+        return Unpadded(
+            starts=torch.tensor([0, *accumulate(map(len, self.rows))]),
+            rows_S=torch.tensor(rows_S),
+            first_S=torch.tensor(first_S, dtype=torch.uint8),
+        )
+
+    @cached_property
+    def buckets(self) -> Buckets:
+        gather: list[int] = []
+        shapes: list[tuple[int, int]] = []
+        back: dict[int, int] = {}
+        # From the longest down: the first sequence of a bucket sets its length.
+        for rows in self.rows:
+            if not shapes or len(rows) * MOST_PADDING < shapes[-1][1]:
+                shapes.append((0, len(rows)))
+            count, length = shapes[-1]
+            shapes[-1] = count + 1, length
+            # Of a shared row any place will do: all hold the same values.
+            back.update(zip(rows, range(len(gather), len(gather) + len(rows)), strict=True))
+            gather += [*rows, *rows[-1:] * (length - len(rows))]
+        return Buckets(tuple(shapes), torch.tensor(gather), torch.tensor([back[row] for row in range(len(back))]))
 
 
 @dataclass(frozen=True)
 class Unpadded:
-    """Sequences one after another, the longest first.
+    """Sequences one after another.
 
     Attributes:
         starts: their first places, and the number S of all places.
         rows_S: for each place, which of the U rows it holds.
         first_S: uint8, whether the place is the first with its row.
-        longest: the length of the first sequence.
+
+    Example: the sequences 0 1 3 4 and 0 1 2: starts = 0 4 7, rows = 0 1 3 4 0 1 2, first = 1 1 1 1 0 0 1.
     """
 
     starts: Tensor
     rows_S: Tensor
     first_S: Tensor
-    longest: int
+
+
+@dataclass(frozen=True)
+class Buckets:
+    """Sequences as dense batches: P places, bucket after bucket, which hold the U rows and padding.
+
+    Attributes:
+        shapes: (sequences, length) of each bucket; P is the sum of their products.
+        gather_P: for each place, which of the U rows it holds. Padding repeats the last row of its sequence.
+        back_U: for each of the U rows, one of its places.
+
+    Example: the sequences 0 1 3 4 and 0 1 2: one bucket (2, 4), gather = 0 1 3 4 0 1 2 2, back = 4 5 6 2 3.
+    """
+
+    shapes: tuple[tuple[int, int], ...]
+    gather_P: Tensor
+    back_U: Tensor
 
 
 @dataclass(frozen=True)
@@ -80,7 +127,7 @@ class Below:
         rows_B: of the T rows, those that the layers below compute. They are the first B of the D rows.
         loaded_B: whether these are rows of members, which the weights as loaded compute, without an adapter.
         expand_T: for each of the T rows, its place among the B; 0 for a row that is kept, whose result nobody reads.
-        buckets: the sequences for attention if all rows belong to whole sequences, else None.
+        whole: the sequences for attention if all rows belong to whole ones, else None.
         kept: the D rows beyond the first B, as sequences whose states are kept, each from its row of that number on.
         to_keep: the sequences whose states may be kept, with their rows among the B.
     """
@@ -89,7 +136,7 @@ class Below:
     rows_B: Tensor
     loaded_B: Tensor
     expand_T: Tensor
-    buckets: Buckets | None
+    whole: WholeSequences | None
     kept: tuple[tuple[kept_states.Sequence, int], ...]
     to_keep: Mapping[kept_states.Sequence, Tensor]
 
@@ -105,7 +152,7 @@ class RowPlan:
         first_D: of the U rows, one of each set of rows that are equal before the first attention of the first trained
             layer, whatever their state.
         spread_U: for each of the U rows, its place among those D.
-        buckets: the sequences for attention if all rows belong to whole sequences, else None.
+        whole: the sequences for attention if all rows belong to whole ones, else None.
         below: the layers below the first trained one; None if that is the model's first.
     """
 
@@ -114,7 +161,7 @@ class RowPlan:
     needed_P: Tensor
     first_D: Tensor
     spread_U: Tensor
-    buckets: Buckets | None = None
+    whole: WholeSequences | None = None
     below: Below | None = None
 
     @property
@@ -134,8 +181,8 @@ class RowPlan:
 
     def through_cache(self) -> RowPlan:
         """The plan for a forward whose attention goes through the KV cache."""
-        below = None if self.below is None else replace(self.below, buckets=None)
-        return replace(self, buckets=None, below=below)
+        below = None if self.below is None else replace(self.below, whole=None)
+        return replace(self, whole=None, below=below)
 
 
 def plan_rows(chunks: Sequence[Chunk], layers: int = 0, is_kept: IsKept = lambda sequence: False) -> RowPlan:
@@ -183,7 +230,8 @@ class _Rows:
         self.kept: list[tuple[kept_states.Sequence, int]] = []
         self.sequences: dict[kept_states.Sequence, list[int]] = {}
         """Whole sequences that the layers below compute -> their U rows."""
-        self.lengths: list[int] = []
+        self.paths: list[list[int]] = []
+        """Of each chunk, its U rows."""
 
     def add(self, chunk: Chunk) -> None:
         start, entering = len(self.expand), len(self.first)
@@ -201,11 +249,11 @@ class _Rows:
         # vLLM may read any row of a request that is not a member.
         targets = range(chunk.rows) if chunk.state is None else chunk.targets
         self.needed.update(self.expand[start + i] for i in targets)
-        self.lengths.append(chunk.rows)
+        self.paths.append(self.expand[start:])
         if is_kept and (new := len(self.first) - entering):  # new rows are the end of a sequence: prefixes are shared
             self.kept.append((sequence, chunk.rows - new))  # type: ignore[arg-type]  # it is one of the kept
         elif sequence is not None and not is_kept:
-            self.sequences.setdefault(sequence, self.expand[start:])
+            self.sequences.setdefault(sequence, self.paths[-1])
 
     def _new_row(self, chunk: Chunk, i: int, start: int, node: Hashable, is_kept: bool) -> int:
         row, alike = len(self.keep), len(self.first)
@@ -235,7 +283,7 @@ class _Rows:
             needed_P=torch.tensor(sorted(self.needed), dtype=torch.int64),
             first_D=torch.tensor(self.first, dtype=torch.int64),
             spread_U=torch.tensor(self.spread, dtype=torch.int64),
-            buckets=fill_buckets(self.lengths, self.expand) if whole else None,
+            whole=whole_sequences(self.paths) if whole else None,
             below=self._below([self.member[d] for d in order], whole=whole) if self.layer else None,
         )
 
@@ -244,63 +292,18 @@ class _Rows:
         paths = {sequence: [self.spread[row] for row in rows] for sequence, rows in self.sequences.items()}
         # One of each set of equal sequences: owners differ where jobs have examples in common.
         distinct = list({sequence.token_ids: path for sequence, path in paths.items()}.values())
-        buckets = None
-        if whole and distinct:
-            buckets = fill_buckets([len(path) for path in distinct], [row for path in distinct for row in path])
         places = [self.spread[row] for row in self.expand]
         return Below(
             layer=self.layer,
             rows_B=torch.tensor([self.keep[row] for row in self.first[:computed]], dtype=torch.int64),
             loaded_B=torch.tensor(member[:computed], dtype=torch.bool),
             expand_T=torch.tensor([d if d < computed else 0 for d in places], dtype=torch.int64),
-            buckets=buckets,
+            whole=whole_sequences(distinct) if whole and distinct else None,
             kept=tuple(self.kept),
             to_keep={s: torch.tensor(path) for s, path in paths.items() if s.owner is not None},
         )
 
 
-def fill_buckets(lengths: Sequence[int], expand_T: Sequence[int]) -> Buckets:
-    """Lay out sequences in buckets.
-
-    Args:
-        lengths: of the sequences.
-        expand_T: their rows among the kept ones, one sequence after another.
-
-    Example: lengths 3 and 4, rows 0 1 2 0 1 3 4: one bucket (2, 4), gather = 0 1 3 4 0 1 2 2, back = 4 5 6 2 3.
-    Without padding: starts = 0 4 7, rows = 0 1 3 4 0 1 2, first = 1 1 1 1 0 0 1.
-    """
-    starts = [*accumulate(lengths, initial=0)]
-    gather: list[int] = []
-    shapes: list[tuple[int, int]] = []
-    back = [0] * (max(expand_T) + 1)
-    order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
-    # From the longest down: the first sequence of a bucket sets its length.
-    for i in order:
-        if not shapes or lengths[i] * MOST_PADDING < shapes[-1][1]:
-            shapes.append((0, lengths[i]))
-        count, longest = shapes[-1]
-        rows = list(expand_T[starts[i] : starts[i + 1]])
-        for place, row in enumerate(rows, len(gather)):
-            back[row] = place  # of a shared row any place will do: all hold the same values
-        gather += rows
-        gather += rows[-1:] * (longest - len(rows))
-        shapes[-1] = count + 1, longest
-    unpadded = _one_after_another([expand_T[starts[i] : starts[i + 1]] for i in order])
-    return Buckets(tuple(shapes), torch.tensor(gather), torch.tensor(back), unpadded)
-
-
-def _one_after_another(sequences: Sequence[Sequence[int]]) -> Unpadded:
-    """sequences: the rows of each."""
-    lengths = [len(rows) for rows in sequences]
-    rows_S = [row for rows in sequences for row in rows]
-    seen: set[int] = set()
-    first = []
-    for row in rows_S:
-        first.append(row not in seen)
-        seen.add(row)
-    return Unpadded(
-        starts=torch.tensor([0, *accumulate(lengths)]),
-        rows_S=torch.tensor(rows_S),
-        first_S=torch.tensor(first, dtype=torch.uint8),
-        longest=max(lengths, default=0),
-    )
+def whole_sequences(paths: Iterable[Sequence[int]]) -> WholeSequences:
+    """paths: of each sequence its rows."""
+    return WholeSequences(sorted(paths, key=len, reverse=True))
