@@ -86,7 +86,7 @@ def test_a_forward_that_fails_fails_its_job_and_no_request(engines: Engines, mon
     """Without whole sequences to attend to, vLLM's attention would answer zeros: it has no metadata of this step."""
     llm = engines.get()
     plan_rows = pruned_forward.plan_rows
-    monkeypatch.setattr(pruned_forward, "plan_rows", lambda *a: replace(plan_rows(*a), buckets=None))
+    monkeypatch.setattr(pruned_forward, "plan_rows", lambda *a: replace(plan_rows(*a), whole=None))
     with pytest.raises(JobError, match="RuntimeError: .*an attention call with further arguments"):
         losses(llm)
     monkeypatch.undo()
