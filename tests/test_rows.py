@@ -66,7 +66,7 @@ def test_a_plan_merges_rows_of_equal_state_and_history_and_no_others() -> None:
         assert len(plan.first_D) == len(set(kept))
 
 
-def test_a_plan_has_buckets_where_all_sequences_are_whole_and_only_there() -> None:
+def test_a_plan_has_whole_sequences_where_all_are_and_only_there() -> None:
     whole = Chunk(2, "+", (5, 7), (1,), whole=True)
     assert plan_rows([whole, replace(whole, state="-")]).whole is not None
     assert plan_rows([whole, replace(whole, whole=False)]).whole is None
