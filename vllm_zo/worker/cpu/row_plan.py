@@ -79,7 +79,7 @@ class WholeSequences:
             shapes[-1] = count + 1, length
             # Of a shared row any place will do: all hold the same values.
             back.update(zip(rows, range(len(gather), len(gather) + len(rows)), strict=True))
-            gather += [*rows, *rows[-1:] * (length - len(rows))]
+            gather += [*rows, *[rows[-1]] * (length - len(rows))]
         return Buckets(tuple(shapes), torch.tensor(gather), torch.tensor([back[row] for row in range(len(back))]))
 
 
