@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -81,13 +81,20 @@ def factors(
 
 
 def exact_low_rank(
-    y: Tensor, x: Tensor, a: Sequence[Tensor], b: Sequence[Tensor], runs: Sequence[Sequence[int]], scale: float
+    y: Tensor,
+    x: Tensor,
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    runs: Sequence[Sequence[int]],
+    scale: float,
+    of: Callable[[Tensor], Tensor] = torch.clone,
 ) -> Tensor:
+    """of: what to take of x A^T and of B before they are multiplied; `torch.abs` gives the size of the terms."""
     exact = y.double()
     for start, stop, slot, rank in runs:
         rank = a[0].shape[2] if rank < 0 else rank
         parts = [
-            x[start:stop].double() @ a_i[slot, 0, :rank].double().T @ b_i[slot, 0, :, :rank].double().T
+            of(x[start:stop].double() @ a_i[slot, 0, :rank].double().T) @ of(b_i[slot, 0, :, :rank].double().T)
             for a_i, b_i in zip(a, b, strict=True)
         ]
         exact[start:stop] += scale * torch.cat(parts, 1)
@@ -295,13 +302,7 @@ def test_a_tile_product_with_a_low_rank_part_is_the_exact_one(
     linear = tile_linear.TileLinear(weight)
     exact = exact_low_rank(x.double() @ weight.double().T + bias.double(), x, a, b, runs, 1.0)
     ours = linear.with_low_rank(x, bias, found, torch.tensor(runs, dtype=torch.int64).view(-1, 4))
-    terms = torch.zeros(len(x), sum(outputs), dtype=torch.float64)
-    for start, stop, slot, rank in runs:
-        rank = ranks if rank < 0 else rank
-        shrunk = [(x[start:stop].double() @ a_i[slot, 0, :rank].double().T).abs() for a_i in a]
-        terms[start:stop] = torch.cat(
-            [s @ b_i[slot, 0, :, :rank].double().abs().T for s, b_i in zip(shrunk, b, strict=True)], 1
-        )
+    terms = exact_low_rank(torch.zeros_like(exact), x, a, b, runs, 1.0, torch.abs)
     assert_rounded_once(ours, exact, 2.0**-18 * terms)
 
 

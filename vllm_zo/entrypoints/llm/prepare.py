@@ -200,7 +200,8 @@ def prepare_evaluation(
             f"objective={objective!r:.80}: compares the model with the base, and a `fold` run has changed the base; "
             "give `finetune` the data as validation."
         )
-    if zo.state_dir is None:
+    passing = zo.state_dir is None
+    if passing:
         directory = Path(tempfile.mkdtemp(prefix="vllm-zo-evaluate-"))
     else:
         directory = _state_dir(zo) / f"evaluate-{uuid.uuid4().hex[:8]}"
@@ -211,7 +212,7 @@ def prepare_evaluation(
         config, initial = replace(run.config, objective=objective), run.version_file
     model = engine.model_config.model
     JobDir(directory).write(JobDescription(model, config, evaluate_only=True, initial=initial), [], examples)
-    return PreparedJob(directory, config, model, num_bases=1, passing=zo.state_dir is None)
+    return PreparedJob(directory, config, model, num_bases=1, passing=passing)
 
 
 def check_played(objective: Objective, chat: Mapping[str, Any] | None, *, wait: bool, apart: bool = False) -> None:

@@ -164,7 +164,7 @@ void widen(const Factors& f, const Run& run, float* to) {
     }
 }
 
-// Rows in float32, one after the other in `scratch` if they have to be widened; then that is where the stride is from.
+// Rows in float32. Those in bfloat16 are widened into `scratch`, without gaps, and the stride becomes theirs there.
 const float* widen_rows(const float* x, int64_t&, int64_t, int64_t, float*) { return x; }
 const float* widen_rows(const BF16* x, int64_t& stride, int64_t rows, int64_t n, float* scratch) {
     for (int64_t row = 0; row < rows; row++) {

@@ -16,6 +16,12 @@ constexpr int64_t DEPTH = 2 * TILE;  // numbers in a block's two tiles of x, or 
 
 int64_t blocks(int64_t n) { return (n + BLOCK - 1) / BLOCK; }
 
+// Tile k, of `depth`, of the n-th 16 outputs: two of those lie side by side, as a block has them.
+template <class T>
+T* tile_of(T* packed, int64_t n, int64_t depth, int64_t k) {
+    return packed + (n / 2 * depth + k) * DEPTH + n % 2 * TILE;
+}
+
 // The first n of 32 numbers; all, if n is larger.
 __mmask32 some(int64_t n) { return n < 32 ? (1u << std::max(n, int64_t{0})) - 1 : ~0u; }
 

@@ -179,6 +179,13 @@ void shrink(const Number* x, const Number* a, int64_t depth, int64_t columns, in
 
 // --- products ---------------------------------------------------------------------------------------------------------
 
+// The slice of the low-rank part that has an output; the output becomes its place there.
+int64_t slice_of(const Factors& f, int64_t& output) {
+    int64_t slice = 0;
+    for (; output >= f.outputs[slice]; slice++) output -= f.outputs[slice];
+    return slice;
+}
+
 struct Product {
     const Number *x, *w, *bias;
     Number* out;
@@ -187,10 +194,8 @@ struct Product {
     std::vector<PackedRun>& runs;
 
     Panel panel(int64_t index) const {
-        int64_t slice = 0;
-        for (int64_t start = index * BLOCK; !runs.empty() && start >= factors->outputs[slice]; slice++)
-            start -= factors->outputs[slice];
-        return {index, slice, w + index * blocks(inputs) * DEPTH};
+        int64_t start = index * BLOCK;
+        return {index, runs.empty() ? 0 : slice_of(*factors, start), w + index * blocks(inputs) * DEPTH};
     }
 
     // This thread's share of a run's factors.
@@ -202,17 +207,15 @@ struct Product {
             for (int64_t t = 0; t < f.slices * to.steps; t++) {
                 const int64_t first = t % to.steps * 16;
                 const auto a = static_cast<const Number*>(f.a[t / to.steps]) + (run.slot * f.ranks + first) * inputs;
-                Number* tile = to.a + (t / 2 * depth + k) * DEPTH + t % 2 * TILE;
-                pack_weight(a + k * 32, rank - first, inputs - k * 32, inputs, tile);
+                pack_weight(a + k * 32, rank - first, inputs - k * 32, inputs, tile_of(to.a, t, depth, k));
             }
 #pragma omp for schedule(static) nowait
         for (int64_t n = 0; n < outputs / 16; n++) {
-            int64_t slice = 0, output = n * 16;
-            for (; output >= f.outputs[slice]; slice++) output -= f.outputs[slice];
+            int64_t output = n * 16;
+            const int64_t slice = slice_of(f, output);
             const auto b = static_cast<const Number*>(f.b[slice]) + (run.slot * f.outputs[slice] + output) * f.ranks;
             for (int64_t k = 0; k < to.steps; k++) {
-                Number* tile = to.b + (n / 2 * to.steps + k) * DEPTH + n % 2 * TILE;
-                if (pack_b(b + k * 16, rank - k * 16, f.ranks, tile)) continue;
+                if (pack_b(b + k * 16, rank - k * 16, f.ranks, tile_of(to.b, n, to.steps, k))) continue;
 #pragma omp atomic write
                 to.finite = false;
             }
@@ -331,7 +334,7 @@ void zo_pack_tiles(const Number* w, Number* packed, int64_t outputs, int64_t inp
     for (int64_t n = 0; n < 2 * blocks(outputs); n++)
         for (int64_t k = 0; k < blocks(inputs); k++)
             pack_weight(w + n * 16 * inputs + k * 32, outputs - n * 16, inputs - k * 32, inputs,
-                        packed + (n / 2 * blocks(inputs) + k) * DEPTH + n % 2 * TILE);
+                        tile_of(packed, n, blocks(inputs), k));
 }
 
 // And back.
@@ -339,8 +342,8 @@ void zo_unpack_tiles(const Number* packed, Number* w, int64_t outputs, int64_t i
 #pragma omp parallel for schedule(static)
     for (int64_t n = 0; n < 2 * blocks(outputs); n++)
         for (int64_t k = 0; k < blocks(inputs); k++)
-            unpack_weight(packed + (n / 2 * blocks(inputs) + k) * DEPTH + n % 2 * TILE, outputs - n * 16,
-                          inputs - k * 32, inputs, w + n * 16 * inputs + k * 32);
+            unpack_weight(tile_of(packed, n, blocks(inputs), k), outputs - n * 16, inputs - k * 32, inputs,
+                          w + n * 16 * inputs + k * 32);
 }
 
 // out = x W^T + bias, if there is one, + x A^T B^T for the rows of the n runs. w: as zo_pack_tiles writes it. Sums
