@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,12 @@ def below_of(plan: RowPlan) -> Below:
     return plan.below
 
 
+def sequence_of(chunk: Chunk, layer: int) -> Sequence | None:
+    """What may be kept of a chunk at a layer."""
+    rows = tuple(chunk.targets) if layer == LAYERS else None
+    return Sequence(chunk.owner, layer, tuple(chunk.token_ids), rows) if chunk.whole else None
+
+
 def test_two_probes_share_the_rows_below_and_a_kept_sequence_has_none_there() -> None:
     def member(state: str, tokens: tuple[int, ...]) -> Chunk:
         return Chunk(len(tokens), state, tokens, (len(tokens) - 1,), whole=True, first_layer=2, owner="job")
@@ -92,9 +99,25 @@ def test_two_probes_share_the_rows_below_and_a_kept_sequence_has_none_there() ->
     assert plan.spread_U.tolist() == [3, 4, 5, 0, 1, 2] * 2
 
 
+def test_behind_the_layers_a_kept_sequence_has_the_rows_that_are_read() -> None:
+    def member(tokens: tuple[int, ...], targets: tuple[int, ...]) -> Chunk:
+        return Chunk(len(tokens), "as loaded", tokens, targets, whole=True, first_layer=LAYERS, owner="job")
+
+    chunks = [member((5, 7, 9), (2,)), member((5, 7, 8, 4), (1, 3))] * 2
+    first, second = Sequence("job", LAYERS, (5, 7, 9), (2,)), Sequence("job", LAYERS, (5, 7, 8, 4), (1, 3))
+    plan = plan_rows(chunks, LAYERS)
+    assert {s: rows.tolist() for s, rows in below_of(plan).to_keep.items()} == {first: [2], second: [1, 4]}
+    plan = plan_rows(chunks, LAYERS, {first, second}.__contains__)
+    assert not len(below_of(plan).rows_B) and below_of(plan).kept == ((first, 0), (second, 0))
+    assert plan.keep_U.tolist() == [2, 4, 6] and plan.spread_U.tolist() == [0, 1, 2]
+    assert plan.expand_T[[2, 4, 6, 9, 11, 13]].tolist() == [0, 1, 2] * 2
+    plan = plan_rows([replace(chunks[0], targets=(1, 2)), chunks[1]], LAYERS, {first, second}.__contains__)
+    assert len(below_of(plan).rows_B) == 3 and below_of(plan).kept == ((second, 0),), "other rows are read"
+
+
 def test_rows_below_are_those_of_equal_history_and_serving_rows_are_apart() -> None:
     rng = random.Random(0)
-    for _ in range(200):
+    for first_layers in [(2, 3, 9), (9,)] * 100:
         chunks, kept = [], set()
         for _ in range(rng.randint(1, 9)):
             tokens = tuple(rng.choices((1, 2), k=rng.randint(1, 5)))
@@ -103,12 +126,14 @@ def test_rows_below_are_those_of_equal_history_and_serving_rows_are_apart() -> N
                 chunks.append(Chunk(len(tokens)))
                 continue
             whole, owner = kind < 0.8, rng.choice(["a", "b"])
+            targets = tuple(sorted(rng.sample(range(len(tokens)), rng.randint(1, len(tokens)))))
+            first_layer = rng.choice(first_layers)
             chunk = Chunk(
-                len(tokens), rng.choice("+-"), tokens, (0,), whole=whole, first_layer=rng.choice([2, 3, 9]), owner=owner
+                len(tokens), rng.choice("+-"), tokens, targets, whole=whole, first_layer=first_layer, owner=owner
             )
             chunks.append(chunk)
             if whole and rng.random() < 0.5:
-                kept.add(Sequence(owner, 2, tokens))
+                kept |= {Sequence(owner, 2, tokens), Sequence(owner, LAYERS, tokens, targets)}
         plan = plan_rows(chunks, LAYERS, kept.__contains__)
         members = [c for c in chunks if c.state]
         if not members:
@@ -126,14 +151,20 @@ def test_rows_below_are_those_of_equal_history_and_serving_rows_are_apart() -> N
         assert [history[t][2] for t in below.rows_B.tolist()] == below.loaded_B.tolist()
         for sequence, first in below.kept:
             assert sequence in kept and sequence.layer == below.layer
-            entering += [((), sequence.token_ids[: i + 1]) for i in range(first, len(sequence.token_ids))]
+            rows = range(len(sequence.token_ids)) if sequence.rows is None else sequence.rows
+            entering += [((), sequence.token_ids[: i + 1]) for i in rows[first:]]
         assert len(entering) == len(plan.first_D)
         entered = [entering[plan.spread_U[u]] for u in plan.expand_T.tolist()]
-        assert entered == [h[:2] for h in history]
+        matters = [
+            bool(i in c.targets or sequence_of(c, below.layer) not in kept) for c in chunks for i in range(c.rows)
+        ]
+        assert list(compress(entered, matters)) == [h[:2] for h in compress(history, matters)]
+        assert below.layer == LAYERS or entered == [h[:2] for h in history]
         assert [plan.spread_U[u] for u in plan.first_D] == list(range(len(plan.first_D)))
         for sequence, rows in below.to_keep.items():
             assert sequence not in kept
-            assert [entering[b] for b in rows] == [((), sequence.token_ids[: i + 1]) for i in range(len(rows))]
+            places = range(len(rows)) if sequence.rows is None else sequence.rows
+            assert [entering[b] for b in rows] == [((), sequence.token_ids[: i + 1]) for i in places]
         if below.whole is not None:
             assert sorted(set(below.whole.buckets.gather_P.tolist())) == list(range(len(below.rows_B)))
 
@@ -314,11 +345,12 @@ def test_what_is_kept_and_what_is_computed_mix_in_a_step(
     llm, _ = road
     kept = worker_of(llm).zo.platform.rows.kept
     everything = losses(train(llm, **scope))
+    half = kept.bytes // 2
     monkeypatch.setattr(kept, "limit_bytes", 0)
     plans.clear()
     assert losses(train(llm, **scope)) == pytest.approx(everything, abs=LOSS_TOLERANCE)
     assert all(len(below_of(plan).rows_B) and not below_of(plan).kept for plan in plans)
-    monkeypatch.setattr(kept, "limit_bytes", 50_000)
+    monkeypatch.setattr(kept, "limit_bytes", half)
     plans.clear()
     assert losses(train(llm, **scope)) == pytest.approx(everything, abs=LOSS_TOLERANCE)
     assert any(len(below_of(plan).rows_B) and below_of(plan).kept for plan in plans), "or this test shows nothing"

@@ -22,14 +22,16 @@ class Sequence(NamedTuple):
 
     Attributes:
         owner: the job that asks. The states do not depend on it.
+        rows: those that are kept, behind the last layer, where nothing but a row itself is read; None: all.
     """
 
     owner: Hashable
     layer: int
     token_ids: tuple[int, ...]
+    rows: tuple[int, ...] | None = None
 
 
-_Key = tuple[int, tuple[int, ...]]
+_Key = tuple[int, tuple[int, ...], tuple[int, ...] | None]
 
 
 @dataclass
@@ -71,7 +73,7 @@ class KeptStates:
         return len(self._kept) - len(self._unused)
 
     def __getitem__(self, sequence: Sequence) -> Mapping[Hashable, Tensor]:
-        """Argument -> (rows of the sequence, ...)."""
+        """Argument -> (kept rows of the sequence, ...)."""
         return self._kept[sequence[1:]].states
 
     def claim(self, sequence: Sequence) -> bool:
@@ -88,7 +90,7 @@ class KeptStates:
 
         Args:
             arguments: of the layer's forward, by place or name: (rows of the forward, ...).
-            rows: of the sequence among these.
+            rows: of the sequence, those to keep, among these.
         """
         if self.claim(sequence):
             return

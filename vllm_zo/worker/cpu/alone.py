@@ -37,8 +37,7 @@ class AloneForward(Forward):
         lower, rows = (0, 0) if self.below is None else (self.below.layer, len(self.below.rows_B))
         lower = min(lower, layers - 1)  # the work of an LM head that is trained alone counts as the last layer's
         self.layer_rows = (rows,) * lower + (len(self.plan.keep_U),) * (layers - lower)
-        self._token_ids = torch.tensor([token for chunk in chunks for token in chunk.token_ids])
-        self._positions = torch.cat([torch.arange(chunk.rows) for chunk in chunks])
+        self._chunks = chunks
         self._stop: Callable[[int], bool] = lambda gone: False
         self._began = 0
         """Number of the layer at which the last `go_on` began."""
@@ -63,9 +62,11 @@ class AloneForward(Forward):
             return None
 
     def _run_model(self) -> Tensor:
+        token_ids = torch.tensor([token for chunk in self._chunks for token in chunk.token_ids])
+        positions = torch.tensor([place for chunk in self._chunks for place in range(chunk.rows)])
         # By name, as vLLM's runner calls it: some models take the first two by position only.
         hidden: Tensor = self.pruner.runner.model(
-            input_ids=self._token_ids[self.keep], positions=self._positions[self.keep], intermediate_tensors=None
+            input_ids=token_ids[self.keep], positions=positions[self.keep], intermediate_tensors=None
         )
         return hidden
 

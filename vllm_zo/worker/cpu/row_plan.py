@@ -199,7 +199,7 @@ def plan_rows(chunks: Sequence[Chunk], layers: int = 0, is_kept: IsKept = lambda
     # All members of a step change their rows at one layer: the lowest that any of them trains. In a job that trains
     # the LM head only, no layer depends on the probe; it enters behind the last one, all its probes in one state.
     first = min((chunk.first_layer for chunk in chunks if chunk.state is not None), default=0)
-    rows = _Rows(min(first, layers), is_kept)
+    rows = _Rows(min(first, layers), is_kept, behind_layers=first >= layers)
     for chunk in chunks:
         rows.add(chunk)
     return rows.plan(whole=all(chunk.whole for chunk in chunks))
@@ -210,10 +210,11 @@ class _Rows:
 
     Args:
         layer: the first one that depends on the states of members.
+        behind_layers: whether none does. Nothing attends there, so of a sequence only the rows that are read count.
     """
 
-    def __init__(self, layer: int, kept_at_layer: IsKept) -> None:
-        self.layer, self.kept_at_layer = layer, kept_at_layer
+    def __init__(self, layer: int, kept_at_layer: IsKept, *, behind_layers: bool) -> None:
+        self.layer, self.kept_at_layer, self.behind_layers = layer, kept_at_layer, behind_layers
         self.keep: list[int] = []
         self.expand: list[int] = []
         self.needed: set[int] = set()
@@ -228,6 +229,8 @@ class _Rows:
         self.alike: dict[Hashable, int] = {}
         """What a row depends on where it enters the first trained layer -> its place among D."""
         self.kept: list[tuple[kept_states.Sequence, int]] = []
+        self.read: dict[kept_states.Sequence, range] = {}
+        """Sequences that are kept behind the layers -> their U rows, which are those that are read."""
         self.sequences: dict[kept_states.Sequence, list[int]] = {}
         """Whole sequences that the layers below compute -> their U rows."""
         self.paths: list[list[int]] = []
@@ -235,8 +238,14 @@ class _Rows:
 
     def add(self, chunk: Chunk) -> None:
         start, entering = len(self.expand), len(self.first)
-        sequence = kept_states.Sequence(chunk.owner, self.layer, tuple(chunk.token_ids)) if chunk.whole else None
+        sequence = None
+        if chunk.whole:
+            rows = tuple(chunk.targets) if self.behind_layers else None
+            sequence = kept_states.Sequence(chunk.owner, self.layer, tuple(chunk.token_ids), rows)
         is_kept = self.layer > 0 and sequence is not None and self.kept_at_layer(sequence)
+        if is_kept and self.behind_layers:
+            self._read(chunk, sequence)  # type: ignore[arg-type]  # it is one of the kept
+            return
         # Kept and computed sequences share no rows: the rows that attention needs below are there in one of two ways.
         node: Hashable = ("state", chunk.state, is_kept)  # a tuple, which equals no row number
         for i in range(chunk.rows):
@@ -254,6 +263,24 @@ class _Rows:
             self.kept.append((sequence, chunk.rows - new))  # type: ignore[arg-type]  # it is one of the kept
         elif sequence is not None and not is_kept:
             self.sequences.setdefault(sequence, self.paths[-1])
+
+    def _read(self, chunk: Chunk, sequence: kept_states.Sequence) -> None:
+        """Add a sequence that is kept behind the layers: the rows that are read. Any row may stand for the others."""
+        start, row = len(self.expand), len(self.keep)
+        rows = self.read.get(sequence)
+        if rows is None:
+            rows = self.read[sequence] = range(row, row + len(chunk.targets))
+            place = len(self.first)
+            self.keep += [start + target for target in chunk.targets]
+            self.first += rows
+            self.spread += range(place, place + len(rows))
+            self.member += [True] * len(rows)
+            self.is_kept += [True] * len(rows)
+            self.kept.append((sequence, 0))
+        self.expand += [rows[0]] * chunk.rows
+        for target, row in zip(chunk.targets, rows, strict=True):
+            self.expand[start + target] = row
+        self.needed.update(rows)
 
     def _new_row(self, chunk: Chunk, i: int, start: int, node: Hashable, is_kept: bool) -> int:
         row, alike = len(self.keep), len(self.first)
@@ -300,7 +327,11 @@ class _Rows:
             expand_T=torch.tensor([d if d < computed else 0 for d in places], dtype=torch.int64),
             whole=whole_sequences(distinct) if whole and distinct else None,
             kept=tuple(self.kept),
-            to_keep={s: torch.tensor(path) for s, path in paths.items() if s.owner is not None},
+            to_keep={
+                s: torch.tensor(path if s.rows is None else [path[row] for row in s.rows])
+                for s, path in paths.items()
+                if s.owner is not None
+            },
         )
 
 
