@@ -108,6 +108,7 @@ def no_engine(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--update-space", "folds"], "unknown update_space 'folds': did you mean 'fold'?"),
         (["--task", "sst2"], "--train, --validation, --template, --option: --task sst2 brings its own; drop one"),
         (["--data", "a"], "--data: belongs to --task"),
+        (["--train-examples", 9], "--train-examples: belongs to --task"),
         (["--objective", "language-modelling"], "unknown objective 'language-modelling': did you mean 'language-model"),
         (["--template", "no field"], "template='no field'"),
         (["--train", "nowhere.jsonl"], "train='nowhere.jsonl': no such file"),

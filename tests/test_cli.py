@@ -196,8 +196,16 @@ def test_a_ready_made_task_is_trained_and_tested(
     write_jsonl(tmp_path / "train.jsonl", reviews(520, seed=1))
     write_jsonl(tmp_path / "validation.jsonl", reviews(6, seed=2))
     flags = ["--batch-size", 4, "--steps", 2, "--eval-examples", 4, "--output", tmp_path / "job", "--quiet"]
-    ended = vllm_zo(capsys, "train", "--model", engines.model("opt"), "--task", "sst2", "--data", tmp_path, *flags)
+    task = ["--model", engines.model("opt"), "--task", "sst2", "--data", tmp_path, "--train-examples"]
+    for examples, refused in (
+        (21, "--train-examples 21: sst2 has 20 besides 500 validation rows; ask for at most 20."),
+        (0, "train_examples=0: expected an integer >= 1"),
+    ):
+        ended = vllm_zo(capsys, "train", *task, examples, *flags)
+        assert ended.status == 2 and refused in ended.err
+    ended = vllm_zo(capsys, "train", *task, 12, *flags)
     assert ended.status == 0, ended.err
+    assert len((tmp_path / "job" / "train.jsonl").read_text().splitlines()) == 12
     metrics = json.loads((tmp_path / "job" / "summary.json").read_text())["metrics"]
     assert metrics["test_accuracy"] * 6 == pytest.approx(round(metrics["test_accuracy"] * 6))
     assert {"loss", "accuracy", "macro_f1", "test_loss", "initial_accuracy"} <= metrics.keys()

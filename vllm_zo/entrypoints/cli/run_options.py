@@ -10,6 +10,7 @@ from vllm_zo.entrypoints.llm.callbacks.report import TRACKERS
 from vllm_zo.entrypoints.llm.content_formats import CONTENT_FORMATS
 from vllm_zo.options import option
 from vllm_zo.tasks import PRESETS as TASKS
+from vllm_zo.tasks import TRAIN
 
 DATA = "Data and objective"
 """Heading of `vllm-zo train --help`."""
@@ -46,6 +47,9 @@ class RunOptions:
     )
     data_seed: int | None = option(
         None, panel=DATA, help="--task: chooses the training, validation and test rows (default: 0)."
+    )
+    train_examples: int | None = option(
+        None, minimum=1, panel=DATA, help=f"--task: how many training rows (default: {TRAIN}, as in the papers)."
     )
     chat_template: str | None = option(
         None,

@@ -31,7 +31,15 @@ from vllm_zo.entrypoints.cli.flags import (
 from vllm_zo.entrypoints.cli.hub import check_hub, push
 from vllm_zo.entrypoints.cli.model_card import CURVE, Card
 from vllm_zo.entrypoints.cli.recipes.packaged import packaged_file
-from vllm_zo.entrypoints.cli.recipes.recipe import EMPTY, RUN, Recipe, read_recipe, repeated_by, resolved_recipe
+from vllm_zo.entrypoints.cli.recipes.recipe import (
+    EMPTY,
+    OF_A_TASK,
+    RUN,
+    Recipe,
+    read_recipe,
+    repeated_by,
+    resolved_recipe,
+)
 from vllm_zo.entrypoints.cli.terminal_logging import quiet_vllm, show_ours
 from vllm_zo.entrypoints.llm.callbacks.report import report_to
 from vllm_zo.entrypoints.llm.cpu_defaults import apply_cpu_defaults, has_native_bfloat16, is_cpu_build
@@ -43,7 +51,8 @@ from vllm_zo.methods import LoZO
 from vllm_zo.objectives import OBJECTIVES, Classification
 from vllm_zo.registry import describe
 from vllm_zo.slot_fit import resolve_bases
-from vllm_zo.tasks import Task, load_task
+from vllm_zo.tasks import TRAIN, Task, load_task
+from vllm_zo.validation import check_optional_int
 
 Params = Mapping[str, Any]
 """Flags by name (flags.py). None or an empty list: the user did not give the flag."""
@@ -213,12 +222,21 @@ def _given(params: Params, names: Iterable[str]) -> dict[str, Any]:
 
 def _task(params: Params) -> Task | None:
     if params["task"] is None:
-        if needless := _given(params, ("data", "data_seed")):
+        if needless := _given(params, OF_A_TASK[1:]):
             raise ConfigError(f"{_flags(needless)}: belongs to --task; give --train and --validation files instead.")
         return None
     if double := _given(params, ("train", "validation", "objective", "objective_option", *objective_options())):
         raise ConfigError(f"{_flags(double)}: --task {params['task']} brings its own; drop one of the two.")
-    return load_task(params["task"], params["data"], seed=params["data_seed"] or 0)
+    asked = params["train_examples"]
+    check_optional_int("train_examples", asked, 1)
+    count = TRAIN if asked is None else asked
+    task = load_task(params["task"], params["data"], seed=params["data_seed"] or 0, train=count)
+    if asked is not None and len(task.train) < asked:
+        raise ConfigError(
+            f"--train-examples {asked}: {task.name} has {len(task.train)} besides {len(task.validation)} validation "
+            f"rows; ask for at most {len(task.train)}."
+        )
+    return task
 
 
 def _flags(given: Iterable[str]) -> str:

@@ -35,7 +35,8 @@ JOB = {name: setting for name, setting in options_of(JobConfig).items() if name 
 PARTS: dict[str, Registry[Any]] = {"objective": OBJECTIVES, "method": METHODS}
 ENGINE = "engine"
 CHATS = ("chat_template", "default_chat_template_kwargs", "chat_template_content_format")
-OF_A_TASK, OF_FILES = ("task", "data", "data_seed"), ("train", "validation", "objective", *CHATS)
+OF_A_TASK = ("task", "data", "data_seed", "train_examples")
+OF_FILES = ("train", "validation", "objective", *CHATS)
 """A run takes its data either from a ready-made task or from files with an objective."""
 
 
