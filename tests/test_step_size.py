@@ -11,10 +11,10 @@ import pytest
 
 from tests.engines import Engines
 from tests.trajectories import LOZO, Trajectory, cut_copy, train
-from vllm_zo import Reward
+from vllm_zo import LoZO, Reward
 from vllm_zo.methods import METHODS
 from vllm_zo.methods.optimizers import OPTIMIZERS
-from vllm_zo.methods.step_size import AUTO, CALIBRATION_STEPS, REWARD_SHARE, WALK, StepSize
+from vllm_zo.methods.step_size import AUTO, CALIBRATION_STEPS, MEASURED_WALK, REWARD_SHARE, WALK, StepSize
 
 STEPS = CALIBRATION_STEPS + 5
 
@@ -46,23 +46,26 @@ def test_a_step_of_a_reward_is_shorter() -> None:
 
 
 @pytest.mark.parametrize(
-    ("steps", "layers", "rewarded", "share"),
+    ("method", "steps", "layers", "rewarded", "share"),
     [
-        (WALK // 30, 30, False, 1.0),
-        (4 * WALK // 30, 30, False, 0.5),
-        (4 * WALK, 1, False, 0.5),
-        (4 * WALK, 1, True, REWARD_SHARE),  # short steps may be many
-        (100 * WALK, 1, True, 0.1),
+        (LOZO, WALK // 30, 30, False, 1.0),
+        (LOZO, 4 * WALK // 30, 30, False, 0.5),
+        (LOZO, 4 * WALK, 1, False, 0.5),
+        (LOZO, 4 * WALK, 1, True, REWARD_SHARE),  # short steps may be many
+        (LOZO, 100 * WALK, 1, True, 0.1),
+        (LoZO(v="activations"), MEASURED_WALK, 1, False, 1.0),
+        (LoZO(v="activations"), 4 * MEASURED_WALK, 1, False, 0.5),
+        (LoZO(u="written"), WALK, 1, False, 1.0),
     ],
 )
 def test_a_longer_run_takes_shorter_steps_and_walks_as_far(
-    steps: int, layers: int, rewarded: bool, share: float
+    method: LoZO, steps: int, layers: int, rewarded: bool, share: float
 ) -> None:
-    size = StepSize(LOZO, AUTO, multiplier=3.0, rewarded=rewarded)
+    size = StepSize(method, AUTO, multiplier=3.0, rewarded=rewarded)
     size.expect(steps, layers)
     for _ in range(CALIBRATION_STEPS):
         size.note([2.0])
-    assert LOZO.auto_step == 1.0 and size.base == pytest.approx(3.0 * share * LOZO.eps / 2.0)
+    assert method.auto_step == 1.0 and size.base == pytest.approx(3.0 * share * method.eps / 2.0)
     given = StepSize(LOZO, 1e-3)
     given.expect(steps, layers)
     assert given.base == 1e-3, "a rate that was given stays"

@@ -9,7 +9,7 @@ method, and of REWARD_SHARE where losses are rewards:
                         K directions average the noise of the estimate, so a step may be sqrt(K) times as long.
     scale-free ones     lr = share * eps. The length of their step does not depend on w_K (adam, meazo, sign, muon).
 
-The share is smaller in a long run through many layers: see WALK.
+The share is smaller in a long run: see WALK.
 
 The coefficients come from the first steps of the run, which have learning rate 0. The step size is a function of logged
 coefficients alone, so a resumed run finds the same one.
@@ -40,6 +40,10 @@ of a layer at random by sqrt(N) of their length, and each layer does its part of
 steps, and walks as far. SmolLM2-135M, all 30 layers, steps of one eps: the training loss of SST-2 fell for 39,000 and
 rose from there, and the validation loss was lower with three tenths of the length long before (docs/results.md)."""
 
+MEASURED_WALK = 2_500
+"""The same where V is measured (leading.py). All of such a step moves the outputs, so that its walk shows sooner: the
+step size that was best fell as sqrt(N) from some 2,500 steps on, on three tasks and two models (docs/methods.md)."""
+
 
 class StepSize:
     """The base learning rate of a run, which is known from the start or after some steps.
@@ -59,12 +63,13 @@ class StepSize:
         self._squares: list[float] = []
 
     def expect(self, steps: int, layers: int) -> None:
-        """Keep the walk of a run of so many steps within WALK. To be called before the first `note`.
+        """Keep the walk of a run of so many steps within WALK, or MEASURED_WALK. To be called before the first `note`.
 
         Args:
             layers: that the run trains; all that is outside the numbered layers counts as one.
         """
-        self._share = min(self._share, math.sqrt(WALK / (steps * layers)))
+        walk = MEASURED_WALK if self._method.coordinates.measures_v else WALK
+        self._share = min(self._share, math.sqrt(walk / (steps * layers)))
 
     @property
     def base(self) -> float | None:
