@@ -86,7 +86,7 @@ def exact_cells(head: Head, hidden: Tensor, present: list[Present], table: LossT
     if head.soft_cap:
         logits = torch.tanh(logits / head.soft_cap) * head.soft_cap
     logits = logits * head.scale
-    for member, of_table, first, count, _ in present:
+    for member, of_table, first, count, *_ in present:
         row = table.sequences[member.sequence]
         for i, position in enumerate(row.positions):
             if of_table is not table or not 0 <= position - member.num_computed_tokens < count:

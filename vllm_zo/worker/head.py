@@ -6,7 +6,7 @@ head; it is read in chunks, with a running log-sum-exp.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -62,12 +62,22 @@ class Head:
         wanted = [row * len(labels) + column for row, column in zip(row_of, label_of, strict=True)]
         write_cells(logits_TL.view(-1)[upload(wanted, hidden.device)], [(entry.table, entry.cell) for entry in entries])
 
-    def score_logprobs(self, hidden: Tensor, entries: Sequence[Entry]) -> None:
+    def score_logprobs(
+        self, hidden: Tensor, entries: Sequence[Entry], moved_M: Tensor | None = None, others_2T: Tensor | None = None
+    ) -> None:
         """Write the log-probability of each entry's label into its cell, and that of the likeliest token into its
-        `best_cell`. hidden: (tokens of the step, D)."""
+        `best_cell`. hidden: (tokens of the step, D).
+
+        Args:
+            moved_M, others_2T: the words that adapters change, ascending, and what `without` gave for the entries' rows
+                and these words, if it is known.
+        """
         rows, labels = [entry.row for entry in entries], [entry.label for entry in entries]
         slots = [entry.slot for entry in entries] if _has_adapter(entries) else None
-        scores = self.log_probs(hidden, rows, labels, slots)
+        if moved_M is None or others_2T is None:
+            scores = self.log_probs(hidden, rows, labels, slots)
+        else:
+            scores = self._log_probs_of_moved(hidden, rows, labels, slots, moved_M, others_2T)
         cells = [(entry.table, entry.cell) for entry in entries]
         best_cells = [(entry.table, entry.best_cell) for entry in entries]
         write_cells(scores.flatten(), cells + best_cells)
@@ -85,10 +95,10 @@ class Head:
             (2, T) float32: of the row's label, and of the likeliest token.
         """
         hidden_TD, label_T = hidden[upload(rows, hidden.device)], upload(labels, hidden.device)
-        parts = []
-        for first in range(0, len(hidden_TD), TOKEN_CHUNK):
-            chunk = slice(first, first + TOKEN_CHUNK)
-            parts.append(self._log_probs(hidden_TD[chunk], label_T[chunk], None if slots_T is None else slots_T[chunk]))
+        parts = [
+            self._log_probs(hidden_TD[chunk], label_T[chunk], None if slots_T is None else slots_T[chunk])
+            for chunk in _token_chunks(len(hidden_TD))
+        ]
         return torch.cat(parts, dim=1)
 
     def _log_probs(self, hidden_TD: Tensor, label_T: Tensor, slots_T: Slots | None) -> Tensor:
@@ -96,6 +106,17 @@ class Head:
         total = torch.full((hidden.shape[0],), -torch.inf, device=hidden.device)
         best = total  # the same tensor, which nothing below changes in place
         target = torch.zeros(hidden.shape[0], device=hidden.device)
+        for first, logits in self._logits(hidden, slots_T):
+            total = torch.logaddexp(total, logits.logsumexp(-1))
+            best = torch.maximum(best, logits.amax(-1))
+            inside = (label_T >= first) & (label_T < first + logits.shape[1])
+            # gather needs an index within the chunk for every row; `where` discards the rows whose label is elsewhere.
+            picked = logits.gather(1, (label_T - first).clamp(0, logits.shape[1] - 1).unsqueeze(1)).squeeze(1)
+            target = torch.where(inside, picked, target)
+        return self._normalised(target, total, best)
+
+    def _logits(self, hidden: Tensor, slots_T: Slots | None) -> Iterator[tuple[int, Tensor]]:
+        """The logits of this rank's vocabulary, chunk by chunk: its first token, and (T, C) float32."""
         for first in range(self.start, self.stop, VOCAB_CHUNK):
             ids = torch.arange(first, min(first + VOCAB_CHUNK, self.stop), device=hidden.device)
             weight, bias = self._rows(ids - self.start)
@@ -103,14 +124,7 @@ class Head:
             logits = logits if bias is None else logits + bias
             if slots_T is not None:
                 logits = logits + self._adapted(hidden, ids, slots_T)
-            logits = self._finish(logits)
-            total = torch.logaddexp(total, logits.logsumexp(-1))
-            best = torch.maximum(best, logits.amax(-1))
-            inside = (label_T >= first) & (label_T < first + len(ids))
-            # gather needs an index within the chunk for every row; `where` discards the rows whose label is elsewhere.
-            picked = logits.gather(1, (label_T - first).clamp(0, len(ids) - 1).unsqueeze(1)).squeeze(1)
-            target = torch.where(inside, picked, target)
-        return self._normalised(target, total, best)
+            yield first, self._finish(logits)
 
     def _normalised(self, target: Tensor, total: Tensor, best: Tensor) -> Tensor:
         """Combine the ranks' parts into log-probabilities, (2, T).
@@ -124,6 +138,51 @@ class Head:
             total = self.tp.all_gather(total.unsqueeze(0), dim=0).logsumexp(0)
             best = self.tp.all_gather(best.unsqueeze(0), dim=0).amax(0)
         return torch.stack([target, best]) - total
+
+    def without(self, hidden: Tensor, rows: Sequence[int], moved_M: Tensor) -> Tensor:
+        """What all words but some have, as the model was loaded: (2, T) float32, for T rows of `hidden` the log of the
+        sum of the exponentials of their logits, and the largest.
+
+        Args:
+            moved_M: token ids of those that do not count, ascending. One rank holds the vocabulary.
+        """
+        assert self.tp is None
+        hidden_TD = hidden[upload(rows, hidden.device)]
+        return torch.cat([self._without(hidden_TD[chunk].float(), moved_M) for chunk in _token_chunks(len(rows))], 1)
+
+    def _without(self, hidden: Tensor, moved_M: Tensor) -> Tensor:
+        total = torch.full((len(hidden),), -torch.inf, device=hidden.device)
+        best = total
+        for first, logits in self._logits(hidden, None):
+            logits[:, moved_M[(moved_M >= first) & (moved_M < first + logits.shape[1])] - first] = -torch.inf
+            total = torch.logaddexp(total, logits.logsumexp(-1))
+            best = torch.maximum(best, logits.amax(-1))
+        return torch.stack([total, best])
+
+    def _log_probs_of_moved(
+        self,
+        hidden: Tensor,
+        rows: Sequence[int],
+        labels: Sequence[int],
+        slots_T: Slots | None,
+        moved_M: Tensor,
+        others_2T: Tensor,
+    ) -> Tensor:
+        """`log_probs`, where adapters change the logits of `moved_M` only, and `without` gave `others_2T`."""
+        hidden_TD, label_T = hidden[upload(rows, hidden.device)].float(), upload(labels, hidden.device)
+        weight_MD, bias_M = self._rows(moved_M)
+        logits_TM = hidden_TD @ weight_MD.T if bias_M is None else torch.addmm(bias_M, hidden_TD, weight_MD.T)
+        if slots_T is not None:
+            logits_TM = logits_TM + self._adapted(hidden_TD, moved_M, slots_T)
+        logits_TM = self._finish(logits_TM)
+        weight_TD, bias_T = self._rows(label_T)
+        target_T = (hidden_TD * weight_TD).sum(-1)
+        target_T = self._finish(target_T if bias_T is None else target_T + bias_T)
+        place_T = torch.searchsorted(moved_M, label_T).clamp(max=len(moved_M) - 1)
+        moved_T = logits_TM.gather(1, place_T.unsqueeze(1)).squeeze(1)
+        target_T = torch.where(moved_M[place_T] == label_T, moved_T, target_T)
+        total_T = torch.logaddexp(others_2T[0], logits_TM.logsumexp(-1))
+        return self._normalised(target_T, total_T, torch.maximum(others_2T[1], logits_TM.amax(-1)))
 
     def _label_logits(self, hidden_TD: Tensor, label_ids: Tensor, slots_T: Slots | None) -> Tensor:
         """Logits of labels: (T, D) hidden rows, (L,) token ids -> (T, L) float32."""
@@ -166,6 +225,10 @@ class Head:
         """Weight (V, D) and bias (V,) of this rank's vocabulary, without the padding."""
         held, bias = self.stop - self.start, getattr(self.lm_head, "bias", None)
         return self.lm_head.weight[:held], None if bias is None else bias[:held]
+
+
+def _token_chunks(rows: int) -> list[slice]:
+    return [slice(first, first + TOKEN_CHUNK) for first in range(0, rows, TOKEN_CHUNK)]
 
 
 def _has_adapter(entries: Sequence[Entry]) -> bool:

@@ -12,8 +12,10 @@ from typing import NamedTuple
 from torch import Tensor
 
 from vllm_zo.commands import ScoreMember
+from vllm_zo.objectives.base import ScoringSequence
 from vllm_zo.worker.head import Head
 from vllm_zo.worker.loss_table import Entry, LossTable
+from vllm_zo.worker.unmoved import UnmovedWords
 
 
 class Present(NamedTuple):
@@ -25,6 +27,8 @@ class Present(NamedTuple):
     tokens: int
     slot: int | None = None
     """Slot of its adapter, among all of vLLM's, if the adapter changes the LM head; else None."""
+    unmoved: UnmovedWords | None = None
+    """What is kept of the words that its job does not move, if it trains the LM head alone."""
 
 
 def score_members(head: Head, hidden: Tensor, members: Sequence[Present]) -> None:
@@ -35,16 +39,23 @@ def score_members(head: Head, hidden: Tensor, members: Sequence[Present]) -> Non
     """
     labels: list[Entry] = []
     logprobs: list[Entry] = []
+    of_moved: dict[UnmovedWords, list[tuple[ScoringSequence, list[Entry]]]] = {}
     for present in members:
-        kind = present.table.sequences[present.member.sequence].kind
-        if kind == "labels":
+        sequence = present.table.sequences[present.member.sequence]
+        if sequence.kind == "labels":
             labels += _entries(present)
-        elif kind == "logprobs":
-            logprobs += _entries(present)
+        elif sequence.kind == "logprobs":
+            entries = _entries(present)
+            if present.unmoved is not None and len(entries) == len(sequence.positions):
+                of_moved.setdefault(present.unmoved, []).append((sequence, entries))
+            else:
+                logprobs += entries
     if labels:
         head.score_labels(hidden, labels)
     if logprobs:
         head.score_logprobs(hidden, logprobs)
+    for unmoved, scored in of_moved.items():
+        unmoved.score(head, hidden, scored)
 
 
 def scored_rows(present: Present) -> list[int]:
@@ -58,7 +69,7 @@ def _entries(present: Present) -> list[Entry]:
     A sequence of kind "labels" has one position, where all its labels are scored. A sequence of kind "logprobs" has a
     label for each position, and its cells for the likeliest tokens follow its cells for the labels.
     """
-    member, table, first_row, tokens, slot = present
+    member, table, first_row, tokens, slot, _ = present
     sequence = table.sequences[member.sequence]
     count = len(sequence.label_ids)
     first_cell = member.probe * table.cells_PC.shape[1] + table.offsets[member.sequence]

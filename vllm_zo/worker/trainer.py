@@ -75,6 +75,7 @@ from vllm_zo.worker.platform import Chunk, ForwardAlone, Platform
 from vllm_zo.worker.published import VersionStore, serve_versions
 from vllm_zo.worker.scoring import Present, score_members, scored_rows
 from vllm_zo.worker.slots import SlotPool
+from vllm_zo.worker.unmoved import UnmovedWords
 
 logger = logging.getLogger("vllm.zo.worker")
 
@@ -88,6 +89,8 @@ class JobState:
     targets: tuple[Target, ...]
     inputs: Inputs | None = None
     """What enters the LM head, while the job measures its V."""
+    unmoved: UnmovedWords | None = None
+    """What is kept of the words that the job does not move."""
 
     @functools.cached_property
     def kinds(self) -> frozenset[str]:
@@ -150,7 +153,7 @@ class Trainer:
     ) -> None:
         self.model = model
         self.manager = lora_manager._adapter_manager  # private, and the only way to the LoRA layers
-        self.pool = SlotPool(lora_manager, num_slots, platform.slot_writer, platform.forget_states)
+        self.pool = SlotPool(lora_manager, num_slots, platform.slot_writer, self._forget_states)
         self.modules, self.head = modules, head
         self.platform = platform
         self.device = platform.device
@@ -206,7 +209,7 @@ class Trainer:
         if command.update_space == "fold":
             for target in targets:
                 check_writable(target.module.base_layer, target.shape.name)
-            self.platform.forget_states()
+            self._forget_states()
         layout = command.method.layout(shapes)
         # Before anything is allocated: a process that runs out of memory takes the server with it.
         check_state(
@@ -247,7 +250,13 @@ class Trainer:
         if command.restore_base:
             logger.info("restored the base weights of %d layers", self.base.restore())
         if command.restore_base or (ended is not None and ended.start.update_space == "fold"):
-            self.platform.forget_states()
+            self._forget_states()
+
+    def _forget_states(self) -> None:
+        """Drop what is kept of the base's states: its weights are others now."""
+        self.platform.forget_states()
+        for job in self.jobs.values():
+            job.unmoved = None
 
     @execute.register
     def _open(self, command: OpenGroup) -> None:
@@ -337,6 +346,7 @@ class Trainer:
         (head,) = state.layout.modules
         sizes_O = row_sizes(command.counts, head.out_features, state.device)
         state.sizes_N.copy_(sizes_O.repeat_interleave(state.coordinates.rank))
+        job.unmoved = None
         if command.path is not None:
             self._save(job, command.path, 0)
 
@@ -437,7 +447,12 @@ class Trainer:
         """
         present = [
             Present(
-                m, self.groups[m.group_id].table, first_row[m.req_id], num_tokens[m.req_id], self._slot_at_the_head(m)
+                m,
+                self.groups[m.group_id].table,
+                first_row[m.req_id],
+                num_tokens[m.req_id],
+                self._slot_at_the_head(m),
+                self._unmoved_words(m),
             )
             for m in members
             if m.group_id in self.groups
@@ -510,6 +525,18 @@ class Trainer:
         """The slot of a member's adapter, among all of vLLM's, if its job trains the LM head; else None."""
         trained = self.jobs[member.job_id].kinds
         return self.pool.first + self._slot_of(member) if LM_HEAD in trained else None
+
+    def _unmoved_words(self, member: ScoreMember) -> UnmovedWords | None:
+        """What is kept of the words that the member's job does not move; None if it moves all of them, or hidden states
+        too."""
+        job = self.jobs[member.job_id]
+        sizes_N = job.state.sizes_N
+        assert self.head is not None
+        if job.unmoved is None and sizes_N is not None and job.kinds == {LM_HEAD} and self.head.tp is None:
+            moved_M = sizes_N.view(-1, job.state.coordinates.rank)[:, 0].nonzero().squeeze(1)
+            if len(moved_M):  # or nothing is measured yet
+                job.unmoved = UnmovedWords(moved_M)
+        return job.unmoved
 
     def _slot_of(self, member: ScoreMember) -> int:
         """The slot of a member's adapter, counted from the first slot of the pool."""
