@@ -53,7 +53,10 @@ JOBS: dict[str, dict[str, Any]] = {
     "bank, top third": {"target_layers": "top-third", "bases": 7},
     "bank, last layer": {"target_layers": "last", "bases": 7},
     "bank, LM head": HEAD,
-    "bank, LM head, V measured": {**HEAD, "method": {"name": "lozo", "v": "activations", "interval": 10}},
+    "bank, LM head, V measured": {
+        **HEAD,
+        "method": {"name": "lozo", "v": "activations", "u": "written", "interval": 10},
+    },
 }
 """Contenders that the engine trains: the options of `finetune` that are not its defaults. `lozo` is as published. Seven
 bases are the default of an engine whose slots have their default rank."""

@@ -45,7 +45,7 @@ TRICKS: dict[str, dict[str, Any]] = {
     "rank 1": {"method": {"rank": 1}},
     "rank 4": {"method": {"rank": 4}},
     "interval 10": {"method": {"interval": 10}},
-    "V measured": {"method": {"v": "activations"}},
+    "V measured": {"method": {"v": "activations", "u": "written"}},
     "3 bases": {"bases": 3},
     "15 bases": {"bases": 15},
     "31 bases": {"bases": 31},

@@ -46,28 +46,29 @@ def test_a_step_of_a_reward_is_shorter() -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "steps", "layers", "rewarded", "share"),
+    ("method", "steps", "layers", "rows", "rewarded", "share"),
     [
-        (LOZO, WALK // 30, 30, False, 1.0),
-        (LOZO, 4 * WALK // 30, 30, False, 0.5),
-        (LOZO, 4 * WALK, 1, False, 0.5),
-        (LOZO, 4 * WALK, 1, True, REWARD_SHARE),  # short steps may be many
-        (LOZO, 100 * WALK, 1, True, 0.1),
-        (LoZO(v="activations"), MEASURED_WALK, 1, False, 1.0),
-        (LoZO(v="activations"), 4 * MEASURED_WALK, 1, False, 0.5),
-        (LoZO(u="written"), WALK, 1, False, 1.0),
+        (LOZO, WALK // 30, 30, 50, False, 1.0),
+        (LOZO, 4 * WALK // 30, 30, 50, False, 0.5),
+        (LOZO, 4 * WALK, 1, 50, False, 0.5),
+        (LOZO, 4 * WALK, 1, 50, True, REWARD_SHARE),  # short steps may be many
+        (LOZO, 100 * WALK, 1, 50, True, 0.1),
+        (LoZO(v="activations"), MEASURED_WALK, 1, 5000, False, 1.0),
+        (LoZO(v="activations"), 4 * MEASURED_WALK, 1, 1000, False, 0.5),
+        (LoZO(v="activations"), MEASURED_WALK, 1, 250, False, 0.5),
+        (LoZO(u="written"), WALK, 1, 50, False, 1.0),
     ],
 )
 def test_a_longer_run_takes_shorter_steps_and_walks_as_far(
-    method: LoZO, steps: int, layers: int, rewarded: bool, share: float
+    method: LoZO, steps: int, layers: int, rows: int, rewarded: bool, share: float
 ) -> None:
     size = StepSize(method, AUTO, multiplier=3.0, rewarded=rewarded)
-    size.expect(steps, layers)
+    size.expect(steps, layers, rows)
     for _ in range(CALIBRATION_STEPS):
         size.note([2.0])
     assert method.auto_step == 1.0 and size.base == pytest.approx(3.0 * share * method.eps / 2.0)
     given = StepSize(LOZO, 1e-3)
-    given.expect(steps, layers)
+    given.expect(steps, layers, rows)
     assert given.base == 1e-3, "a rate that was given stays"
 
 

@@ -184,7 +184,8 @@ class Job:
     def open_log(self, modules: Sequence[ModuleShape]) -> None:
         """Open the job's files, now that the workers know its modules. Raises what `JobRecorder.open` raises."""
         if not self.config.continual and not self.evaluate_only:
-            self._step_size.expect(self.config.steps, len({layer_of(module.name) for module in modules}))
+            layers = len({layer_of(module.name) for module in modules})
+            self._step_size.expect(self.config.steps, layers, len(self.rows))
         # A learning rate "auto" is a function of the first steps' coefficients: a resumed run must find the same one.
         for coefficients in self._logged:
             self._step_size.note(coefficients)

@@ -40,9 +40,10 @@ of a layer at random by sqrt(N) of their length, and each layer does its part of
 steps, and walks as far. SmolLM2-135M, all 30 layers, steps of one eps: the training loss of SST-2 fell for 39,000 and
 rose from there, and the validation loss was lower with three tenths of the length long before (docs/results.md)."""
 
-MEASURED_WALK = 2_500
-"""The same where V is measured (leading.py). All of such a step moves the outputs, so that its walk shows sooner: the
-step size that was best fell as sqrt(N) from some 2,500 steps on, on three tasks and two models (docs/methods.md)."""
+MEASURED_WALK, ENOUGH_ROWS = 2_500, 1_000
+"""The walk where V is measured (leading.py), with that many training rows or more; with fewer it shrinks with them. All
+of such a step moves the outputs, so that its walk shows sooner, and few rows are learnt by heart. In a simulation the
+best step size fell as sqrt(N) from there on, on three tasks and two models (docs/methods.md)."""
 
 
 class StepSize:
@@ -62,13 +63,16 @@ class StepSize:
         self._given = None if given == AUTO else float(given) * multiplier
         self._squares: list[float] = []
 
-    def expect(self, steps: int, layers: int) -> None:
+    def expect(self, steps: int, layers: int, rows: int) -> None:
         """Keep the walk of a run of so many steps within WALK, or MEASURED_WALK. To be called before the first `note`.
 
         Args:
             layers: that the run trains; all that is outside the numbered layers counts as one.
+            rows: of the training data.
         """
-        walk = MEASURED_WALK if self._method.coordinates.measures_v else WALK
+        walk: float = WALK
+        if self._method.coordinates.measures_v:
+            walk = MEASURED_WALK * min(1.0, rows / ENOUGH_ROWS)
         self._share = min(self._share, math.sqrt(walk / (steps * layers)))
 
     @property
