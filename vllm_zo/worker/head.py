@@ -101,30 +101,46 @@ class Head:
         ]
         return torch.cat(parts, dim=1)
 
-    def _log_probs(self, hidden_TD: Tensor, label_T: Tensor, slots_T: Slots | None) -> Tensor:
+    def _log_probs(
+        self,
+        hidden_TD: Tensor,
+        label_T: Tensor,
+        slots_T: Slots | None,
+        ids_V: Tensor | None = None,
+        others: tuple[Tensor, Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """ids_V, others: see `_logits`, and of the words that are not among them what `_normalised` takes."""
         hidden = hidden_TD.float()
-        total = torch.full((hidden.shape[0],), -torch.inf, device=hidden.device)
-        best = total  # the same tensor, which nothing below changes in place
-        target = torch.zeros(hidden.shape[0], device=hidden.device)
-        for first, logits in self._logits(hidden, slots_T):
+        nothing = torch.full((hidden.shape[0],), -torch.inf, device=hidden.device)
+        # Nothing below changes these in place. A label that this rank does not hold has target 0.
+        target, total, best = others or (torch.zeros_like(nothing), nothing, nothing)
+        for ids, logits in self._logits(hidden, slots_T, ids_V):
             total = torch.logaddexp(total, logits.logsumexp(-1))
             best = torch.maximum(best, logits.amax(-1))
-            inside = (label_T >= first) & (label_T < first + logits.shape[1])
             # gather needs an index within the chunk for every row; `where` discards the rows whose label is elsewhere.
-            picked = logits.gather(1, (label_T - first).clamp(0, logits.shape[1] - 1).unsqueeze(1)).squeeze(1)
-            target = torch.where(inside, picked, target)
+            place_T = torch.searchsorted(ids, label_T).clamp(max=len(ids) - 1)
+            picked = logits.gather(1, place_T.unsqueeze(1)).squeeze(1)
+            target = torch.where(ids[place_T] == label_T, picked, target)
         return self._normalised(target, total, best)
 
-    def _logits(self, hidden: Tensor, slots_T: Slots | None) -> Iterator[tuple[int, Tensor]]:
-        """The logits of this rank's vocabulary, chunk by chunk: its first token, and (T, C) float32."""
-        for first in range(self.start, self.stop, VOCAB_CHUNK):
-            ids = torch.arange(first, min(first + VOCAB_CHUNK, self.stop), device=hidden.device)
+    def _logits(
+        self, hidden: Tensor, slots_T: Slots | None, ids_V: Tensor | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """The logits of words, chunk by chunk: token ids (C,), and (T, C) float32.
+
+        Args:
+            ids_V: the words, ascending. None: this rank's vocabulary.
+        """
+        if ids_V is None:
+            ids_V = torch.arange(self.start, self.stop, device=hidden.device)
+        for first in range(0, len(ids_V), VOCAB_CHUNK):  # `split` gives an empty piece of an empty vocabulary
+            ids = ids_V[first : first + VOCAB_CHUNK]
             weight, bias = self._rows(ids - self.start)
             logits = hidden @ weight.T
             logits = logits if bias is None else logits + bias
             if slots_T is not None:
                 logits = logits + self._adapted(hidden, ids, slots_T)
-            yield first, self._finish(logits)
+            yield ids, self._finish(logits)
 
     def _normalised(self, target: Tensor, total: Tensor, best: Tensor) -> Tensor:
         """Combine the ranks' parts into log-probabilities, (2, T).
@@ -153,8 +169,8 @@ class Head:
     def _without(self, hidden: Tensor, moved_M: Tensor) -> Tensor:
         total = torch.full((len(hidden),), -torch.inf, device=hidden.device)
         best = total
-        for first, logits in self._logits(hidden, None):
-            logits[:, moved_M[(moved_M >= first) & (moved_M < first + logits.shape[1])] - first] = -torch.inf
+        for ids, logits in self._logits(hidden, None):
+            logits[:, torch.isin(ids, moved_M)] = -torch.inf
             total = torch.logaddexp(total, logits.logsumexp(-1))
             best = torch.maximum(best, logits.amax(-1))
         return torch.stack([total, best])
@@ -169,20 +185,19 @@ class Head:
         others_2T: Tensor,
     ) -> Tensor:
         """`log_probs`, where adapters change the logits of `moved_M` only, and `without` gave `others_2T`."""
-        hidden_TD, label_T = hidden[upload(rows, hidden.device)].float(), upload(labels, hidden.device)
-        weight_MD, bias_M = self._rows(moved_M)
-        logits_TM = hidden_TD @ weight_MD.T if bias_M is None else torch.addmm(bias_M, hidden_TD, weight_MD.T)
-        if slots_T is not None:
-            logits_TM = logits_TM + self._adapted(hidden_TD, moved_M, slots_T)
-        logits_TM = self._finish(logits_TM)
+        hidden_TD, label_T = hidden[upload(rows, hidden.device)], upload(labels, hidden.device)
+        parts = []
+        for chunk in _token_chunks(len(rows)):
+            slots = None if slots_T is None else slots_T[chunk]
+            others = self._logits_as_loaded(hidden_TD[chunk], label_T[chunk]), *others_2T[:, chunk]
+            parts.append(self._log_probs(hidden_TD[chunk], label_T[chunk], slots, moved_M, others))
+        return torch.cat(parts, dim=1)
+
+    def _logits_as_loaded(self, hidden_TD: Tensor, label_T: Tensor) -> Tensor:
+        """(T,) float32: of each row the logit of its label, without an adapter."""
         weight_TD, bias_T = self._rows(label_T)
-        target_T = (hidden_TD * weight_TD).sum(-1)
-        target_T = self._finish(target_T if bias_T is None else target_T + bias_T)
-        place_T = torch.searchsorted(moved_M, label_T).clamp(max=len(moved_M) - 1)
-        moved_T = logits_TM.gather(1, place_T.unsqueeze(1)).squeeze(1)
-        target_T = torch.where(moved_M[place_T] == label_T, moved_T, target_T)
-        total_T = torch.logaddexp(others_2T[0], logits_TM.logsumexp(-1))
-        return self._normalised(target_T, total_T, torch.maximum(others_2T[1], logits_TM.amax(-1)))
+        logits_T = (hidden_TD.float() * weight_TD).sum(-1)
+        return self._finish(logits_T if bias_T is None else logits_T + bias_T)
 
     def _label_logits(self, hidden_TD: Tensor, label_ids: Tensor, slots_T: Slots | None) -> Tensor:
         """Logits of labels: (T, D) hidden rows, (L,) token ids -> (T, L) float32."""
