@@ -19,10 +19,11 @@ from vllm.config import CompilationMode
 from tests.engines import SENTIMENT, Engines, reviews, worker_of
 from vllm_zo import LoZO
 from vllm_zo.methods import fold
-from vllm_zo.worker.cpu import native, tile_linear
+from vllm_zo.worker.cpu import fused_linear, native
 
 needs_kernels = pytest.mark.skipif(native.library() is None, reason="the kernels could not be compiled")
-needs_tiles = pytest.mark.skipif(native.library() is None or not native.has_tiles(), reason="this CPU has no AMX")
+needs_tiles = pytest.mark.skipif(not native.multiplies(torch.bfloat16), reason="this CPU has no AMX")
+needs_panels = pytest.mark.skipif(not native.multiplies(torch.float32), reason="this CPU has no AVX-512")
 
 ROUNDINGS = (native.stochastic_round, fold.stochastic_round)
 
@@ -247,35 +248,43 @@ def test_rounding_has_the_bits_of_torchs(first: int, stride: int | None, to: tor
     assert native.stochastic_round(torch.full((2, 4), torch.nan), to, 1, "m").isnan().all()
 
 
-# --- products with AMX's tiles ----------------------------------------------------------------------------------------
+# --- products of layers -----------------------------------------------------------------------------------------------
 
 
-@needs_tiles
-@pytest.mark.parametrize("rows", [0, 1, 16, 17, 32, 45, 300])
-@pytest.mark.parametrize(("outputs", "inputs"), [(32, 32), (7, 5), (96, 576), (65, 33), (50, 1537)], ids=str)
-@pytest.mark.parametrize("with_bias", [False, True], ids=["", "bias"])
-def test_a_tile_product_is_the_exact_one(rows: int, outputs: int, inputs: int, with_bias: bool) -> None:
+@pytest.fixture(
+    params=[pytest.param(torch.float32, marks=needs_panels), pytest.param(torch.bfloat16, marks=needs_tiles)],
+    ids=["float32", "bfloat16"],
+)
+def multiplied(request: pytest.FixtureRequest) -> Iterator[torch.dtype]:
+    """A type whose layers get a product of ours: by panels, or by AMX's tiles."""
     torch.manual_seed(0)
-    x = torch.randn(2, rows, inputs + 3).bfloat16()[1, :, :inputs]  # rows that do not lie next to each other
-    weight = (torch.randn(outputs, inputs) / inputs**0.5).bfloat16()
-    bias = torch.randn(outputs).bfloat16() if with_bias else None
+    yield request.param
+
+
+@pytest.mark.parametrize("rows", [0, 1, 6, 16, 17, 32, 45, 300])
+@pytest.mark.parametrize(("outputs", "inputs"), [(32, 32), (7, 5), (96, 576), (65, 33), (50, 2305)], ids=str)
+@pytest.mark.parametrize("with_bias", [False, True], ids=["", "bias"])
+def test_a_product_is_the_exact_one(
+    rows: int, outputs: int, inputs: int, with_bias: bool, multiplied: torch.dtype
+) -> None:
+    x = torch.randn(2, rows, inputs + 3).to(multiplied)[1, :, :inputs]  # rows that do not lie next to each other
+    weight = (torch.randn(outputs, inputs) / inputs**0.5).to(multiplied)
+    bias = torch.randn(outputs).to(multiplied) if with_bias else None
     exact = x.double() @ weight.double().T + (0 if bias is None else bias.double())
-    ours = tile_linear.TileLinear(weight)(x, None, bias)
-    assert ours.shape == (rows, outputs) and ours.dtype == torch.bfloat16
+    ours = fused_linear.FusedLinear(weight)(x, None, bias)
+    assert ours.shape == (rows, outputs) and ours.dtype == multiplied
     if rows:
         assert_rounded_once(ours, exact)
 
 
-@needs_tiles
 @pytest.mark.parametrize(("outputs", "inputs"), [(32, 32), (7, 5), (17, 33), (96, 576), (65, 31)], ids=str)
-def test_a_packed_weight_is_read_back(outputs: int, inputs: int) -> None:
-    weight = torch.randn(outputs, inputs).bfloat16()
+def test_a_packed_weight_is_read_back(outputs: int, inputs: int, multiplied: torch.dtype) -> None:
+    weight = torch.randn(outputs, inputs).to(multiplied)
     weight.view(-1)[:2] = torch.tensor([torch.nan, -0.0])
-    read = tile_linear.TileLinear(weight).weight()
-    assert torch.equal(read.view(torch.int16), weight.view(torch.int16))
+    read = fused_linear.FusedLinear(weight).weight()
+    assert torch.equal(read.view(torch.uint8), weight.view(torch.uint8))
 
 
-@needs_tiles
 @pytest.mark.parametrize("outputs", [(32,), (96, 32, 64)], ids=str)
 @pytest.mark.parametrize(("inputs", "ranks"), [(64, 6), (150, 16), (150, 40)], ids=str)
 @pytest.mark.parametrize(
@@ -289,30 +298,43 @@ def test_a_packed_weight_is_read_back(outputs: int, inputs: int) -> None:
     ],
     ids=["pair", "requests", "rank 0", "a run a row", "nobody"],
 )
-def test_a_tile_product_with_a_low_rank_part_is_the_exact_one(
-    outputs: tuple[int, ...], inputs: int, ranks: int, runs: list[tuple[int, ...]]
+def test_a_product_with_a_low_rank_part_is_the_exact_one(
+    outputs: tuple[int, ...], inputs: int, ranks: int, runs: list[tuple[int, ...]], multiplied: torch.dtype
 ) -> None:
-    """A shrunk number goes on as two of bfloat16. Each is off by 2^-9, the second of what the first leaves."""
-    torch.manual_seed(0)
-    a, b = factors(inputs, outputs, torch.bfloat16, ranks)
+    """In tiles a shrunk number goes on as two of bfloat16. Each is off by 2^-9, the second of what the first leaves."""
+    a, b = factors(inputs, outputs, multiplied, ranks)
     found = native.factors(a, b)
     assert found is not None
-    x, bias = torch.randn(80, inputs + 1).bfloat16()[:, 1:], torch.randn(sum(outputs)).bfloat16()
-    weight = (torch.randn(sum(outputs), inputs) / inputs**0.5).bfloat16()
-    linear = tile_linear.TileLinear(weight)
+    x, bias = torch.randn(80, inputs + 1).to(multiplied)[:, 1:], torch.randn(sum(outputs)).to(multiplied)
+    weight = (torch.randn(sum(outputs), inputs) / inputs**0.5).to(multiplied)
+    linear = fused_linear.FusedLinear(weight)
     exact = exact_low_rank(x.double() @ weight.double().T + bias.double(), x, a, b, runs, 1.0)
     ours = linear.with_low_rank(x, bias, found, torch.tensor(runs, dtype=torch.int64).view(-1, 4))
     terms = exact_low_rank(torch.zeros_like(exact), x, a, b, runs, 1.0, torch.abs)
     assert_rounded_once(ours, exact, 2.0**-18 * terms)
 
 
-@needs_tiles
+@needs_panels
+@pytest.mark.parametrize(("outputs", "more"), [((7, 33, 90, 5), 0), ((40, 24), 100)], ids=str)
+def test_slices_end_anywhere_in_a_panel(outputs: tuple[int, ...], more: int) -> None:
+    torch.manual_seed(0)
+    a, b = factors(50, outputs, torch.float32)
+    found = native.factors(a, b)
+    assert found is not None
+    x, weight = torch.randn(21, 50), torch.randn(sum(outputs) + more, 50) / 7
+    runs = [(0, 10, 1, RANK), (10, 15, 0, 3), (16, 21, 2, -1)]
+    exact = x.double() @ weight.double().T
+    exact[:, : sum(outputs)] = exact_low_rank(exact[:, : sum(outputs)], x, a, b, runs, 1.0)
+    assert_rounded_once(fused_linear.FusedLinear(weight).with_low_rank(x, None, found, torch.tensor(runs)), exact)
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf], ids=str)
 @pytest.mark.parametrize("factor", ["a", "b"])
-def test_an_adapter_that_is_not_finite_reaches_its_own_rows_only(bad: float, factor: str) -> None:
-    torch.manual_seed(0)
-    a, b = factors(64, (64, 32), torch.bfloat16)
-    x, linear = torch.randn(40, 64).bfloat16(), tile_linear.TileLinear(torch.randn(96, 64).bfloat16())
+def test_an_adapter_that_is_not_finite_reaches_its_own_rows_only(
+    bad: float, factor: str, multiplied: torch.dtype
+) -> None:
+    a, b = factors(64, (64, 32), multiplied)
+    x, linear = torch.randn(40, 64).to(multiplied), fused_linear.FusedLinear(torch.randn(96, 64).to(multiplied))
     runs = torch.tensor([(0, 9, 0, RANK), (9, 12, 1, RANK), (15, 40, 2, RANK)])
     found = native.factors(a, b)
     assert found is not None
@@ -338,26 +360,22 @@ def test_a_low_rank_part_that_a_tile_product_cannot_take_comes_after_it(
     found = native.factors(a, b)
     assert found is not None
     weight = torch.randn(sum(outputs) + more, 2048).bfloat16()
-    x, linear = torch.randn(120, 2048).bfloat16(), tile_linear.TileLinear(weight)
+    x, linear = torch.randn(120, 2048).bfloat16(), fused_linear.FusedLinear(weight)
     runs = torch.tensor([(120 // count * i, 120 // count * (i + 1), i % SLOTS, RANK) for i in range(count)])
     expected = linear(x, None, None)
     native.low_rank(expected, x, found, runs, 1.0)
     assert torch.equal(linear.with_low_rank(x, None, found, runs), expected)
 
 
-@needs_tiles
-def test_rows_that_do_not_fit_into_a_cache_take_turns() -> None:
-    torch.manual_seed(0)
-    x, weight = torch.randn(700, 3072).bfloat16(), (torch.randn(96, 3072) / 55).bfloat16()
-    assert_rounded_once(tile_linear.TileLinear(weight)(x, None, None), x.double() @ weight.double().T)
+def test_rows_that_do_not_fit_into_a_cache_take_turns(multiplied: torch.dtype) -> None:
+    x, weight = torch.randn(700, 3072).to(multiplied), (torch.randn(96, 3072) / 55).to(multiplied)
+    assert_rounded_once(fused_linear.FusedLinear(weight)(x, None, None), x.double() @ weight.double().T)
 
 
-@needs_tiles
 @pytest.mark.parametrize("threads", [1, 2, 3, 4])
-def test_a_rows_bits_in_a_tile_product_depend_on_nothing_else(threads: int) -> None:
-    torch.manual_seed(0)
-    x, linear = torch.randn(600, 200).bfloat16(), tile_linear.TileLinear(torch.randn(160, 200).bfloat16())
-    a, b = factors(200, (96, 64), torch.bfloat16)
+def test_a_rows_bits_in_a_product_depend_on_nothing_else(threads: int, multiplied: torch.dtype) -> None:
+    x, linear = torch.randn(600, 200).to(multiplied), fused_linear.FusedLinear(torch.randn(160, 200).to(multiplied))
+    a, b = factors(200, (96, 64), multiplied)
     found = native.factors(a, b)
     assert found is not None
     owners = [(0, 33, 0), (33, 300, 1), (310, 311, 2), (311, 600, 0)]
@@ -382,38 +400,36 @@ def test_onednn_multiplies_as_before_beside_a_tile_product() -> None:
     torch.manual_seed(0)
     x, weight, linear = torch.randn(64, 96).bfloat16(), torch.randn(48, 96).bfloat16(), torch.randn(32, 64).bfloat16()
     before = F.linear(x, weight)
-    tile_linear.TileLinear(linear)(x[:, :64], None, None)
+    fused_linear.FusedLinear(linear)(x[:, :64], None, None)
     assert torch.equal(F.linear(x, weight), before)
 
 
-@needs_tiles
-def test_a_layer_in_bfloat16_gets_no_other_rows() -> None:
-    linear = tile_linear.TileLinear(torch.ones(4, 8).bfloat16())
-    with pytest.raises(ValueError, match=r"a layer in bfloat16 got torch\.float32"):
-        linear(torch.ones(3, 8), None, None)
-    with pytest.raises(ValueError, match=r"torch\.bfloat16 and torch\.float32"):
-        linear(torch.ones(3, 8).bfloat16(), None, torch.ones(4))
-    columns = torch.arange(24).bfloat16().view(8, 3)
+def test_a_layer_gets_rows_of_its_own_type(multiplied: torch.dtype) -> None:
+    linear, other = fused_linear.FusedLinear(torch.ones(4, 8).to(multiplied)), torch.float16
+    with pytest.raises(ValueError, match=f"a layer in {multiplied} got {other}"):
+        linear(torch.ones(3, 8).to(other), None, None)
+    with pytest.raises(ValueError, match=f"{multiplied} and {other}"):
+        linear(torch.ones(3, 8).to(multiplied), None, torch.ones(4).to(other))
+    columns = torch.arange(24).to(multiplied).view(8, 3)
     assert torch.equal(linear(columns.T, None, None), linear(columns.T.contiguous(), None, None))
 
 
-@needs_tiles
-def test_who_gets_a_tile_product(monkeypatch: pytest.MonkeyPatch) -> None:
-    weight = torch.ones(4, 8).bfloat16()
-    assert tile_linear.fits(weight)
-    assert not tile_linear.fits(weight.float()) and not tile_linear.fits(weight.half())
+def test_who_gets_a_product_of_ours(multiplied: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.ones(4, 8).to(multiplied)
+    assert fused_linear.fits(weight) and not fused_linear.fits(weight.half())
 
     def loading(mode: CompilationMode) -> None:
         config = SimpleNamespace(compilation_config=SimpleNamespace(mode=mode))
-        monkeypatch.setattr(tile_linear, "get_current_vllm_config_or_none", lambda: config)
+        monkeypatch.setattr(fused_linear, "get_current_vllm_config_or_none", lambda: config)
 
     loading(CompilationMode.NONE)
-    assert tile_linear.fits(weight)
+    assert fused_linear.fits(weight)
     loading(CompilationMode.VLLM_COMPILE)
-    assert not tile_linear.fits(weight)
+    assert not fused_linear.fits(weight)
     loading(CompilationMode.NONE)
-    monkeypatch.setattr(native, "has_tiles", lambda: False)
-    assert not tile_linear.fits(weight)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    monkeypatch.setattr(native, "has_tiles", native.has_tiles.__wrapped__)
+    assert not fused_linear.fits(weight)
 
 
 @pytest.mark.parametrize(
@@ -427,14 +443,11 @@ def test_who_has_tiles(capability: str, amx: bool, tiles: bool, monkeypatch: pyt
     assert native.has_tiles.__wrapped__() is tiles
 
 
-@needs_tiles
-def test_an_engine_multiplies_with_them(engines: Engines) -> None:
-    model = worker_of(engines.get(dtype="bfloat16")).model_runner.get_model()
+def test_an_engine_multiplies_with_them(multiplied: torch.dtype, engines: Engines) -> None:
+    model = worker_of(engines.get(dtype=str(multiplied).removeprefix("torch."))).model_runner.get_model()
     layers = model.model.decoder.layers
     for layer in (layers[0].fc1.base_layer, layers[1].self_attn.qkv_proj.base_layer):
-        assert isinstance(layer.cpu_linear, tile_linear.TileLinear) and not layer.weight.numel()
-    other = worker_of(engines.get()).model_runner.get_model()
-    assert not isinstance(other.model.decoder.layers[0].fc1.base_layer.cpu_linear, tile_linear.TileLinear)
+        assert isinstance(layer.cpu_linear, fused_linear.FusedLinear) and not layer.weight.numel()
 
 
 # --- how they are made ------------------------------------------------------------------------------------------------
@@ -498,4 +511,5 @@ def test_an_engine_runs_them(engines: Engines, monkeypatch: pytest.MonkeyPatch) 
     assert type(model.model.layers[0].mlp.act_fn).__name__ == "Silu"
     options = {"learning_rate": 1e-4, "batch_size": 4, "steps": 1, "progress": False}
     llm.finetune(reviews(4), objective=SENTIMENT, method=LoZO(rank=2), **options)
-    assert {*called} == {"zo_gate", "zo_low_rank", "zo_attend", "zo_write_slots"}
+    products = {"zo_panel_product"} if native.multiplies(torch.float32) else set()
+    assert {*called} - {"zo_pack_panels"} == {"zo_gate", "zo_low_rank", "zo_attend", "zo_write_slots"} | products

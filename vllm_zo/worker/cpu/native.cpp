@@ -229,20 +229,26 @@ void expand(T* y, int64_t y_stride, const float* shrunk, int64_t shrunk_stride, 
 
 constexpr int ROWS = 4;  // computed at a time: they share what is loaded of the factors
 
+// scale x A^T of N rows. A: (columns, n).
+template <int N>
+void shrink(const float* x, int64_t stride, const float* a, int64_t columns, int64_t n, float scale, float* to,
+            int64_t to_stride) {
+    constexpr int COLUMNS = 8 / N;  // sums in as many registers keep the multipliers busy
+    int64_t j = 0;
+    for (; j + COLUMNS <= columns; j += COLUMNS)
+        dots<N, COLUMNS>(x, stride, a + j * n, n, scale, to + j, to_stride);
+    for (; j + 2 <= columns; j += 2) dots<N, 2>(x, stride, a + j * n, n, scale, to + j, to_stride);
+    if (j < columns) dots<N, 1>(x, stride, a + j * n, n, scale, to + j, to_stride);
+}
+
 // N rows. The scratch has room for them in float32, and for what they shrink to.
 template <int N, class T>
 void low_rank_rows(T* y, int64_t y_stride, const T* x, int64_t x_stride, const Factors& f, int64_t rank,
                    const float* widened, float scale, float* scratch) {
-    constexpr int COLUMNS = 8 / N;  // sums in as many registers keep the multipliers busy
     const int64_t columns = f.slices * rank;
     float* shrunk = scratch + N * round_up(f.inputs);
     const float* rows = widen_rows(x, x_stride, N, f.inputs, scratch);
-    int64_t j = 0;
-    for (; j + COLUMNS <= columns; j += COLUMNS)
-        dots<N, COLUMNS>(rows, x_stride, widened + j * f.inputs, f.inputs, scale, shrunk + j, columns);
-    for (; j + 2 <= columns; j += 2)
-        dots<N, 2>(rows, x_stride, widened + j * f.inputs, f.inputs, scale, shrunk + j, columns);
-    if (j < columns) dots<N, 1>(rows, x_stride, widened + j * f.inputs, f.inputs, scale, shrunk + j, columns);
+    shrink<N>(rows, x_stride, widened, columns, f.inputs, scale, shrunk, columns);
     const float* b = widened + columns * f.inputs;
     for (int64_t s = 0; s < f.slices; s++) {
         expand<N>(y, y_stride, shrunk + s * rank, columns, b, rank, f.outputs[s]);
@@ -523,6 +529,18 @@ void zo_low_rank(void* y, int64_t y_stride, const void* x, int64_t x_stride, con
         low_rank(static_cast<BF16*>(y), y_stride, static_cast<const BF16*>(x), x_stride, *f, runs, n, scale);
     else
         low_rank(static_cast<float*>(y), y_stride, static_cast<const float*>(x), x_stride, *f, runs, n, scale);
+}
+
+void zo_shrink(const float* x, int64_t x_stride, int64_t rows, const Factors* f, const Run* run, float* to) {
+    const int64_t rank = rank_of(*f, *run), columns = f->slices * rank;
+    for (int64_t row = 0, next; row < rows; row = next) {
+        next = row + ROWS <= rows ? row + ROWS : row + 1;
+        const auto some_rows = next == row + ROWS ? shrink<ROWS> : shrink<1>;
+        for (int64_t s = 0; s < f->slices; s++) {
+            const float* a = static_cast<const float*>(f->a[s]) + run->slot * f->ranks * f->inputs;
+            some_rows(x + row * x_stride, x_stride, a, rank, f->inputs, 1.0f, to + row * columns + s * rank, columns);
+        }
+    }
 }
 
 // flat: (all features, rank), into the ranks [first, first + rank) of a slot.

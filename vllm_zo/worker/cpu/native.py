@@ -1,4 +1,4 @@
-"""Our CPU kernels (`native.cpp`, `tiles.cpp`): compiled once for a machine, kept in vLLM's cache, called with pointers.
+"""Our CPU kernels (`native.cpp`, `tiles.cpp`, `panels.cpp`): compiled once for a machine, kept in vLLM's cache.
 
 They do in one pass each what torch does in many operators, a third to a half of a small model's step
 (docs/performance.md). Where they cannot be compiled, and for 16-bit types other than bfloat16, torch's operators do the
@@ -15,6 +15,7 @@ import platform
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from vllm_zo.methods import fold
 
 logger = init_logger("vllm.zo.worker")
 
-SOURCES = [Path(__file__).with_name(name) for name in ("native.cpp", "tiles.cpp")]
+SOURCES = [Path(__file__).with_name(name) for name in ("native.cpp", "tiles.cpp", "panels.cpp")]
 HEADERS = [Path(__file__).with_name(name) for name in ("low_rank.h", "tile_packing.h")]
 SWITCH = "ZO_NATIVE_KERNELS"
 FLAGS = ("-std=c++17", "-O3", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math")
@@ -99,21 +100,58 @@ _ARGUMENTS: dict[str, tuple[Any, ...]] = {
         ctypes.POINTER(Heads), ctypes.c_int,
     ),
 }  # fmt: skip
-_TILE_ARGUMENTS: dict[str, tuple[Any, ...]] = {
-    "zo_pack_tiles": (_POINTER, _POINTER, _INT64, _INT64),
-    "zo_unpack_tiles": (_POINTER, _POINTER, _INT64, _INT64),
-    "zo_tile_product": (
-        _POINTER, _INT64, _POINTER, _POINTER, _POINTER, _INT64, _INT64, _INT64, _INT64, ctypes.POINTER(Factors),
-        _POINTER, _INT64,
-    ),
-}  # fmt: skip
+_PACKING = (_POINTER, _POINTER, _INT64, _INT64)
+_PRODUCT = (
+    _POINTER, _INT64, _POINTER, _POINTER, _POINTER, _INT64, _INT64, _INT64, _INT64, ctypes.POINTER(Factors), _POINTER,
+    _INT64,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A product of ours, for one type of weight. A packed weight has multiples of `outputs` and `inputs`."""
+
+    name: str
+    outputs: int
+    inputs: int
+
+    @property
+    def pack(self) -> str:
+        return f"zo_pack_{self.name}s"
+
+    @property
+    def unpack(self) -> str:
+        return f"zo_unpack_{self.name}s"
+
+    @property
+    def product(self) -> str:
+        return f"zo_{self.name}_product"
+
+    def arguments(self) -> dict[str, tuple[Any, ...]]:
+        return {self.pack: _PACKING, self.unpack: _PACKING, self.product: _PRODUCT}
+
+
+TILES, PANELS = Kind("tile", 32, 32), Kind("panel", 48, 1)
+PRODUCTS = {torch.bfloat16: TILES, torch.float32: PANELS}
+
+
+def multiplies(dtype: torch.dtype) -> bool:
+    """Whether a layer whose weight has this type gets a product of ours on this machine."""
+    kind = PRODUCTS.get(dtype)
+    on_this_cpu = has_tiles() if kind is TILES else uses_avx512()
+    return kind is not None and on_this_cpu and library() is not None
+
+
+def uses_avx512() -> bool:
+    """Whether this CPU has AVX-512 and torch uses it, which its user can forbid. (With AVX2 oneDNN's products of many
+    rows are faster than those of `panels.cpp`.)"""
+    return torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 @functools.cache
 def has_tiles() -> bool:
     """Whether this CPU has the tiles of AMX, and the system lets this process use them."""
-    with_avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512"  # torch's, which its user may have held back
-    return with_avx512 and bool(torch.cpu.get_capabilities().get("amx_bf16", False)) and bool(torch.cpu._init_amx())
+    return uses_avx512() and bool(torch.cpu.get_capabilities().get("amx_bf16", False)) and bool(torch.cpu._init_amx())
 
 
 @functools.cache
@@ -136,7 +174,8 @@ def load() -> ctypes.CDLL:
         FAILURES: see `compiled`; or the file cannot be loaded, or not beside torch.
     """
     loaded = ctypes.CDLL(str(compiled()))
-    for name, arguments in (_ARGUMENTS | (_TILE_ARGUMENTS if has_tiles() else {})).items():
+    here = _ARGUMENTS | (TILES.arguments() if has_tiles() else {}) | (PANELS.arguments() if uses_avx512() else {})
+    for name, arguments in here.items():
         function = getattr(loaded, name)
         function.argtypes, function.restype = arguments, None
     if not _shares_threads(loaded):
@@ -276,22 +315,23 @@ def attend(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, rows: Tensor, writes
     return out
 
 
-def pack_tiles(weight: Tensor) -> Tensor:
-    """A bfloat16 weight (O, I) as `tile_product` wants it: blocks of 32 by 32 numbers, filled up with zeros."""
+def pack(weight: Tensor) -> Tensor:
+    """A weight (O, I) as `product` wants it: blocks of outputs and inputs, filled up with zeros. A flat tensor."""
     outputs, inputs = weight.shape
-    packed = weight.new_empty(-(-outputs // 32), -(-inputs // 32), 32 * 32)
-    _call("zo_pack_tiles", weight.contiguous().data_ptr(), packed.data_ptr(), outputs, inputs)
+    kind = PRODUCTS[weight.dtype]
+    packed = weight.new_empty(-(-outputs // kind.outputs) * kind.outputs * -(-inputs // kind.inputs) * kind.inputs)
+    _call(kind.pack, weight.contiguous().data_ptr(), packed.data_ptr(), outputs, inputs)
     return packed
 
 
-def unpack_tiles(packed: Tensor, outputs: int, inputs: int) -> Tensor:
-    """The weight (O, I) that `pack_tiles` has packed."""
+def unpack(packed: Tensor, outputs: int, inputs: int) -> Tensor:
+    """The weight (O, I) that `pack` has packed."""
     weight = packed.new_empty(outputs, inputs)
-    _call("zo_unpack_tiles", packed.data_ptr(), weight.data_ptr(), outputs, inputs)
+    _call(PRODUCTS[packed.dtype].unpack, packed.data_ptr(), weight.data_ptr(), outputs, inputs)
     return weight
 
 
-def tile_product(
+def product(
     x: Tensor,
     packed: Tensor,
     outputs: int,
@@ -299,10 +339,10 @@ def tile_product(
     factors: Factors | None = None,
     runs: Tensor | None = None,
 ) -> Tensor:
-    """`x W^T + bias + x A^T B^T`. (T, I) -> (T, O), all in bfloat16.
+    """`x W^T + bias + x A^T B^T`. (T, I) -> (T, O), all of one type.
 
     Args:
-        packed: `pack_tiles` of W, (O, I).
+        packed: `pack` of W, (O, I).
         bias: (O,).
         factors, runs: of the low-rank part, as in `low_rank`; without runs there is none.
 
@@ -310,16 +350,17 @@ def tile_product(
         ValueError: x or the bias is of another type, or the factors are of another layer.
     """
     types = [t.dtype for t in (x, bias) if t is not None]
-    if {*types} != {torch.bfloat16}:
-        raise ValueError(f"a layer in bfloat16 got {' and '.join(map(str, types))}")
+    if {*types} != {packed.dtype}:
+        raise ValueError(f"a layer in {packed.dtype} got {' and '.join(map(str, types))}")
     rows, inputs = x.shape
     if factors is not None:
         _check_factors(factors, inputs, outputs)
     x = x if x.stride(1) == 1 else x.contiguous()
     out = x.new_empty(rows, outputs)
     _call(
-        "zo_tile_product", x.data_ptr(), x.stride(0), packed.data_ptr(), None if bias is None else bias.data_ptr(),
-        out.data_ptr(), outputs, rows, inputs, outputs, factors, None if runs is None else runs.data_ptr(),
+        PRODUCTS[packed.dtype].product,
+        x.data_ptr(), x.stride(0), packed.data_ptr(), None if bias is None else bias.data_ptr(), out.data_ptr(),
+        outputs, rows, inputs, outputs, factors, None if runs is None else runs.data_ptr(),
         0 if runs is None else len(runs),
     )  # fmt: skip
     return out

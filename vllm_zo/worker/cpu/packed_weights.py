@@ -14,8 +14,8 @@ from torch import Tensor
 from vllm.model_executor.layers import utils
 
 from vllm_zo.worker.base_weights import BaseWeights
+from vllm_zo.worker.cpu.fused_linear import FusedLinear
 from vllm_zo.worker.cpu.plain_linear import plain_linear
-from vllm_zo.worker.cpu.tile_linear import TileLinear
 
 PACKED = {"handler", "packed_weight", "zen_weight"}
 """Variables that hold a packed copy in the closures that vLLM sets as `cpu_linear` (oneDNN, AMX, zentorch). vLLM has no
@@ -35,7 +35,7 @@ class PackedWeights(BaseWeights):
         if layer.weight.numel():
             return super().read(layer)
         product = layer.cpu_linear
-        return product.weight() if isinstance(product, TileLinear) else _multiplied_out(layer)
+        return product.weight() if isinstance(product, FusedLinear) else _multiplied_out(layer)
 
     def _unpack(self, layer: Any, weight: Tensor) -> None:
         if not layer.weight.numel():
@@ -59,7 +59,7 @@ class PackedWeights(BaseWeights):
 def _is_packed(product: Any) -> bool:
     """Whether this `cpu_linear` multiplies with a packed copy: ours, or a closure of vLLM's that holds one."""
     names = product.__code__.co_freevars if getattr(product, "__closure__", None) else ()
-    return isinstance(product, TileLinear) or not PACKED.isdisjoint(names)
+    return isinstance(product, FusedLinear) or not PACKED.isdisjoint(names)
 
 
 def _multiplied_out(layer: Any) -> Tensor:

@@ -12,11 +12,12 @@ from vllm_zo.compat.registry import Patch
 CPU_LINEAR = Patch(
     target="vllm.model_executor.layers.utils:dispatch_cpu_unquantized_gemm",
     why="without AVX512-BF16 or AMX a 16-bit layer is multiplied by emulation, 3 to 8 times slower than in float32; "
-    "with AMX, oneDNN builds a kernel for each row count, and at some it leaves a product to one thread",
-    how="16-bit layers get a product of ours: one that widens the weight block by block, or one with AMX's tiles; all "
-    "others are left to vLLM",
+    "with AMX, oneDNN builds a kernel for each row count, and at some it leaves a product to one thread; in float32 it "
+    "waits for weights to come from memory",
+    how="16-bit layers get a product of ours: one that widens the weight block by block, or one with AMX's tiles; "
+    "float32 ones one for AVX-512; all others are left to vLLM",
     upstream="none yet",
-    remove_when="vLLM's CPU backend chooses by instructions, and splits every product among its threads",
+    remove_when="vLLM's CPU backend chooses by instructions, splits products among all threads, and fetches weights",
     series="none: a choice of kernel for some CPUs; upstream would want numbers from more of them first",
 )
 GROUPED_LORA = Patch(
@@ -166,7 +167,7 @@ def mend_int8_layers() -> None:
 def _choose_products() -> None:
     from vllm.model_executor.layers import utils
 
-    from vllm_zo.worker.cpu import tile_linear
+    from vllm_zo.worker.cpu import fused_linear
     from vllm_zo.worker.cpu.linear import is_emulated, widened_linear
 
     original = utils.dispatch_cpu_unquantized_gemm
@@ -177,8 +178,8 @@ def _choose_products() -> None:
             original(layer, remove_weight)
         elif is_emulated(weight.dtype):
             layer.cpu_linear = widened_linear
-        elif tile_linear.fits(weight):
-            layer.cpu_linear = tile_linear.TileLinear(weight)
+        elif fused_linear.fits(weight):
+            layer.cpu_linear = fused_linear.FusedLinear(weight)
             if remove_weight:
                 layer.weight = torch.nn.Parameter(weight.new_empty(0), requires_grad=False)
         else:

@@ -34,10 +34,10 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from vllm_zo.worker.cpu import attention as whole_attention
 from vllm_zo.worker.cpu.decoder_layers import DecoderLayers, find_decoder_layers
+from vllm_zo.worker.cpu.fused_linear import FusedLinear
 from vllm_zo.worker.cpu.lora import GroupedPunicaWrapper, Spans
 from vllm_zo.worker.cpu.patches import ATTENTION, DECODER_LAYER, LORA_LINEAR, MODEL_FORWARD
 from vllm_zo.worker.cpu.row_plan import Below, RowPlan, WholeSequences, plan_rows
-from vllm_zo.worker.cpu.tile_linear import TileLinear
 from vllm_zo.worker.kept_states import KeptStates
 from vllm_zo.worker.platform import Chunk, Chunks
 
@@ -441,7 +441,7 @@ def _lora_linear(pruner: RowPruner, layer: Any, original: Callable[..., Tensor])
 def _linear(layer: Any, original: Callable[..., Tensor], x: Tensor, bias: Tensor | None) -> Tensor:
     """`BaseLinearLayerWithLoRA.apply` of one layer; in one pass where the base product is ours."""
     product, wrapper = getattr(layer.base_layer, "cpu_linear", None), layer.punica_wrapper
-    if isinstance(product, TileLinear) and x.ndim == 2:
+    if isinstance(product, FusedLinear) and x.ndim == 2:
         factors = wrapper.factors(layer.lora_a_stacked, layer.lora_b_stacked, x)
         if factors is not None:
             return product.with_low_rank(x, bias, factors, wrapper.spans.runs)

@@ -26,7 +26,6 @@ namespace {
 
 constexpr int64_t PACKED_X = 768 << 10;        // bytes: what stays in a core's own cache beside a panel of W
 constexpr int64_t PACKED_FACTORS = 8 << 20;    // bytes: of all runs' factors
-constexpr int64_t ROWS_WORTH_SPLITTING = 128;  // of a thread; with fewer, threads share the outputs
 
 // All eight tiles as 16 rows of 64 bytes, on this thread, until the end of the scope. Then they are as they were:
 // oneDNN's kernels may count on that.
@@ -276,11 +275,6 @@ struct Product {
     }
 };
 
-// Of n things, shared out in multiples of `unit`, the first of part i of `parts`.
-int64_t part_start(int64_t n, int64_t unit, int64_t i, int64_t parts) {
-    return std::min(n, (n + unit - 1) / unit * i / parts * unit);
-}
-
 void multiply_all(const Product& product, int64_t rows, const Run* runs, int64_t n) {
 #pragma omp parallel
     {
@@ -289,20 +283,13 @@ void multiply_all(const Product& product, int64_t rows, const Run* runs, int64_t
 #pragma omp barrier
         }
         const Tiles tiles;
-        int64_t threads = omp_get_num_threads(), row_parts = 1;
-        for (int64_t parts = 2; parts <= threads; parts++)
-            if (threads % parts == 0 && rows >= parts * ROWS_WORTH_SPLITTING) row_parts = parts;
-        const int64_t column_parts = threads / row_parts, thread = omp_get_thread_num();
-        const int64_t start = part_start(rows, BLOCK, thread / column_parts, row_parts);
-        const int64_t stop = part_start(rows, BLOCK, thread / column_parts + 1, row_parts);
-        const int64_t first = part_start(blocks(product.outputs), 1, thread % column_parts, column_parts);
-        const int64_t last = part_start(blocks(product.outputs), 1, thread % column_parts + 1, column_parts);
-        const int64_t bytes = blocks(stop - start) * BLOCK * blocks(product.inputs) * 64;
+        const Part mine(rows, BLOCK, blocks(product.outputs));
+        const int64_t bytes = blocks(mine.stop - mine.start) * BLOCK * blocks(product.inputs) * 64;
         const int64_t turns = (bytes + PACKED_X - 1) / PACKED_X;
-        for (int64_t turn = 0; turn < turns && first < last; turn++) {
-            const int64_t from = start + part_start(stop - start, BLOCK, turn, turns);
-            const int64_t to = start + part_start(stop - start, BLOCK, turn + 1, turns);
-            if (from < to) product.part(from, to, first, last);
+        for (int64_t turn = 0; turn < turns && mine.first < mine.last; turn++) {
+            const int64_t start = mine.start + part_start(mine.stop - mine.start, BLOCK, turn, turns);
+            const int64_t stop = mine.start + part_start(mine.stop - mine.start, BLOCK, turn + 1, turns);
+            if (start < stop) product.part(start, stop, mine.first, mine.last);
         }
     }
 }
