@@ -427,6 +427,9 @@ def test_who_gets_a_product_of_ours(multiplied: torch.dtype, monkeypatch: pytest
     loading(CompilationMode.VLLM_COMPILE)
     assert not fused_linear.fits(weight)
     loading(CompilationMode.NONE)
+    with monkeypatch.context() as without_tiles:
+        without_tiles.setattr(native, "has_tiles", lambda: False)
+        assert fused_linear.fits(weight) is (multiplied == torch.float32)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     monkeypatch.setattr(native, "has_tiles", native.has_tiles.__wrapped__)
     assert not fused_linear.fits(weight)

@@ -31,7 +31,7 @@ from vllm_zo.methods import fold
 logger = init_logger("vllm.zo.worker")
 
 SOURCES = [Path(__file__).with_name(name) for name in ("native.cpp", "tiles.cpp", "panels.cpp")]
-HEADERS = [Path(__file__).with_name(name) for name in ("low_rank.h", "tile_packing.h")]
+HEADERS = [Path(__file__).with_name(name) for name in ("low_rank.h", "parts.h", "tile_packing.h")]
 SWITCH = "ZO_NATIVE_KERNELS"
 FLAGS = ("-std=c++17", "-O3", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math")
 INSTRUCTIONS = {
@@ -137,9 +137,12 @@ PRODUCTS = {torch.bfloat16: TILES, torch.float32: PANELS}
 
 def multiplies(dtype: torch.dtype) -> bool:
     """Whether a layer whose weight has this type gets a product of ours on this machine."""
-    kind = PRODUCTS.get(dtype)
-    on_this_cpu = has_tiles() if kind is TILES else uses_avx512()
-    return kind is not None and on_this_cpu and library() is not None
+    return dtype in PRODUCTS and _has(PRODUCTS[dtype]) and library() is not None
+
+
+def _has(kind: Kind) -> bool:
+    """Whether this CPU has the instructions of a product."""
+    return has_tiles() if kind is TILES else uses_avx512()
 
 
 def uses_avx512() -> bool:
@@ -174,7 +177,9 @@ def load() -> ctypes.CDLL:
         FAILURES: see `compiled`; or the file cannot be loaded, or not beside torch.
     """
     loaded = ctypes.CDLL(str(compiled()))
-    here = _ARGUMENTS | (TILES.arguments() if has_tiles() else {}) | (PANELS.arguments() if uses_avx512() else {})
+    here = _ARGUMENTS.copy()
+    for kind in filter(_has, PRODUCTS.values()):
+        here |= kind.arguments()
     for name, arguments in here.items():
         function = getattr(loaded, name)
         function.argtypes, function.restype = arguments, None

@@ -8,8 +8,6 @@
 // whose sums fill the registers. All rows of a part take their turn while a panel is in the core's own cache.
 
 #ifdef __AVX512F__
-#include <omp.h>
-
 #include <algorithm>
 #include <array>
 #include <cstdint>
@@ -18,6 +16,7 @@
 #include <vector>
 
 #include "low_rank.h"
+#include "parts.h"
 
 namespace {
 
@@ -80,9 +79,9 @@ constexpr auto MULTIPLY = by_rows(std::make_integer_sequence<int, ROWS>());
 
 // A thread's memory, kept between calls: fresh memory costs page faults.
 struct Scratch {
-    std::vector<float> shrunk, b;           // of each row (columns), of each run (columns, PANEL)
-    std::vector<const float*> shrunk_of;    // of each row, if it is a run's
-    std::vector<Addend> addends;            // to each row
+    std::vector<float> shrunk, b;         // of each row (columns), of each run (columns, PANEL)
+    std::vector<const float*> shrunk_of;  // of each row, if it is a run's
+    std::vector<Addend> addends;          // to each row
 
     static float* of(std::vector<float>& numbers, int64_t size) {
         if (static_cast<int64_t>(numbers.size()) < size) numbers.resize(size);
@@ -195,16 +194,8 @@ void zo_panel_product(const float* x, int64_t x_stride, const float* w, const fl
     for (int64_t i = 0; i < n; i++) columns = std::max(columns, f->slices * rank_of(*f, runs[i]));
     const Product product{x, w, bias, out, x_stride, out_stride, inputs, outputs, f, runs, n, columns};
 #pragma omp parallel
-    {
-        const Part mine(rows, ROWS, panels(outputs));
-        const int64_t bytes = (mine.stop - mine.start) * inputs * sizeof(float);
-        const int64_t turns = (bytes + BYTES_OF_X - 1) / BYTES_OF_X;
-        for (int64_t turn = 0; turn < turns && mine.first < mine.last; turn++) {
-            const int64_t start = mine.start + part_start(mine.stop - mine.start, ROWS, turn, turns);
-            const int64_t stop = mine.start + part_start(mine.stop - mine.start, ROWS, turn + 1, turns);
-            if (start < stop) product.part(start, stop, mine.first, mine.last);
-        }
-    }
+    Part(rows, ROWS, panels(outputs))
+        .in_turns(inputs * sizeof(float), BYTES_OF_X, [&](auto... of) { product.part(of...); });
 }
 }
 #endif

@@ -20,12 +20,13 @@
 #include <vector>
 
 #include "low_rank.h"
+#include "parts.h"
 #include "tile_packing.h"
 
 namespace {
 
-constexpr int64_t PACKED_X = 768 << 10;        // bytes: what stays in a core's own cache beside a panel of W
-constexpr int64_t PACKED_FACTORS = 8 << 20;    // bytes: of all runs' factors
+constexpr int64_t PACKED_X = 768 << 10;      // bytes: what stays in a core's own cache beside a panel of W
+constexpr int64_t PACKED_FACTORS = 8 << 20;  // bytes: of all runs' factors
 
 // All eight tiles as 16 rows of 64 bytes, on this thread, until the end of the scope. Then they are as they were:
 // oneDNN's kernels may count on that.
@@ -283,14 +284,8 @@ void multiply_all(const Product& product, int64_t rows, const Run* runs, int64_t
 #pragma omp barrier
         }
         const Tiles tiles;
-        const Part mine(rows, BLOCK, blocks(product.outputs));
-        const int64_t bytes = blocks(mine.stop - mine.start) * BLOCK * blocks(product.inputs) * 64;
-        const int64_t turns = (bytes + PACKED_X - 1) / PACKED_X;
-        for (int64_t turn = 0; turn < turns && mine.first < mine.last; turn++) {
-            const int64_t start = mine.start + part_start(mine.stop - mine.start, BLOCK, turn, turns);
-            const int64_t stop = mine.start + part_start(mine.stop - mine.start, BLOCK, turn + 1, turns);
-            if (start < stop) product.part(start, stop, mine.first, mine.last);
-        }
+        Part(rows, BLOCK, blocks(product.outputs))
+            .in_turns(blocks(product.inputs) * 64, PACKED_X, [&](auto... of) { product.part(of...); });
     }
 }
 
