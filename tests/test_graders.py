@@ -17,7 +17,7 @@ import pytest
 from vllm_zo.errors import ConfigError
 from vllm_zo.objectives.graders import FLAGS, Grader, GraderResult, build_grader, sandbox
 from vllm_zo.objectives.graders.formula import Formula
-from vllm_zo.objectives.graders.python_grader import PythonGrader
+from vllm_zo.objectives.graders.python_grader import TIMEOUT_S, PythonGrader
 from vllm_zo.objectives.graders.similarity import MAX_CHARACTERS, METRICS
 from vllm_zo.objectives.graders.template import Template
 
@@ -264,12 +264,17 @@ def isolation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     return str(request.param)
 
 
-def graded(body: str, timeout_s: float = 1.0) -> GraderResult:
-    """What a grader with this body says of a text; the same grader must then answer a harmless call."""
+def graded(body: str, timeout_s: float = TIMEOUT_S) -> GraderResult:
+    """What a grader with this body says of a text; the same grader must then answer a harmless call.
+
+    Args:
+        timeout_s: for the body alone. On a busy machine an answer may take more than a second.
+    """
     lines = "\n".join(f"    {line}" for line in body.splitlines())
     source = f"import os, sys\ndef grade(sample, item):\n    if item['ok']: return 1.0\n{lines}"
     grader = PythonGrader("bad", source, timeout_s=timeout_s)
     result = grader("x", {"ok": False})
+    grader.timeout_s = TIMEOUT_S
     assert grader("x", {"ok": True}).reward == 1.0
     grader.close()
     return result
@@ -299,7 +304,7 @@ ANSWERS = 3
 def test_a_python_grader_that_misbehaves_is_an_error_that_names_it_and_the_next_call_works(
     isolation: str, body: str, flag: str, message: str
 ) -> None:
-    result = graded(body)
+    result = graded(body, 1.0 if flag == "unresponsive_reward_error" else TIMEOUT_S)
     assert result.reward == 0.0 and result.errors.keys() == {flag}, result
     assert message in result.errors[flag] and "python grader 'bad'" in result.errors[flag]
     assert flag in FLAGS
@@ -326,7 +331,7 @@ def test_a_python_grader_may_have_threads_and_import_what_is_installed(isolation
         "import threading, numpy\nseen = []\nt = threading.Thread(target=lambda: seen.append(numpy.ones(3).sum()))\n"
         "t.start(); t.join()\nreturn seen[0]"
     )
-    assert graded(body, timeout_s=10.0).reward == 3.0
+    assert graded(body).reward == 3.0
 
 
 def test_a_python_grader_sees_none_of_our_variables(isolation: str, monkeypatch: pytest.MonkeyPatch) -> None:
