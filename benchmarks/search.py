@@ -87,7 +87,7 @@ def steps_within(passes: int, options: dict[str, Any], layers: int, rows: int) -
 
     first = min(select_layers(options["target_layers"], layers)) if "target_layers" in options else 0
     batch, probes = options["batch_size"], len(options["method"].plan(0, 0, 0).probes)
-    if options.get("target_modules") == "lm_head":  # all probes share what enters the head; the last layer is computed
+    if options.get("target_modules") == "lm_head":  # all probes share what enters the head, which counts as a layer
         first, probes = layers - 1, 1
     in_epoch = batch * (first + probes * (layers - first)) / layers
     later = batch * probes * (layers - first) / layers
