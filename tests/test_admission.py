@@ -28,7 +28,7 @@ from vllm_zo.engine.lane import make_lanes, start
 from vllm_zo.engine.slot_table import SlotTable
 from vllm_zo.errors import ConfigError, SlotError
 from vllm_zo.methods.plan import Probe, ProbePlan
-from vllm_zo.objectives.base import EncodedExample, ScoringSequence
+from vllm_zo.objectives.base import EncodedExample, Generation, ScoringSequence
 
 PLENTY = Capacity(sequences=1000, tokens=100_000, kv_blocks=10_000)
 PAIR = Unit(members=2, tokens=20, kv_blocks=2)
@@ -219,6 +219,35 @@ def test_a_group_closes_when_its_last_member_is_scheduled_whatever_the_order() -
                     g.finish(member)
                     seen.add((member.probe, member.sequence))
     assert seen == {(p, r) for p in range(6) for r in range(4)}
+
+
+def test_where_probes_differ_in_the_head_alone_one_member_stands_for_a_wave() -> None:
+    slots = SlotTable(range(4))
+    work = Work(ProbePlan(0, pairs(3), 0), (0, 1), (example(5), example(6)), learning_rate=0.1)
+    g = PerturbationGroup("g", "j", work, slots, block_size=16, kv_of_base=True)
+    seen = []
+    while not g.done:
+        placement = g.open_wave()
+        costs, units = g.units()
+        assert [cost.tokens for cost in costs] == [5, 6] and all(len(unit) == 1 for unit in units)
+        for (member,) in units:
+            assert member.probes == tuple(placement) and member.slot == placement[member.probes[0]]
+            g.start([member])
+            with pytest.raises(SlotError, match="members refer to it"):
+                slots.release("g")
+            g.finish(member)
+            seen.append((member.probes, member.sequence))
+    assert seen == [((0, 1, 2, 3), 0), ((0, 1, 2, 3), 1), ((4, 5), 0), ((4, 5), 1)]
+    g.close()
+    assert slots.free == [0, 1, 2, 3]
+
+
+def test_members_that_write_are_one_for_each_probe() -> None:
+    written = EncodedExample((ScoringSequence((1, 2), (), (), "generate", Generation(4, 1.0, 1.0, (2,))),))
+    work = Work(ProbePlan(0, pairs(1), 0), (0,), (written,), learning_rate=0.1, sampling_seeds=(1,))
+    g = PerturbationGroup("g", "j", work, SlotTable(range(2)), block_size=16, kv_of_base=True)
+    g.open_wave()
+    assert [member.probes for unit in g.units()[1] for member in unit] == [(0,), (1,)]
 
 
 def test_a_member_counts_once() -> None:

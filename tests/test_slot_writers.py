@@ -49,6 +49,18 @@ def test_slots_hold_what_the_formula_says(dtype: torch.dtype, kernel: bool, monk
     check(LoopWriter, dtype, "cpu")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_without_numbers_are_left_as_they_are(dtype: torch.dtype) -> None:
+    flat, rows = torch.zeros(50, 2), torch.tensor([3, 4, 40])
+    flat[rows] = torch.randn(3, 2)
+    whole, some = torch.zeros(SLOTS, 50, COLUMNS, dtype=dtype), torch.full((SLOTS, 50, COLUMNS), 7.0, dtype=dtype)
+    LoopWriter([Piece(whole, 0)], 2).write(flat.flatten(), slot=1, block=2, factor=0.25)
+    LoopWriter([Piece(some, 0)], 2).write(flat.flatten(), slot=1, block=2, factor=0.25, rows=rows)
+    assert whole[1, rows, 4:6].all() and torch.equal(some[1, rows, 4:6], whole[1, rows, 4:6])
+    some[1, rows, 4:6] = 7.0
+    assert (some == 7.0).all(), "nothing beside them"
+
+
 def check_triton(device: str) -> None:
     from vllm_zo.worker.cuda.triton_slots import OneLaunchWriter
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import compress
+from itertools import compress, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -293,8 +293,14 @@ def test_below_the_first_trained_layer_an_example_is_computed_once_in_all(
     assert len(plans) == STEPS
     computed = [len(below_of(plan).rows_B) for plan in plans]
     epoch = ROWS // BATCH
-    for plan, rows in zip(plans[:epoch], computed, strict=False):
-        assert 0 < rows <= len(plan.expand_T) / 2, "once for both signs"
+    under_both_signs = [record["tokens"] for record in run.history]
+    tokens = [after - before for before, after in pairwise([0, *under_both_signs])]
+    asked = [len(plan.expand_T) for plan in plans]
+    assert asked == ([count // 2 for count in tokens] if "target_modules" in scope else tokens), (
+        "a head's job asks once"
+    )
+    for count, rows in zip(tokens[:epoch], computed, strict=False):
+        assert 0 < rows <= count / 2, "once for both signs"
     assert computed[epoch:] == [0] * (STEPS - epoch), "kept from the first epoch on"
     assert not worker_of(llm).zo.platform.rows.kept.used, "the job has ended"
     assert [record["step"] for record in run.history] == [*range(1, STEPS + 1)]

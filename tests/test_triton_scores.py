@@ -71,8 +71,8 @@ def members_of(tables: list[LossTable], draw: random.Random) -> list[Present]:
         for probe, row in product(range(len(table.cells_PC)), range(len(table.sequences))):
             pieces = [(0, 9)] if row else [(0, 4), (4, 5)]
             for done, count in pieces:
-                member = ScoreMember("job", "group", f"{id(table)}/{probe}/{row}", probe, row, done)
-                present.append(Present(member, table, first, count))
+                member = ScoreMember("job", "group", f"{id(table)}/{probe}/{row}", (probe,), row, done)
+                present.append(Present(member, probe, table, first, count))
                 first += count
     draw.shuffle(present)
     return present
@@ -86,7 +86,7 @@ def exact_cells(head: Head, hidden: Tensor, present: list[Present], table: LossT
     if head.soft_cap:
         logits = torch.tanh(logits / head.soft_cap) * head.soft_cap
     logits = logits * head.scale
-    for member, of_table, first, count, *_ in present:
+    for member, probe, of_table, first, count, *_ in present:
         row = table.sequences[member.sequence]
         for i, position in enumerate(row.positions):
             if of_table is not table or not 0 <= position - member.num_computed_tokens < count:
@@ -94,11 +94,11 @@ def exact_cells(head: Head, hidden: Tensor, present: list[Present], table: LossT
             at, cell = logits[first + position - member.num_computed_tokens], table.offsets[member.sequence]
             if row.kind == "labels":
                 ids = torch.tensor(row.label_ids) - head.start
-                cells[member.probe, cell : cell + len(ids)] = at[ids]
+                cells[probe, cell : cell + len(ids)] = at[ids]
             else:
                 logprobs = at.log_softmax(-1)
-                cells[member.probe, cell + i] = logprobs[row.label_ids[i] - head.start]
-                cells[member.probe, cell + len(row.positions) + i] = logprobs.max()
+                cells[probe, cell + i] = logprobs[row.label_ids[i] - head.start]
+                cells[probe, cell + len(row.positions) + i] = logprobs.max()
     return cells
 
 
@@ -139,8 +139,10 @@ def check_not_finite(device: str) -> None:
         hidden[0, 3] = value
         table = make_table(2, device, random.Random(0))
         label, text = 0, 3
-        rows = [Present(ScoreMember("", "", "", probe, row, table.sequences[row].positions[0]), table, probe, 1)
-                for probe, row in product((0, 1), (label, text))]  # fmt: skip
+        rows = [
+            Present(ScoreMember("", "", "", (p,), row, table.sequences[row].positions[0]), p, table, p, 1)
+            for p, row in product((0, 1), (label, text))
+        ]
         score_members(head, hidden, rows)
         offset = table.offsets[text]
         for cell in (*range(3), offset):

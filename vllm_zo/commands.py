@@ -103,12 +103,13 @@ class Materialise:
 
 @dataclass(frozen=True)
 class ScoreMember:
-    """A member that has tokens in this step. `sequence` indexes the group's sequences (`flatten_sequences`)."""
+    """A member that has tokens in this step. `sequence` indexes the group's sequences (`flatten_sequences`). It is
+    scored with each of `probes`, which differ in the LM head alone if there are several."""
 
     job_id: str
     group_id: str
     req_id: str
-    probe: int
+    probes: tuple[int, ...]
     sequence: int
     num_computed_tokens: int
 

@@ -68,12 +68,17 @@ class Phase(Enum):
 
 @dataclass(eq=False)
 class Member:
-    """One sequence under one probe: an ordinary request that names a ZO slot."""
+    """One sequence under one probe: an ordinary request that names a ZO slot.
+
+    Where probes differ in the LM head alone, and nothing is written, one member stands for all of a wave: the layers
+    compute it once, and the workers score its hidden states with each probe.
+    """
 
     group: PerturbationGroup
-    probe: int
+    probes: tuple[int, ...]
     sequence: int
     slot: int
+    """Of the first of its probes."""
     req_id: str
     token_ids: tuple[int, ...]
     generation: Generation | None = None
@@ -88,6 +93,11 @@ class Member:
     member that generates: true once it has finished."""
     request: Any = None
     """vLLM's request, while there is one. A preempted member keeps it: it holds the tokens that were generated."""
+
+    @property
+    def probe(self) -> int:
+        """The first of its probes: with the sequence it names the member in its group."""
+        return self.probes[0]
 
     @property
     def kv_tokens(self) -> int:
@@ -125,6 +135,7 @@ class PerturbationGroup:
         self.opened_at = time.monotonic()
         self.sequences = flatten_sequences(work.examples)
         self.rollouts, self._kv_of_base = rollouts, kv_of_base
+        self._one_for_all = kv_of_base and rollouts is None and not work.sampling_seeds
         self.scoring: Scoring | None = None
         """Computes the rewards, once all members have written."""
         self.cells: Cells | None = None
@@ -173,20 +184,21 @@ class PerturbationGroup:
         # A lane may have more slots than the wave has probes.
         placement = dict(zip(wave, self._slots.free, strict=False))
         assert len(placement) == len(wave), "fewer free slots than probes in the wave"
-        for probe, slot in placement.items():
-            self._slots.acquire(slot, self.group_id, pins=len(self.sequences))
-            self._pending |= {(probe, index): self._member(probe, index, slot) for index in range(len(self.sequences))}
-        self._unscored = len(self._pending)
         self._placement = placement
+        for slot in placement.values():
+            self._slots.acquire(slot, self.group_id, pins=len(self.sequences))
+        for probes in [tuple(placement)] if self._one_for_all else [(probe,) for probe in placement]:
+            self._pending |= {(probes[0], index): self._member(probes, index) for index in range(len(self.sequences))}
+        self._unscored = len(self._pending)
         return placement
 
-    def _member(self, probe: int, index: int, slot: int) -> Member:
+    def _member(self, probes: tuple[int, ...], index: int) -> Member:
         sequence, generation = self.sequences[index], self.sequences[index].generation
         if generation is not None and not self.work.trains and not self.work.plan.of_base:
             generation = replace(generation, temperature=0.0)  # an evaluation is greedy
-        req_id = f"{self.group_id}/{probe}/{index}"
+        slot, req_id = self._placement[probes[0]], f"{self.group_id}/{probes[0]}/{index}"
         seed = self.work.sampling_seeds[index] if self.work.sampling_seeds else 0
-        return Member(self, probe, index, slot, req_id, sequence.token_ids, generation, seed, self._kv_of_base)
+        return Member(self, probes, index, slot, req_id, sequence.token_ids, generation, seed, self._kv_of_base)
 
     def units(self) -> tuple[list[Unit], list[list[Member]]]:
         """Pending members by (direction, sequence): the cost of each unit for `admission.admit`, and its members."""
@@ -218,11 +230,12 @@ class PerturbationGroup:
             self._pending[member.probe, member.sequence] = member
 
     def finish(self, member: Member) -> None:
-        """Note that the member is scored: it does not refer to its slot any more."""
+        """Note that the member is scored: it does not refer to the slots of its probes any more."""
         assert not member.scored and (member.probe, member.sequence) not in self._pending
         member.scored = True
         self._unscored -= 1
-        self._slots.unpin(member.slot)
+        for probe in member.probes:
+            self._slots.unpin(self._placement[probe])
         if member.generation is not None:
             self._completions[member.probe, member.sequence] = member.output
 

@@ -123,7 +123,7 @@ class Lane:
         if last_chunk:
             group.finish(member)
         return ScoreMember(
-            group.job_id, group.group_id, member.req_id, member.probe, member.sequence, num_computed_tokens
+            group.job_id, group.group_id, member.req_id, member.probes, member.sequence, num_computed_tokens
         )
 
     def generated(self, member: Member, token_ids: Sequence[int], *, finished: bool) -> None:

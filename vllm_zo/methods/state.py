@@ -57,6 +57,7 @@ class AdapterState:
         Zero before."""
         if self.coordinates.measures_u:
             self.sizes_N = torch.zeros(numbers, dtype=torch.float32, device=device)
+        self._moved_O: Tensor | None = None
         self.optimizer_state: State = method.optimizer.init(self.acc_BN[0])
         self.versions = [0] * num_bases
         """How often each accumulator has changed. Together with its basis this names its content."""
@@ -88,6 +89,15 @@ class AdapterState:
     def mark_touched(self, bases: Iterable[int]) -> None:
         """Say which bases the accumulators hold, after a snapshot has filled them."""
         self._touched = {self.index_of(basis): basis for basis in bases}
+
+    @property
+    def moved_O(self) -> Tensor | None:
+        """(rows,) the rows of U that have a size, ascending, of coordinates that measure it; None if all move, or while
+        nothing is measured."""
+        if self._moved_O is None and self.sizes_N is not None:
+            rows = self.sizes_N.view(-1, self.coordinates.rank)[:, 0].nonzero().squeeze(1)
+            self._moved_O = rows if len(rows) else None
+        return self._moved_O
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors of a snapshot, by name."""

@@ -6,14 +6,16 @@ head; it is read in chunks, with a running log-sum-exp.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Hashable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from vllm_zo.upload import upload
 from vllm_zo.worker.loss_table import Entry, write_cells
+
+Value = TypeVar("Value", bound=Hashable)
 
 VOCAB_CHUNK = 8192
 """Vocabulary entries of the head that are widened to float32 at a time. This bounds the extra memory to chunk x hidden
@@ -51,13 +53,12 @@ class Head:
 
     def score_labels(self, hidden: Tensor, entries: Sequence[Entry]) -> None:
         """Write the logit of each entry's label into its cell. hidden: (tokens of the step, D)."""
-        # All labels of an example share its row, and many examples share their labels: each is read once.
-        rows, row_of = _distinct([entry.row for entry in entries])
+        # All labels of an example share its row, and many examples share their labels: each is read once. Probes that
+        # differ in the LM head alone share rows, too.
+        states, row_of = _distinct([(entry.row, entry.slot) for entry in entries])
         labels, label_of = _distinct([entry.label for entry in entries])
-        slots = None
-        if _has_adapter(entries):
-            slot_of_row = {entry.row: entry.slot for entry in entries}
-            slots = [slot_of_row[row] for row in rows]
+        rows = [row for row, _ in states]
+        slots = [slot for _, slot in states] if _has_adapter(entries) else None
         logits_TL = self._label_logits(hidden[upload(rows, hidden.device)], upload(labels, hidden.device), slots)
         wanted = [row * len(labels) + column for row, column in zip(row_of, label_of, strict=True)]
         write_cells(logits_TL.view(-1)[upload(wanted, hidden.device)], [(entry.table, entry.cell) for entry in entries])
@@ -251,7 +252,7 @@ def _has_adapter(entries: Sequence[Entry]) -> bool:
     return any(entry.slot is not None for entry in entries)
 
 
-def _distinct(values: list[int]) -> tuple[list[int], list[int]]:
+def _distinct(values: list[Value]) -> tuple[list[Value], list[int]]:
     """The distinct values in order of first appearance, and for each value its place among them."""
-    place: dict[int, int] = {}
+    place: dict[Value, int] = {}
     return [*dict.fromkeys(values)], [place.setdefault(value, len(place)) for value in values]

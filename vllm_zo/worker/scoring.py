@@ -19,14 +19,16 @@ from vllm_zo.worker.unmoved import UnmovedWords
 
 
 class Present(NamedTuple):
-    """A member with `tokens` rows in this engine step. The first is row `first_row` of the hidden states."""
+    """A member under one of its probes, with `tokens` rows in this engine step. The first is row `first_row` of the
+    hidden states."""
 
     member: ScoreMember
+    probe: int
     table: LossTable
     first_row: int
     tokens: int
     slot: int | None = None
-    """Slot of its adapter, among all of vLLM's, if the adapter changes the LM head; else None."""
+    """Slot of the probe's adapter, among all of vLLM's, if the adapter changes the LM head; else None."""
     unmoved: UnmovedWords | None = None
     """What is kept of the words that its job does not move, if it trains the LM head alone."""
 
@@ -69,10 +71,10 @@ def _entries(present: Present) -> list[Entry]:
     A sequence of kind "labels" has one position, where all its labels are scored. A sequence of kind "logprobs" has a
     label for each position, and its cells for the likeliest tokens follow its cells for the labels.
     """
-    member, table, first_row, tokens, slot, _ = present
+    member, probe, table, first_row, tokens, slot, _ = present
     sequence = table.sequences[member.sequence]
     count = len(sequence.label_ids)
-    first_cell = member.probe * table.cells_PC.shape[1] + table.offsets[member.sequence]
+    first_cell = probe * table.cells_PC.shape[1] + table.offsets[member.sequence]
     positions = sequence.positions * count if sequence.kind == "labels" else sequence.positions
     wanted = zip(positions, sequence.label_ids, range(first_cell, first_cell + count), strict=True)
     # vLLM may compute a sequence in parts, over several steps: the rows of this step begin at position `start`.

@@ -30,7 +30,7 @@ class Piece:
 class SlotWriter(Protocol):
     """Writes a flat vector with the factors of all modules of a job into one rank block of a slot."""
 
-    def write(self, flat: Tensor, slot: int, block: int, factor: float) -> None:
+    def write(self, flat: Tensor, slot: int, block: int, factor: float, rows: Tensor | None = None) -> None:
         """For every module: `slots[slot, i, block * r + j] = factor * flat[offset + i * r + j]`, j < r.
 
         Args:
@@ -38,6 +38,8 @@ class SlotWriter(Protocol):
             slot: index among all of vLLM's slots.
             block: index of the rank block.
             factor: scales all values.
+            rows: of the job's only module, the features with numbers other than 0. The slot has zeros for all others,
+                and a writer may leave them out. None: any feature may have some.
         """
 
 

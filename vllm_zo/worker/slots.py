@@ -157,7 +157,7 @@ class SlotPool:
                 self._a_tags[slot][block.index] = block.v_tag
             if self._b_tags[slot].get(block.index, ZERO_TAG) != block.u_tag:
                 u_N = block.u() if block.u else _zeros(state)
-                writers.b.write(u_N, index, block.index, 2.0**self.exponent)
+                writers.b.write(u_N, index, block.index, 2.0**self.exponent, state.moved_O)
                 self._b_tags[slot][block.index] = block.u_tag
         # Otherwise vLLM makes no new metadata for an unchanged batch, and the LoRA wrapper does not ask again which
         # slots share A and which ranks they use.

@@ -346,7 +346,6 @@ class Trainer:
         (head,) = state.layout.modules
         sizes_O = row_sizes(command.counts, head.out_features, state.device)
         state.sizes_N.copy_(sizes_O.repeat_interleave(state.coordinates.rank))
-        job.unmoved = None
         if command.path is not None:
             self._save(job, command.path, 0)
 
@@ -448,14 +447,16 @@ class Trainer:
         present = [
             Present(
                 m,
+                probe,
                 self.groups[m.group_id].table,
                 first_row[m.req_id],
                 num_tokens[m.req_id],
-                self._slot_at_the_head(m),
+                self._slot_at_the_head(m, probe),
                 self._unmoved_words(m),
             )
             for m in members
             if m.group_id in self.groups
+            for probe in m.probes
         ]
         if present:
             assert self.head is not None, "hidden states come out of the last stage"
@@ -482,8 +483,8 @@ class Trainer:
         self.go_on(stop)
 
     def _forward_of(self, members: Sequence[ScoreMember], after: Sequence[Command]) -> Unfinished:
-        slots = [self._slot_of(m) for m in members]
-        for slot in set(slots):
+        slots = [self._slot_of(m, m.probes[0]) for m in members]
+        for slot in {self._slot_of(m, probe) for m in members for probe in m.probes}:
             self.pool.check_materialised(slot)
         # Dictionaries keep their order, so request ids, chunks and slots all follow `members`.
         num_tokens = {m.req_id: len(self.groups[m.group_id].table.sequences[m.sequence].token_ids) for m in members}
@@ -521,26 +522,24 @@ class Trainer:
             for job_id in {m.job_id for m in members}:
                 self._fail(job_id, f"{type(error).__name__}: {error}")
 
-    def _slot_at_the_head(self, member: ScoreMember) -> int | None:
-        """The slot of a member's adapter, among all of vLLM's, if its job trains the LM head; else None."""
+    def _slot_at_the_head(self, member: ScoreMember, probe: int) -> int | None:
+        """The slot of a probe's adapter, among all of vLLM's, if its job trains the LM head; else None."""
         trained = self.jobs[member.job_id].kinds
-        return self.pool.first + self._slot_of(member) if LM_HEAD in trained else None
+        return self.pool.first + self._slot_of(member, probe) if LM_HEAD in trained else None
 
     def _unmoved_words(self, member: ScoreMember) -> UnmovedWords | None:
         """What is kept of the words that the member's job does not move; None if it moves all of them, or hidden states
         too."""
         job = self.jobs[member.job_id]
-        sizes_N = job.state.sizes_N
         assert self.head is not None
-        if job.unmoved is None and sizes_N is not None and job.kinds == {LM_HEAD} and self.head.tp is None:
-            moved_M = sizes_N.view(-1, job.state.coordinates.rank)[:, 0].nonzero().squeeze(1)
-            if len(moved_M):  # or nothing is measured yet
-                job.unmoved = UnmovedWords(moved_M)
+        if job.unmoved is None and job.kinds == {LM_HEAD} and self.head.tp is None:
+            moved_M = job.state.moved_O
+            job.unmoved = None if moved_M is None else UnmovedWords(moved_M)
         return job.unmoved
 
-    def _slot_of(self, member: ScoreMember) -> int:
-        """The slot of a member's adapter, counted from the first slot of the pool."""
-        return self.groups[member.group_id].slot_of_probe[member.probe]
+    def _slot_of(self, member: ScoreMember, probe: int) -> int:
+        """The slot of a probe's adapter, counted from the first slot of the pool."""
+        return self.groups[member.group_id].slot_of_probe[probe]
 
     def sharing_rows(
         self, members: Sequence[ScoreMember], num_tokens: Mapping[str, int]
@@ -568,7 +567,7 @@ class Trainer:
             return Chunk(count)
         sequence, start = opened.table.sequences[member.sequence], member.num_computed_tokens
         job = self.jobs[opened.command.job_id]
-        state: Hashable = (member.group_id, member.probe)
+        state: Hashable = (member.group_id, member.probes[0])
         if job.kinds == {LM_HEAD}:  # the hidden states are the same for all probes
             state = "as loaded"
         return Chunk(

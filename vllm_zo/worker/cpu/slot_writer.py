@@ -31,8 +31,14 @@ class LoopWriter:
             self._sizes += [piece.offset // rank - sum(self._sizes), piece.slots.shape[1]]
         self._native = native.pieces([piece.slots for piece in pieces], [piece.offset for piece in pieces])
 
-    def write(self, flat: Tensor, slot: int, block: int, factor: float) -> None:
+    def write(self, flat: Tensor, slot: int, block: int, factor: float, rows: Tensor | None = None) -> None:
         """See `SlotWriter`."""
+        if rows is not None:
+            (piece,) = self.pieces
+            columns = slice(block * self.rank, (block + 1) * self.rank)
+            numbers = flat.view(-1, self.rank)[rows] * factor
+            piece.slots[slot, rows, columns] = numbers.to(piece.slots.dtype)
+            return
         if self._native is not None:
             ranks = range(block * self.rank, (block + 1) * self.rank)
             native.write_slots(flat.contiguous(), self._native, slot, ranks, factor, self.pieces[0].slots.dtype)

@@ -31,7 +31,7 @@ class OneLaunchWriter:
         self.slots = [piece.slots for piece in pieces]  # the table has their addresses, which must stay valid
         self.table = torch.tensor(_programs(pieces, rank), dtype=torch.int64).to(self.slots[0].device)
 
-    def write(self, flat: Tensor, slot: int, block: int, factor: float) -> None:
+    def write(self, flat: Tensor, slot: int, block: int, factor: float, rows: Tensor | None = None) -> None:
         """See `SlotWriter`."""
         with torch.cuda.device_of(flat):
             _scatter[(len(self.table),)](
