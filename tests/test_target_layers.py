@@ -221,6 +221,14 @@ CASES: dict[str, Settings] = {
         "target_layers": "2:", "target_modules": r".*(_proj|lm_head)", "family": "llama", "bases": 2,
     },
     "LM head alone": {"target_modules": "lm_head", "family": "llama", "bases": 2},
+    "LM head alone, two waves of one-sided probes": {
+        "target_modules": "lm_head", "family": "llama", "bases": 2,
+        "method": LoZO(queries=3, estimator="one-sided", eps=EPS, interval=4),
+    },
+    "LM head alone, texts": {
+        "target_modules": "lm_head", "family": "llama", "bases": 2,
+        "objective": LanguageModeling(prompt_field="sentence", completion_field="sentence"),
+    },
     "embeddings too: nothing is below": {"target_layers": "2:", "target_modules": ".*", "family": "llama", "bases": 2},
     "fold": {"target_layers": "2:", "update_space": "fold"},
     "dense directions in the base weights": {"target_layers": "2:", "method": MeZO(eps=EPS), "rate": 1e-4},
