@@ -46,7 +46,7 @@ TRICKS: dict[str, dict[str, Any]] = {
     "meazo": {"method": {"optimizer": "meazo"}},
     "sign": {"method": {"optimizer": "sign"}},
     "muon": {"method": {"optimizer": "muon"}},
-    "tezo": {"method": {"name": "tezo"}},
+    "tezo": {"method": {"name": "tezo"}, "bases": 1},  # it refreshes none
     "subzero": {"method": {"name": "subzero"}},
     "rank 1": {"method": {"rank": 1}},
     "rank 4": {"method": {"rank": 4}},

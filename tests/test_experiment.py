@@ -18,6 +18,7 @@ from benchmarks.baselines.lora_backprop import LoraTrainer
 from tests.engines import SENTIMENT, Engines, reviews
 from vllm_zo import MultipleChoice
 from vllm_zo.data.encode import encode_examples
+from vllm_zo.slot_fit import resolve_bases
 from vllm_zo.tasks import Task
 
 ROOT = Path(__file__).parents[1]
@@ -85,6 +86,12 @@ def test_demonstrations_stand_in_front_with_their_answers_and_the_classes_in_tur
     texts = shown.test[0]["shown"].split("\n\n")
     assert texts == [f"{row['sentence']} It was{answer}" for row, answer in zip(chosen, answers, strict=True)]
     assert shown.objective.template == "{shown}\n\n{sentence} It was"
+
+
+@pytest.mark.parametrize("trick", search.TRICKS)
+def test_every_trick_is_a_job_that_the_bench_can_run(trick: str) -> None:
+    options = search.options_of(f"top-third, {trick}")
+    assert 1 <= resolve_bases(options["method"], "bank", 100, search.SLOTS["slot_rank"], options["bases"]) <= 31
 
 
 def test_a_step_of_the_upper_third_costs_a_third_of_the_passes() -> None:
