@@ -55,6 +55,7 @@ TRICKS: dict[str, dict[str, Any]] = {
     "3 bases": {"bases": 3},
     "15 bases": {"bases": 15},
     "31 bases": {"bases": 31},
+    "eps 1e-4": {"method": {"eps": 1e-4}},
     "eps 3e-4": {"method": {"eps": 3e-4}},
     "eps 3e-3": {"method": {"eps": 3e-3}},
     "eps 1e-2": {"method": {"eps": 1e-2}},
