@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,28 @@ def test_a_step_of_a_reward_is_shorter() -> None:
         for _ in range(CALIBRATION_STEPS):
             size.note([2.0])
     assert sizes[0].base and sizes[1].base == pytest.approx(REWARD_SHARE * sizes[0].base) and REWARD_SHARE < 1
+
+
+@pytest.mark.parametrize(
+    ("options", "slope", "rewarded", "warned"),
+    [
+        ({"eps": 1e-3}, 260.0, False, "eps=0.001: a probe moves the loss by 0.26, .*; try eps=2e-04"),
+        ({"eps": 1e-3, "queries": 4}, 260.0, False, "by 0.26"),
+        ({"eps": 1e-3}, 100.0, False, None),
+        ({"eps": 1e-3}, 260.0, True, None),
+        ({"eps": 1e-3, "queries": 4, "estimator": "fzoo"}, 260.0, False, None),
+    ],
+)
+def test_probes_that_move_the_loss_too_far_are_warned_of(
+    options: dict[str, Any], slope: float, rewarded: bool, warned: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    method = METHODS.build("lozo", **options)
+    size = StepSize(method, AUTO, rewarded=rewarded)
+    with caplog.at_level("WARNING", "vllm.zo"):
+        for _ in range(CALIBRATION_STEPS):
+            size.note([slope / method.queries] * method.queries)
+    found = [record.getMessage() for record in caplog.records]
+    assert len(found) == (warned is not None) and (warned is None or re.search(warned, found[0]))
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,8 @@ class Estimator(ABC):
     name: ClassVar[str]
     min_queries: ClassVar[int] = 1
     """The fewest directions with which the estimate is defined."""
+    gives_slopes: ClassVar[bool] = True
+    """Whether K times a coefficient is the slope of the loss along its direction."""
 
     def __post_init__(self) -> None:
         check_options(self, f"{self.name}.")

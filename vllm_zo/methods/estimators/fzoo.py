@@ -22,6 +22,7 @@ class StdNormalised(OneSided):
     """
 
     name = "fzoo"
+    gives_slopes = False
     min_queries = 2
 
     def coefficients(self, plan: ProbePlan, losses_PE: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ class Kernel(Estimator):
     """
 
     name = "kerzoo"
+    gives_slopes = False
 
     constant: float = option(1.0, above=0, fix="1 keeps the scale of a two-sided estimate", help="C of the kernel.")
 

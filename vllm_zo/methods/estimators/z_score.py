@@ -25,6 +25,7 @@ class ZScore(Estimator):
     """
 
     name = "z-score"
+    gives_slopes = False
 
     def probes(self, keys: Sequence[int], eps: float) -> tuple[Probe, ...]:
         return pairs(keys, eps)
