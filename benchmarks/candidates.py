@@ -34,7 +34,7 @@ from torch.nn.functional import one_hot
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.experiment import ROOT, add_common, encoded, load, results
+from benchmarks.experiment import ROOT, add_common, add_contenders, check_data, encoded, load, missing, results
 from benchmarks.head_rules import (
     Adam,
     Curvature,
@@ -322,8 +322,7 @@ def states_of(args: argparse.Namespace, name: str) -> dict[str, Tensor]:
     """The hidden states of a task, from --hidden or the model."""
     path = args.hidden / f"{Path(args.model).name}-{name}-{'-'.join(map(str, args.rows))}.pt"
     if not path.exists():
-        if not args.data.exists():
-            raise SystemExit(f"skipped: no data in {args.data}; give --data DIR with sst2/train.jsonl and the like")
+        check_data(args)
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save(hidden_states(args.model, load(args, name), args.dtype), path)
     states: dict[str, Tensor] = torch.load(path)
@@ -385,16 +384,12 @@ def log_loss(line: dict[str, Any], place: int) -> float:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_common(parser, "sst2,trec", "candidates.jsonl")
-    parser.add_argument("--contenders", default=list(CONTENDERS), type=lambda s: [c.strip() for c in s.split(";")],
-                        help=f"separated by semicolons: {'; '.join(CONTENDERS)}")  # fmt: skip
+    add_contenders(parser, CONTENDERS)
     parser.add_argument("--passes", type=int, default=320_000, help="rows that a run scores")
     parser.add_argument("--steps", type=int, default=0, help="of each run, in place of --passes")
     parser.add_argument("--held-out", default=["trec"], type=lambda s: s.split(","), help="tasks that tune nothing")
     parser.add_argument("--hidden", type=Path, default=ROOT / "benchmarks" / "results" / "hidden")
-    args = parser.parse_args(argv)
-    if unknown := [c for c in args.contenders if c not in CONTENDERS]:
-        parser.error(f"--contenders {unknown[0]!r}: choose from {'; '.join(CONTENDERS)}")
-    return args
+    return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -402,15 +397,14 @@ def main(argv: list[str] | None = None) -> None:
     if not args.report:
         torch.set_num_threads(1)
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        done = {tuple(line[key] for key in KEY) for line in results(args.output)}
         for name in args.tasks:
             states = states_of(args, name)
-            for label in args.contenders:
-                if (Path(args.model).name, name, label, args.passes, args.steps) not in done:
-                    line = run(args, name, label, states)
-                    with args.output.open("a") as file:
-                        file.write(json.dumps(line) + "\n")
-                    print(f"{name}, {label}: {line['steps']} steps, {line['spent']:.0f} s", flush=True)
+            cells = [(name, label, args.passes, args.steps) for label in args.contenders]
+            for _, label, *_ in missing(args, KEY, cells):
+                line = run(args, name, label, states)
+                with args.output.open("a") as file:
+                    file.write(json.dumps(line) + "\n")
+                print(f"{name}, {label}: {line['steps']} steps, {line['spent']:.0f} s", flush=True)
     print(report(results(args.output), args.held_out))
 
 

@@ -310,6 +310,11 @@ def load(args: argparse.Namespace, name: str) -> Any:
     return load_task(name, args.data / name, 0, *args.rows)
 
 
+def check_data(args: argparse.Namespace) -> None:
+    if not args.data.exists():
+        raise SystemExit(f"skipped: no data in {args.data}; give --data DIR with sst2/train.jsonl and the like")
+
+
 def write(args: argparse.Namespace, task: str, seed: int, result: dict[str, Any]) -> None:
     line = {"model": Path(args.model).name, "task": task, "cpu_seconds": args.cpu_seconds, "seed": seed, **result}
     with args.output.open("a") as file:
@@ -342,8 +347,7 @@ def in_child(name: str, target: Any, args: argparse.Namespace, cells: Sequence[A
     """Run the cells in a process whose libraries have one thread."""
     if not cells:
         return
-    if not args.data.exists():
-        raise SystemExit(f"skipped: no data in {args.data}; give --data DIR with sst2/train.jsonl and the like")
+    check_data(args)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     with variables_of(name, sorted(os.sched_getaffinity(0))[:1]):
         process = multiprocessing.get_context("spawn").Process(target=target, args=(args, cells))
@@ -406,17 +410,26 @@ def add_common(parser: argparse.ArgumentParser, tasks: str, output: str) -> None
     parser.add_argument("--report", action="store_true", help="run nothing")
 
 
+def add_contenders(parser: argparse.ArgumentParser, known: Iterable[str]) -> None:
+    """Add --contenders: some of `known`, or all."""
+    names = list(known)
+
+    def some(text: str) -> list[str]:
+        wanted = [name.strip() for name in text.split(";")]
+        if unknown := [name for name in wanted if name not in names]:
+            raise argparse.ArgumentTypeError(f"{unknown[0]!r}: choose from {'; '.join(names)}")
+        return wanted
+
+    parser.add_argument("--contenders", default=names, type=some, help=f"separated by semicolons: {'; '.join(names)}")
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_common(parser, ",".join(TASKS), "experiment.jsonl")
-    parser.add_argument("--contenders", default=list(CONTENDERS), type=lambda s: [c.strip() for c in s.split(";")],
-                        help=f"separated by semicolons: {'; '.join(CONTENDERS)}")  # fmt: skip
+    add_contenders(parser, CONTENDERS)
     parser.add_argument("--cpu-seconds", type=float, default=400.0, help="for the steps of a trainer")
     parser.add_argument("--lora-dtype", default="float32")
-    args = parser.parse_args(argv)
-    if unknown := [c for c in args.contenders if c not in CONTENDERS]:
-        parser.error(f"--contenders {unknown[0]!r}: choose from {'; '.join(CONTENDERS)}")
-    return args
+    return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -36,6 +36,7 @@ from benchmarks import facts
 from benchmarks.experiment import (
     EVALUATIONS,
     add_common,
+    add_contenders,
     copies,
     in_child,
     longest,
@@ -330,15 +331,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_common(parser, ",".join(GAMES), "rewards_vs_grpo.jsonl")
     parser.set_defaults(rows=(200, 50, 100))
-    parser.add_argument("--contenders", default=list(CONTENDERS), type=lambda s: [c.strip() for c in s.split(";")],
-                        help=f"separated by semicolons: {'; '.join(CONTENDERS)}")  # fmt: skip
+    add_contenders(parser, CONTENDERS)
     parser.add_argument("--factors", default=[0.3, 1.0, 3.0], type=lambda s: [float(f) for f in s.split(",")])
     parser.add_argument("--cpu-seconds", type=float, default=200.0, help="for the steps of a contender")
     parser.add_argument("--grpo-dtype", default="float32")
     args = parser.parse_args(argv)
-    for given, known in ((args.tasks, GAMES), (args.contenders, CONTENDERS)):
-        if unknown := [name for name in given if name not in known]:
-            parser.error(f"{unknown[0]!r}: choose from {'; '.join(known)}")
+    if unknown := [name for name in args.tasks if name not in GAMES]:
+        parser.error(f"{unknown[0]!r}: choose from {'; '.join(GAMES)}")
     return args
 
 
