@@ -22,8 +22,14 @@ from vllm_zo.methods import fold
 from vllm_zo.worker.cpu import fused_linear, native
 
 needs_kernels = pytest.mark.skipif(native.library() is None, reason="the kernels could not be compiled")
-needs_tiles = pytest.mark.skipif(not native.multiplies(torch.bfloat16), reason="this CPU has no AMX")
-needs_panels = pytest.mark.skipif(not native.multiplies(torch.float32), reason="this CPU has no AVX-512")
+
+
+def needs(kind: native.Kind) -> pytest.MarkDecorator:
+    missing = native.library() is None or not kind.here()
+    return pytest.mark.skipif(missing, reason=f"this CPU cannot run the product {kind.name}")
+
+
+needs_tiles, needs_pairs, needs_panels = (needs(kind) for kind in native.KINDS)
 
 ROUNDINGS = (native.stochastic_round, fold.stochastic_round)
 
@@ -251,14 +257,13 @@ def test_rounding_has_the_bits_of_torchs(first: int, stride: int | None, to: tor
 # --- products of layers -----------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(
-    params=[pytest.param(torch.float32, marks=needs_panels), pytest.param(torch.bfloat16, marks=needs_tiles)],
-    ids=["float32", "bfloat16"],
-)
-def multiplied(request: pytest.FixtureRequest) -> Iterator[torch.dtype]:
-    """A type whose layers get a product of ours: by panels, or by AMX's tiles."""
+@pytest.fixture(params=[pytest.param(kind, marks=needs(kind), id=kind.name) for kind in native.KINDS])
+def multiplied(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
+    """The type of a product of ours, which multiplies in this test whatever is faster here."""
+    kind: native.Kind = request.param
+    monkeypatch.setattr(native, "kind_of", lambda dtype: kind if dtype == kind.dtype else None)
     torch.manual_seed(0)
-    yield request.param
+    return kind.dtype
 
 
 @pytest.mark.parametrize("rows", [0, 1, 6, 16, 17, 32, 45, 300])
@@ -314,14 +319,12 @@ def test_a_product_with_a_low_rank_part_is_the_exact_one(
     assert_rounded_once(ours, exact, 2.0**-18 * terms)
 
 
-@needs_panels
 @pytest.mark.parametrize(("outputs", "more"), [((7, 33, 90, 5), 0), ((40, 24), 100)], ids=str)
-def test_slices_end_anywhere_in_a_panel(outputs: tuple[int, ...], more: int) -> None:
-    torch.manual_seed(0)
-    a, b = factors(50, outputs, torch.float32)
+def test_slices_end_anywhere_in_a_panel(outputs: tuple[int, ...], more: int, multiplied: torch.dtype) -> None:
+    a, b = factors(50, outputs, multiplied)
     found = native.factors(a, b)
     assert found is not None
-    x, weight = torch.randn(21, 50), torch.randn(sum(outputs) + more, 50) / 7
+    x, weight = torch.randn(21, 50).to(multiplied), (torch.randn(sum(outputs) + more, 50) / 7).to(multiplied)
     runs = [(0, 10, 1, RANK), (10, 15, 0, 3), (16, 21, 2, -1)]
     exact = x.double() @ weight.double().T
     exact[:, : sum(outputs)] = exact_low_rank(exact[:, : sum(outputs)], x, a, b, runs, 1.0)
@@ -427,28 +430,34 @@ def test_who_gets_a_product_of_ours(multiplied: torch.dtype, monkeypatch: pytest
     loading(CompilationMode.VLLM_COMPILE)
     assert not fused_linear.fits(weight)
     loading(CompilationMode.NONE)
-    with monkeypatch.context() as without_tiles:
-        without_tiles.setattr(native, "has_tiles", lambda: False)
-        assert fused_linear.fits(weight) is (multiplied == torch.float32)
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
-    monkeypatch.setattr(native, "has_tiles", native.has_tiles.__wrapped__)
-    assert not fused_linear.fits(weight)
 
 
 @pytest.mark.parametrize(
-    ("capability", "amx", "tiles"),
-    [("AVX512", True, True), ("AVX512", False, False), ("AVX2", True, False), ("DEFAULT", False, False)],
+    ("capability", "instructions", "kinds"),
+    [
+        ("AVX512", {"avx512_bf16": True, "amx_bf16": True}, {"tile", "panel"}),
+        ("AVX512", {"avx512_bf16": True, "amx_bf16": False}, {"pair", "panel"}),
+        ("AVX512", {}, {"panel"}),
+        ("AVX2", {"avx512_bf16": True, "amx_bf16": True}, set()),
+        ("DEFAULT", {}, set()),
+    ],
 )
-def test_who_has_tiles(capability: str, amx: bool, tiles: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cpu_gets_the_products_that_it_can_run(
+    capability: str, instructions: dict[str, bool], kinds: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": amx})
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: instructions)
     monkeypatch.setattr(torch.cpu, "_init_amx", lambda: True)
-    assert native.has_tiles.__wrapped__() is tiles
+    monkeypatch.setattr(native, "library", object)
+    found = (native.kind_of.__wrapped__(dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16))
+    assert {kind.name for kind in found if kind is not None} == kinds
 
 
-def test_an_engine_multiplies_with_them(multiplied: torch.dtype, engines: Engines) -> None:
-    model = worker_of(engines.get(dtype=str(multiplied).removeprefix("torch."))).model_runner.get_model()
-    layers = model.model.decoder.layers
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_engine_multiplies_with_them(dtype: str, engines: Engines) -> None:
+    if native.kind_of(getattr(torch, dtype)) is None:
+        pytest.skip(f"this CPU has no product of ours in {dtype}")
+    layers = worker_of(engines.get(dtype=dtype)).model_runner.get_model().model.decoder.layers
     for layer in (layers[0].fc1.base_layer, layers[1].self_attn.qkv_proj.base_layer):
         assert isinstance(layer.cpu_linear, fused_linear.FusedLinear) and not layer.weight.numel()
 
@@ -514,5 +523,5 @@ def test_an_engine_runs_them(engines: Engines, monkeypatch: pytest.MonkeyPatch) 
     assert type(model.model.layers[0].mlp.act_fn).__name__ == "Silu"
     options = {"learning_rate": 1e-4, "batch_size": 4, "steps": 1, "progress": False}
     llm.finetune(reviews(4), objective=SENTIMENT, method=LoZO(rank=2), **options)
-    products = {"zo_panel_product"} if native.multiplies(torch.float32) else set()
+    products = {"zo_panel_product"} if native.kind_of(torch.float32) else set()
     assert {*called} - {"zo_pack_panels"} == {"zo_gate", "zo_low_rank", "zo_attend", "zo_write_slots"} | products

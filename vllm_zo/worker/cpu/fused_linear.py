@@ -1,4 +1,4 @@
-"""Linear layers on CPUs with AVX-512 or AMX, by our own products: `panels.cpp` for float32, `tiles.cpp` for bfloat16.
+"""Linear layers on CPUs with AVX-512, by our own products: `tiles.cpp` for bfloat16 with AMX, `panels.cpp` for the rest.
 
 vLLM multiplies with oneDNN there. That waits for each layer's weights to come from memory. With AMX it builds a kernel
 for each row count it meets, 20 ms for a layer's four products, and a step has another row count than the one before;
@@ -39,7 +39,7 @@ class FusedLinear:
 
 def fits(weight: Tensor) -> bool:
     """Whether a layer with this weight (O, I) gets our product."""
-    return native.multiplies(weight.dtype) and not _compiled()
+    return native.kind_of(weight.dtype) is not None and not _compiled()
 
 
 def _compiled() -> bool:

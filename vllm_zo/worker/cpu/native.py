@@ -14,7 +14,7 @@ import os
 import platform
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from vllm_zo.methods import fold
 logger = init_logger("vllm.zo.worker")
 
 SOURCES = [Path(__file__).with_name(name) for name in ("native.cpp", "tiles.cpp", "panels.cpp")]
-HEADERS = [Path(__file__).with_name(name) for name in ("low_rank.h", "parts.h", "tile_packing.h")]
+HEADERS = [Path(__file__).with_name(name) for name in ("low_rank.h", "parts.h", "tile_packing.h", "transpose.h")]
 SWITCH = "ZO_NATIVE_KERNELS"
 FLAGS = ("-std=c++17", "-O3", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math")
 INSTRUCTIONS = {
@@ -39,7 +39,8 @@ INSTRUCTIONS = {
     "AVX2": ("-mavx2", "-mfma"),
 }
 """By torch's name for what the CPU has. Nothing for others: a compiler's own choice runs everywhere."""
-TILE_INSTRUCTIONS = ("-mavx512bf16", "-mprfchw", "-mamx-tile", "-mamx-bf16")
+PAIR_INSTRUCTIONS = ("-mavx512bf16",)
+TILE_INSTRUCTIONS = ("-mprfchw", "-mamx-tile", "-mamx-bf16")
 COMPILE_SECONDS = 120
 FAILURES = (OSError, RuntimeError, subprocess.SubprocessError)
 """Of a compilation, and of loading what it has made."""
@@ -109,11 +110,14 @@ _PRODUCT = (
 
 @dataclass(frozen=True)
 class Kind:
-    """A product of ours, for one type of weight. A packed weight has multiples of `outputs` and `inputs`."""
+    """A product of ours, for one type of weight. A packed weight has multiples of `outputs` and `inputs`. `here`: whether
+    this CPU has its instructions."""
 
     name: str
+    dtype: torch.dtype
     outputs: int
     inputs: int
+    here: Callable[[], bool]
 
     @property
     def pack(self) -> str:
@@ -131,30 +135,33 @@ class Kind:
         return {self.pack: _PACKING, self.unpack: _PACKING, self.product: _PRODUCT}
 
 
-TILES, PANELS = Kind("tile", 32, 32), Kind("panel", 48, 1)
-PRODUCTS = {torch.bfloat16: TILES, torch.float32: PANELS}
-
-
-def multiplies(dtype: torch.dtype) -> bool:
-    """Whether a layer whose weight has this type gets a product of ours on this machine."""
-    return dtype in PRODUCTS and _has(PRODUCTS[dtype]) and library() is not None
-
-
-def _has(kind: Kind) -> bool:
-    """Whether this CPU has the instructions of a product."""
-    return has_tiles() if kind is TILES else uses_avx512()
-
-
 def uses_avx512() -> bool:
     """Whether this CPU has AVX-512 and torch uses it, which its user can forbid. (With AVX2 oneDNN's products of many
     rows are faster than those of `panels.cpp`.)"""
     return torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
-@functools.cache
+def has_pairs() -> bool:
+    """Whether this CPU has AVX-512's instructions for bfloat16."""
+    return uses_avx512() and bool(torch.cpu.get_capabilities().get("avx512_bf16", False))
+
+
 def has_tiles() -> bool:
     """Whether this CPU has the tiles of AMX, and the system lets this process use them."""
-    return uses_avx512() and bool(torch.cpu.get_capabilities().get("amx_bf16", False)) and bool(torch.cpu._init_amx())
+    return has_pairs() and bool(torch.cpu.get_capabilities().get("amx_bf16", False)) and bool(torch.cpu._init_amx())
+
+
+TILES = Kind("tile", torch.bfloat16, 32, 32, has_tiles)
+PAIRS = Kind("pair", torch.bfloat16, 48, 2, has_pairs)
+PANELS = Kind("panel", torch.float32, 48, 1, uses_avx512)
+KINDS = (TILES, PAIRS, PANELS)
+"""Of one type, the fastest first."""
+
+
+@functools.cache
+def kind_of(dtype: torch.dtype) -> Kind | None:
+    """The product of ours for layers whose weight has this type, on this machine."""
+    return next((kind for kind in KINDS if kind.dtype == dtype and kind.here() and library() is not None), None)
 
 
 @functools.cache
@@ -178,8 +185,8 @@ def load() -> ctypes.CDLL:
     """
     loaded = ctypes.CDLL(str(compiled()))
     here = _ARGUMENTS.copy()
-    for kind in filter(_has, PRODUCTS.values()):
-        here |= kind.arguments()
+    for kind in KINDS:
+        here |= kind.arguments() if kind.here() else {}
     for name, arguments in here.items():
         function = getattr(loaded, name)
         function.argtypes, function.restype = arguments, None
@@ -207,7 +214,7 @@ def compiled() -> Path:
         subprocess.TimeoutExpired: it did not end.
     """
     flags = [*FLAGS, *INSTRUCTIONS.get(torch.backends.cpu.get_cpu_capability(), ())]
-    flags += TILE_INSTRUCTIONS if has_tiles() else ()
+    flags += (PAIR_INSTRUCTIONS if has_pairs() else ()) + (TILE_INSTRUCTIONS if has_tiles() else ())
     compiler = get_cxx_compiler()
     text = b"".join(source.read_bytes() for source in (*SOURCES, *HEADERS))
     key = hashlib.sha256(text + repr((compiler, flags, platform.machine())).encode()).hexdigest()[:16]
@@ -323,7 +330,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, rows: Tensor, writes
 def pack(weight: Tensor) -> Tensor:
     """A weight (O, I) as `product` wants it: blocks of outputs and inputs, filled up with zeros. A flat tensor."""
     outputs, inputs = weight.shape
-    kind = PRODUCTS[weight.dtype]
+    kind = _kind_of(weight)
     packed = weight.new_empty(-(-outputs // kind.outputs) * kind.outputs * -(-inputs // kind.inputs) * kind.inputs)
     _call(kind.pack, weight.contiguous().data_ptr(), packed.data_ptr(), outputs, inputs)
     return packed
@@ -332,7 +339,7 @@ def pack(weight: Tensor) -> Tensor:
 def unpack(packed: Tensor, outputs: int, inputs: int) -> Tensor:
     """The weight (O, I) that `pack` has packed."""
     weight = packed.new_empty(outputs, inputs)
-    _call(PRODUCTS[packed.dtype].unpack, packed.data_ptr(), weight.data_ptr(), outputs, inputs)
+    _call(_kind_of(packed).unpack, packed.data_ptr(), weight.data_ptr(), outputs, inputs)
     return weight
 
 
@@ -363,12 +370,18 @@ def product(
     x = x if x.stride(1) == 1 else x.contiguous()
     out = x.new_empty(rows, outputs)
     _call(
-        PRODUCTS[packed.dtype].product,
+        _kind_of(packed).product,
         x.data_ptr(), x.stride(0), packed.data_ptr(), None if bias is None else bias.data_ptr(), out.data_ptr(),
         outputs, rows, inputs, outputs, factors, None if runs is None else runs.data_ptr(),
         0 if runs is None else len(runs),
     )  # fmt: skip
     return out
+
+
+def _kind_of(weight: Tensor) -> Kind:
+    kind = kind_of(weight.dtype)
+    assert kind is not None, "callers ask `kind_of` first"
+    return kind
 
 
 def stochastic_round(

@@ -7,6 +7,8 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "transpose.h"
+
 namespace {
 
 using Number = uint16_t;  // the bits of a bfloat16
@@ -22,40 +24,12 @@ T* tile_of(T* packed, int64_t n, int64_t depth, int64_t k) {
     return packed + (n / 2 * depth + k) * DEPTH + n % 2 * TILE;
 }
 
-// The first n of 32 numbers; all, if n is larger.
-__mmask32 some(int64_t n) { return n < 32 ? (1u << std::max(n, int64_t{0})) - 1 : ~0u; }
-
 // Rows [start, stop) of x to blocks of (2 tiles, 16 rows, 32 inputs), zeros beyond its rows and inputs.
 void pack_rows(const Number* x, int64_t stride, int64_t start, int64_t stop, int64_t inputs, Number* to) {
     for (int64_t row = start; row < start + blocks(stop - start) * BLOCK; row++) {
         Number* line = to + (row - start) / BLOCK * blocks(inputs) * DEPTH + (row - start) % BLOCK * 32;
         for (int64_t i = 0; i < inputs; i += 32, line += DEPTH)
             _mm512_store_si512(line, _mm512_maskz_loadu_epi16(row < stop ? some(inputs - i) : 0, x + row * stride + i));
-    }
-}
-
-// Sixteen rows of 16 pairs of numbers -> 16 lines, each with a pair of every row.
-void transpose(__m512i (&rows)[16]) {
-    __m512i mixed[16];
-    for (int i = 0; i < 16; i += 2) {
-        mixed[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
-        mixed[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
-    }
-    for (int i = 0; i < 16; i += 4)
-        for (int k = 0; k < 2; k++) {
-            rows[i + 2 * k] = _mm512_unpacklo_epi64(mixed[i + k], mixed[i + k + 2]);
-            rows[i + 2 * k + 1] = _mm512_unpackhi_epi64(mixed[i + k], mixed[i + k + 2]);
-        }
-    // rows[i + c], where 4 divides i, now has of the rows from i to i + 3 the pairs c, 4 + c, 8 + c and 12 + c.
-    for (int c = 0; c < 4; c++) {
-        const __m512i even = _mm512_shuffle_i32x4(rows[c], rows[4 + c], 0x88);
-        const __m512i odd = _mm512_shuffle_i32x4(rows[c], rows[4 + c], 0xdd);
-        const __m512i even_below = _mm512_shuffle_i32x4(rows[8 + c], rows[12 + c], 0x88);
-        const __m512i odd_below = _mm512_shuffle_i32x4(rows[8 + c], rows[12 + c], 0xdd);
-        rows[c] = _mm512_shuffle_i32x4(even, even_below, 0x88);
-        rows[4 + c] = _mm512_shuffle_i32x4(odd, odd_below, 0x88);
-        rows[8 + c] = _mm512_shuffle_i32x4(even, even_below, 0xdd);
-        rows[12 + c] = _mm512_shuffle_i32x4(odd, odd_below, 0xdd);
     }
 }
 
