@@ -1,4 +1,5 @@
-"""Linear layers on CPUs with AVX-512, by our own products: `tiles.cpp` for bfloat16 with AMX, `panels.cpp` for the rest.
+"""Linear layers on CPUs with AVX-512, by our own products: `tiles.cpp` (bfloat16 with AMX) and `panels.cpp` (float32,
+and bfloat16 without AMX).
 
 vLLM multiplies with oneDNN there. That waits for each layer's weights to come from memory. With AMX it builds a kernel
 for each row count it meets, 20 ms for a layer's four products, and a step has another row count than the one before;

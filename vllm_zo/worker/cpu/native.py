@@ -110,14 +110,14 @@ _PRODUCT = (
 
 @dataclass(frozen=True)
 class Kind:
-    """A product of ours, for one type of weight. A packed weight has multiples of `outputs` and `inputs`. `here`: whether
-    this CPU has its instructions."""
+    """A product of ours, for one type of weight. A packed weight has multiples of `outputs` and `inputs`."""
 
     name: str
     dtype: torch.dtype
     outputs: int
     inputs: int
     here: Callable[[], bool]
+    """Whether this CPU has its instructions."""
 
     @property
     def pack(self) -> str:
