@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import random
-import re
 from pathlib import Path
 from typing import Any
 
@@ -47,25 +46,42 @@ def test_a_step_of_a_reward_is_shorter() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "slope", "rewarded", "warned"),
+    ("options", "slope", "rewarded", "nearer"),
     [
-        ({"eps": 1e-3}, 260.0, False, "eps=0.001: a probe moves the loss by 0.26, .*; try eps=2e-04"),
-        ({"eps": 1e-3, "queries": 4}, 260.0, False, "by 0.26"),
+        ({"eps": 1e-3}, 260.0, False, 2e-4),
+        ({"eps": 1e-3, "queries": 4}, 260.0, False, 2e-4),
+        ({"eps": 1e-3}, 2e3, False, 2e-5),
         ({"eps": 1e-3}, 100.0, False, None),
         ({"eps": 1e-3}, 260.0, True, None),
         ({"eps": 1e-3, "queries": 4, "estimator": "fzoo"}, 260.0, False, None),
     ],
 )
-def test_probes_that_move_the_loss_too_far_are_warned_of(
-    options: dict[str, Any], slope: float, rewarded: bool, warned: str | None, caplog: pytest.LogCaptureFixture
+def test_probes_that_move_the_loss_too_far_come_nearer(
+    options: dict[str, Any], slope: float, rewarded: bool, nearer: float | None, caplog: pytest.LogCaptureFixture
 ) -> None:
     method = METHODS.build("lozo", **options)
     size = StepSize(method, AUTO, rewarded=rewarded)
     with caplog.at_level("WARNING", "vllm.zo"):
         for _ in range(CALIBRATION_STEPS):
+            assert size.radius == 1.0
             size.note([slope / method.queries] * method.queries)
-    found = [record.getMessage() for record in caplog.records]
-    assert len(found) == (warned is not None) and (warned is None or re.search(warned, found[0]))
+    assert len(caplog.records) == (nearer is not None)
+    if nearer is None:
+        assert size.base and size.radius == 1.0
+        return
+    assert f"eps=0.001 moves the loss by {slope * 1e-3:.2g}" in caplog.text and f"with eps={nearer:g}" in caplog.text
+    assert size.base is None and size.radius == pytest.approx(nearer / 1e-3)
+    for _ in range(CALIBRATION_STEPS):  # where they are near, the loss may be steeper than from afar
+        size.note([2 * slope / method.queries] * method.queries)
+    assert size.base == pytest.approx(method.auto_step * nearer / (2 * slope / math.sqrt(method.queries)))
+
+
+def test_they_come_nearer_until_they_are_near() -> None:
+    size = StepSize(LoZO(eps=1e-2), AUTO)
+    for slope in (100.0, 1e4, 1e5):  # the loss cannot rise above some nats, however steep it is
+        for _ in range(CALIBRATION_STEPS):
+            size.note([slope])
+    assert size.radius == pytest.approx(4e-7 / 1e-2) and size.base is None
 
 
 @pytest.mark.parametrize(
@@ -164,6 +180,20 @@ def test_a_resumed_run_finds_the_same_step_size(engines: Engines, tmp_path: Path
     assert len({record.learning_rate for record in expected.steps}) == 2
     for step in (3, CALIBRATION_STEPS - 1, CALIBRATION_STEPS, STEPS - 1):
         resumed = auto(llm, resume_from=cut_copy(run.directory, tmp_path / f"cut-{step}", step))
+        assert Trajectory.of(llm, resumed) == expected, f"resumed after {step} steps"
+
+
+def test_probes_that_are_too_far_come_nearer_in_a_resumed_run_too(engines: Engines, tmp_path: Path) -> None:
+    llm = engines.get()
+    options = {"method": LoZO(eps=3.0), "steps": 2 * CALIBRATION_STEPS + 5, "target_modules": "lm_head"}
+    run = auto(llm, **options)
+    radii = [record["eps"] for record in run.history]
+    assert radii[:CALIBRATION_STEPS] == [3.0] * CALIBRATION_STEPS
+    assert len({*radii[CALIBRATION_STEPS:]}) == 1 and 0.0 < radii[-1] < 1.0
+    assert [record["learning_rate"] > 0.0 for record in run.history] == [False] * 2 * CALIBRATION_STEPS + [True] * 5
+    expected = Trajectory.of(llm, run)
+    for step in (CALIBRATION_STEPS, CALIBRATION_STEPS + 3, 2 * CALIBRATION_STEPS, 2 * CALIBRATION_STEPS + 2):
+        resumed = auto(llm, resume_from=cut_copy(run.directory, tmp_path / f"cut-{step}", step), **options)
         assert Trajectory.of(llm, resumed) == expected, f"resumed after {step} steps"
 
 

@@ -147,7 +147,8 @@ class JobConfig:
         help="Step size. auto measures one in the first steps.",
     )
     """The rate before the schedule. With 0 a run changes nothing. With "auto" the run measures the rate in its first 10
-    steps, which do not move yet (methods/step_size.py). LoZO's paper uses 1e-7 for OPT-13B."""
+    steps, which do not move yet, and lowers eps where probes go too far (methods/step_size.py). LoZO's paper uses 1e-7
+    for OPT-13B."""
     learning_rate_multiplier: float = option(1.0, above=0, panel=OPTIMISATION, help="Multiplies the learning rate.")
     """The factor to change where the learning rate is "auto"."""
     lr_schedule: LRSchedule = option(

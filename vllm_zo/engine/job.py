@@ -367,7 +367,7 @@ class Job:
         config, step = self.config, self._step
         basis = basis_of(config.method, step, self.space, self.num_bases)
         plan = config.method.plan(config.seed, step, basis)
-        plan = plan.scaled(eps_factor_at(config.eps_schedule, step, config.steps))
+        plan = plan.scaled(self._step_size.radius * eps_factor_at(config.eps_schedule, step, config.steps))
         drawn = self.rows.draw(step)
         base = self._step_size.base or 0.0  # None while "auto" still measures: such a step changes nothing
         rate = learning_rate_at(config.lr_schedule, base, step, config.steps, config.warmup_steps)

@@ -9,7 +9,7 @@ method, and of REWARD_SHARE where losses are rewards:
                         K directions average the noise of the estimate, so a step may be sqrt(K) times as long.
     scale-free ones     lr = share * eps. The length of their step does not depend on w_K (adam, meazo, sign, muon).
 
-The share is smaller in a long run: see WALK.
+The share is smaller in a long run: see WALK. Where probes of the method's eps go too far, they come nearer first: FAR.
 
 The coefficients come from the first steps of the run, which have learning rate 0. The step size is a function of logged
 coefficients alone, so a resumed run finds the same one.
@@ -36,7 +36,7 @@ docs/results.md six of six seeds kept what they had learnt at .15, three of six 
 
 FAR, NEAR = 0.2, 0.04
 """Nats that a probe moves the loss, root mean square. Beyond FAR the loss is not linear there, and steps as long
-unlearn. Gemma 3 270M, all layers, SST-2: eps=1e-3 moved it by .26, and in 100 steps the validation loss rose from .91
+unlearn: eps is cut so that it comes to NEAR, and CALIBRATION_STEPS more steps measure with that. Gemma 3 270M, all layers, SST-2: eps=1e-3 moved it by .26, and in 100 steps the validation loss rose from .91
 to 2.0; 3e-4 moved it by .11, and it fell to .71; 1e-4 by .04, to .70 (docs/methods.md). SmolLM2-135M, 1e-3: .02."""
 
 WALK = 15_000
@@ -65,9 +65,11 @@ class StepSize:
     def __init__(self, method: Method, given: float | str, multiplier: float = 1.0, *, rewarded: bool = False) -> None:
         self._method, self._multiplier = method, multiplier
         self._share = method.auto_step * (REWARD_SHARE if rewarded else 1.0)
-        self._warns = method.estimator.gives_slopes and not rewarded
+        self._may_go_nearer = method.estimator.gives_slopes and not rewarded
         self._given = None if given == AUTO else float(given) * multiplier
         self._squares: list[float] = []
+        self.radius = 1.0
+        """Of the next step's probes, in units of the method's eps."""
 
     def expect(self, steps: int, layers: int, rows: int) -> None:
         """Keep the walk of a run of so many steps within WALK, or MEASURED_WALK. To be called before the first `note`.
@@ -86,10 +88,14 @@ class StepSize:
         """The rate; None while it is not known. A step then takes learning rate 0."""
         if self._given is not None:
             return self._given
-        length = self._multiplier * self._share * self._method.eps
+        length = self._multiplier * self._share * self._eps
         if self._method.optimizer.scale_free:
             return length
         return length / self._norm if len(self._squares) == CALIBRATION_STEPS else None
+
+    @property
+    def _eps(self) -> float:
+        return self._method.eps * self.radius
 
     @property
     def _norm(self) -> float:
@@ -106,18 +112,22 @@ class StepSize:
         if self.base is not None or not (square := math.fsum(c * c for c in coefficients)) > 0.0:
             return
         self._squares.append(square)
-        if len(self._squares) == CALIBRATION_STEPS:
-            logger.info(
-                "learning_rate='auto': %.3g (steps of %.2g eps at eps=%g; coefficients of %.3g in %d steps)",
-                self.base, self._multiplier * self._share, self._method.eps, self._norm, CALIBRATION_STEPS,
-            )  # fmt: skip
-            self._warn_of_far_probes()
+        if len(self._squares) < CALIBRATION_STEPS:
+            return
+        moved = self._eps * self._norm * math.sqrt(self._method.queries)
+        if self._may_go_nearer and moved > FAR:
+            self._go_nearer(moved)
+            return
+        logger.info(
+            "learning_rate='auto': %.3g (steps of %.2g eps at eps=%g; coefficients of %.3g in %d steps)",
+            self.base, self._multiplier * self._share, self._eps, self._norm, CALIBRATION_STEPS,
+        )  # fmt: skip
 
-    def _warn_of_far_probes(self) -> None:
-        eps = self._method.eps
-        moved = eps * self._norm * math.sqrt(self._method.queries)
-        if self._warns and moved > FAR:
-            logger.warning(
-                "eps=%g: a probe moves the loss by %.2g, too far for its slope to say much, and steps as long may "
-                "unlearn; try eps=%.0e.", eps, moved, eps * NEAR / moved,
-            )  # fmt: skip
+    def _go_nearer(self, moved: float) -> None:
+        nearer = float(f"{self._eps * NEAR / moved:.0e}")
+        logger.warning(
+            "learning_rate='auto': a probe of eps=%g moves the loss by %.2g, too far for its slope to say much; the next "
+            "steps measure with eps=%g", self._eps, moved, nearer,
+        )  # fmt: skip
+        self.radius = nearer / self._method.eps
+        self._squares.clear()
