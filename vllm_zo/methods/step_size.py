@@ -36,8 +36,9 @@ docs/results.md six of six seeds kept what they had learnt at .15, three of six 
 
 FAR, NEAR = 0.2, 0.04
 """Nats that a probe moves the loss, root mean square. Beyond FAR the loss is not linear there, and steps as long
-unlearn: eps is cut so that it comes to NEAR, and CALIBRATION_STEPS more steps measure with that. Gemma 3 270M, all layers, SST-2: eps=1e-3 moved it by .26, and in 100 steps the validation loss rose from .91
-to 2.0; 3e-4 moved it by .11, and it fell to .71; 1e-4 by .04, to .70 (docs/methods.md). SmolLM2-135M, 1e-3: .02."""
+unlearn: eps is cut so that it comes to NEAR, and CALIBRATION_STEPS more steps measure with that. Gemma 3 270M, all
+layers, SST-2: eps=1e-3 moved it by .26, and in 100 steps the validation loss rose from .91 to 2.0; 3e-4 moved it by
+.11, and it fell to .71; 1e-4 by .04, to .70 (docs/methods.md). SmolLM2-135M, 1e-3: .02."""
 
 WALK = 15_000
 """Steps times layers that take steps of one eps. The direction of a step is mostly chance, so N steps move the weights
@@ -126,8 +127,8 @@ class StepSize:
     def _go_nearer(self, moved: float) -> None:
         nearer = float(f"{self._eps * NEAR / moved:.0e}")
         logger.warning(
-            "learning_rate='auto': a probe of eps=%g moves the loss by %.2g, too far for its slope to say much; the next "
-            "steps measure with eps=%g", self._eps, moved, nearer,
+            "learning_rate='auto': a probe of eps=%g moves the loss by %.2g, too far for its slope to say much; the "
+            "next steps measure with eps=%g", self._eps, moved, nearer,
         )  # fmt: skip
         self.radius = nearer / self._method.eps
         self._squares.clear()
