@@ -78,7 +78,8 @@ def test_peft_computes_what_the_engine_serves(llm: Any, name: str, models: tuple
     assert scores.of_vllm(llm, models[0]) == pytest.approx(
         scores.of_transformers(plain(models, name), models[0]), abs=TOLERANCE[name]
     )
-    run = llm.finetune(reviews(12, seed=1), **{**JOB, "steps": 12, "learning_rate": 1e-2})
+    # Three times the rate moves no token further. But the factors grow, and what float16 rounds of them with it.
+    run = llm.finetune(reviews(12, seed=1), **{**JOB, "steps": 12, "learning_rate": 3e-3})
     answers = scores.of_vllm(llm, models[0], lora_request=run.lora_request)
     moved = [abs(a - b) for a, b in zip(answers, scores.of_vllm(llm, models[0]), strict=True)]
     assert max(moved) > max(VISIBLE, TOLERANCE[name])
