@@ -39,8 +39,6 @@ INSTRUCTIONS = {
     "AVX2": ("-mavx2", "-mfma"),
 }
 """By torch's name for what the CPU has. Nothing for others: a compiler's own choice runs everywhere."""
-PAIR_INSTRUCTIONS = ("-mavx512bf16",)
-TILE_INSTRUCTIONS = ("-mprfchw", "-mamx-tile", "-mamx-bf16")
 COMPILE_SECONDS = 120
 FAILURES = (OSError, RuntimeError, subprocess.SubprocessError)
 """Of a compilation, and of loading what it has made."""
@@ -118,6 +116,8 @@ class Kind:
     inputs: int
     here: Callable[[], bool]
     """Whether this CPU has its instructions."""
+    flags: tuple[str, ...] = ()
+    """For the compiler, beside INSTRUCTIONS and those of other products that this CPU can run."""
 
     @property
     def pack(self) -> str:
@@ -151,8 +151,8 @@ def has_tiles() -> bool:
     return has_pairs() and bool(torch.cpu.get_capabilities().get("amx_bf16", False)) and bool(torch.cpu._init_amx())
 
 
-TILES = Kind("tile", torch.bfloat16, 32, 32, has_tiles)
-PAIRS = Kind("pair", torch.bfloat16, 48, 2, has_pairs)
+TILES = Kind("tile", torch.bfloat16, 32, 32, has_tiles, ("-mprfchw", "-mamx-tile", "-mamx-bf16"))
+PAIRS = Kind("pair", torch.bfloat16, 48, 2, has_pairs, ("-mavx512bf16",))
 PANELS = Kind("panel", torch.float32, 48, 1, uses_avx512)
 KINDS = (TILES, PAIRS, PANELS)
 """Of one type, the fastest first."""
@@ -161,7 +161,11 @@ KINDS = (TILES, PAIRS, PANELS)
 @functools.cache
 def kind_of(dtype: torch.dtype) -> Kind | None:
     """The product of ours for layers whose weight has this type, on this machine."""
-    return next((kind for kind in KINDS if kind.dtype == dtype and kind.here() and library() is not None), None)
+    return next((kind for kind in _kinds_here() if kind.dtype == dtype and library() is not None), None)
+
+
+def _kinds_here() -> list[Kind]:
+    return [kind for kind in KINDS if kind.here()]
 
 
 @functools.cache
@@ -185,8 +189,8 @@ def load() -> ctypes.CDLL:
     """
     loaded = ctypes.CDLL(str(compiled()))
     here = _ARGUMENTS.copy()
-    for kind in KINDS:
-        here |= kind.arguments() if kind.here() else {}
+    for kind in _kinds_here():
+        here |= kind.arguments()
     for name, arguments in here.items():
         function = getattr(loaded, name)
         function.argtypes, function.restype = arguments, None
@@ -214,7 +218,8 @@ def compiled() -> Path:
         subprocess.TimeoutExpired: it did not end.
     """
     flags = [*FLAGS, *INSTRUCTIONS.get(torch.backends.cpu.get_cpu_capability(), ())]
-    flags += (PAIR_INSTRUCTIONS if has_pairs() else ()) + (TILE_INSTRUCTIONS if has_tiles() else ())
+    for kind in _kinds_here():
+        flags += kind.flags
     compiler = get_cxx_compiler()
     text = b"".join(source.read_bytes() for source in (*SOURCES, *HEADERS))
     key = hashlib.sha256(text + repr((compiler, flags, platform.machine())).encode()).hexdigest()[:16]

@@ -301,6 +301,7 @@ void pack(const typename T::Number* w, typename T::Number* packed, int64_t outpu
     });
 }
 
+// And back.
 template <class T>
 void unpack(const typename T::Number* packed, typename T::Number* w, int64_t outputs, int64_t inputs) {
     each_square<T>(outputs, inputs, [&](const Square<T>& square) {
@@ -313,6 +314,7 @@ void unpack(const typename T::Number* packed, typename T::Number* w, int64_t out
 
 // --- a call -----------------------------------------------------------------------------------------------------------
 
+// out = x W^T + bias, if there is one, + x A^T B^T for the rows of the n runs. w: as `pack` writes it.
 template <class T>
 void product(const typename T::Number* x, int64_t x_stride, const typename T::Number* w,
              const typename T::Number* bias, typename T::Number* out, int64_t out_stride, int64_t rows, int64_t inputs,
@@ -329,16 +331,15 @@ void product(const typename T::Number* x, int64_t x_stride, const typename T::Nu
 
 extern "C" {
 
+// In float32.
 void zo_pack_panels(const float* w, float* packed, int64_t outputs, int64_t inputs) {
     pack<Single>(w, packed, outputs, inputs);
 }
 
-// And back.
 void zo_unpack_panels(const float* packed, float* w, int64_t outputs, int64_t inputs) {
     unpack<Single>(packed, w, outputs, inputs);
 }
 
-// out = x W^T + bias, if there is one, + x A^T B^T for the rows of the n runs. w: as zo_pack_panels writes it.
 void zo_panel_product(const float* x, int64_t x_stride, const float* w, const float* bias, float* out,
                       int64_t out_stride, int64_t rows, int64_t inputs, int64_t outputs, const Factors* f,
                       const Run* runs, int64_t n) {
@@ -346,7 +347,7 @@ void zo_panel_product(const float* x, int64_t x_stride, const float* w, const fl
 }
 
 #ifdef __AVX512BF16__
-// The same in bfloat16.
+// In bfloat16.
 void zo_pack_pairs(const uint16_t* w, uint16_t* packed, int64_t outputs, int64_t inputs) {
     pack<Pair>(w, packed, outputs, inputs);
 }
