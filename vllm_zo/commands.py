@@ -168,6 +168,13 @@ class SizeU:
 
 
 @dataclass(frozen=True)
+class ForgetRows:
+    """Let go of what is kept of the job's sequences from step to step: its next steps score others."""
+
+    job_id: str
+
+
+@dataclass(frozen=True)
 class DropGroup:
     """Forget a cancelled group, which changes nothing."""
 
@@ -221,7 +228,7 @@ class ReportDigest:
 
 Command = (
     StartJob | StopJob | Fold | OpenGroup | Materialise | CloseGroup | ReportCells | ApplyRecord | MeasureV | SizeU
-    | DropGroup | Publish | Unpublish | ForgetVersions | Snapshot | ReportDigest
+    | ForgetRows | DropGroup | Publish | Unpublish | ForgetVersions | Snapshot | ReportDigest
 )  # fmt: skip
 
 

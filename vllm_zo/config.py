@@ -350,14 +350,18 @@ class JobConfig:
             raise ConfigError(f"target_modules={self.target_modules!r}: {measured}; train {LM_HEAD!r} alone.")
         if self.continual:
             raise ConfigError(f"continual=True: {measured}, before the first step; later rows may be others.")
-        refused: Any = Rollout | ReferencedObjective
-        if coordinates.measures_v:
-            refused |= GeneratingObjective
-        if isinstance(self.objective, refused):
+        # Where probes write, each step has other rows: what enters the head there is not what was measured.
+        writes = isinstance(self.objective, GeneratingObjective) and self.objective.steps_per_generation is None
+        if isinstance(self.objective, Rollout | ReferencedObjective) or (coordinates.measures_v and writes):
             normal = "v='normal'" if coordinates.measures_v else "u='normal'"
             raise ConfigError(f"objective={self.objective.name!r}: {measured}; use {normal}.")
 
     def _check_continual(self) -> None:
+        if isinstance(self.objective, GeneratingObjective) and self.objective.steps_per_generation is not None:
+            raise ConfigError(
+                f"continual=True: steps_per_generation={self.objective.steps_per_generation} needs rows that do not "
+                "change; drop one of the two."
+            )
         object.__setattr__(self, "steps", MANY_STEPS)
         if self.publish_interval is None:
             object.__setattr__(self, "publish_interval", CONTINUAL_INTERVAL)

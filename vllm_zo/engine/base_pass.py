@@ -52,6 +52,10 @@ class BasePass(ABC):
         """Take in the (1, cells) scores of a piece."""
         self.missing -= len(work.example_ids)
 
+    def then(self) -> BasePass | None:
+        """The pass that follows once nothing is missing; None: the job goes on."""
+        return None
+
     @abstractmethod
     def commands(self) -> list[Command]:
         """What the workers do once nothing is missing."""

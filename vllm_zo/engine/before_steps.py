@@ -47,5 +47,5 @@ def pass_before(
         return references
     read = {i: rows.examples[i] for i in used}
     if isinstance(objective, GeneratingObjective):
-        return WrittenTokens(directory, read, config.seed, piece)
+        return WrittenTokens(directory, coordinates, read, config.seed, piece)
     return Measured(directory, coordinates, read, piece)

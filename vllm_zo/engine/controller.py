@@ -249,8 +249,7 @@ class Controller:
     @property
     def can_run_alone(self) -> bool:
         """Whether the workers can run all members that may be offered. Members that generate need vLLM's requests."""
-        generating = any(lane.job is not None and lane.job.rewarder is not None for lane in self.queue.lanes)
-        return self.layers_alone > 0 and not generating
+        return self.layers_alone > 0 and not any(lane.writes for lane in self.queue.lanes)
 
     def run_alone(self, members: Sequence[Member]) -> None:
         """Let the workers run whole members in a forward of their own: `run_layers` says how far in this step.

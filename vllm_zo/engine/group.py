@@ -26,7 +26,8 @@ from vllm_zo.objectives.cells import flatten_sequences
 
 @dataclass(frozen=True)
 class Work:
-    """What a group does: a training step, a piece of an evaluation, or of a pass of the base (`base_pass.py`)."""
+    """What a group does: a training step, a piece of an evaluation or of a pass of the base (`base_pass.py`), or to
+    write what later steps score (`generations.py`)."""
 
     plan: ProbePlan
     example_ids: tuple[int, ...]
@@ -42,10 +43,16 @@ class Work:
     a whole step, or a piece of an evaluation."""
     appended: RowsSoFar | None = None
     """`StepRecord.appended` of the step."""
+    writes: bool = False
+    """Whether its completions are for later steps to score."""
 
     @property
     def trains(self) -> bool:
         return self.learning_rate is not None
+
+    @property
+    def evaluates(self) -> bool:
+        return not self.trains and not self.plan.of_base and not self.writes
 
     @property
     def reports_cells(self) -> bool:
@@ -159,6 +166,11 @@ class PerturbationGroup:
         return bool(self.work.sampling_seeds) and not self.work.plan.of_base
 
     @property
+    def generates(self) -> bool:
+        """Whether its members write."""
+        return any(sequence.generation is not None for sequence in self.sequences)
+
+    @property
     def wave_done(self) -> bool:
         """Whether no member of the current wave is left to schedule (true before the first wave as well)."""
         return self._unscored == 0
@@ -194,7 +206,7 @@ class PerturbationGroup:
 
     def _member(self, probes: tuple[int, ...], index: int) -> Member:
         sequence, generation = self.sequences[index], self.sequences[index].generation
-        if generation is not None and not self.work.trains and not self.work.plan.of_base:
+        if generation is not None and self.work.evaluates:
             generation = replace(generation, temperature=0.0)  # an evaluation is greedy
         slot, req_id = self._placement[probes[0]], f"{self.group_id}/{probes[0]}/{index}"
         seed = self.work.sampling_seeds[index] if self.work.sampling_seeds else 0

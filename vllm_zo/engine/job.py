@@ -19,6 +19,7 @@ from vllm_zo.commands import (
     ApplyRecord,
     Command,
     Fold,
+    ForgetRows,
     GroupCells,
     GroupResult,
     Snapshot,
@@ -29,6 +30,7 @@ from vllm_zo.config import JobConfig
 from vllm_zo.engine.base_pass import BasePass
 from vllm_zo.engine.before_steps import pass_before
 from vllm_zo.engine.evaluation import Evaluations
+from vllm_zo.engine.generations import Generations
 from vllm_zo.engine.group import Work
 from vllm_zo.engine.measurements import Measurements
 from vllm_zo.engine.open_step import OpenStep
@@ -105,10 +107,15 @@ class Job:
         self.rows: TrainingRows = FixedRows(directory, config) if rows is None else rows
         self._validation: Sequence[EncodedExample] = ()
         self._rewarded = isinstance(config.objective, GeneratingObjective | Rollout)
-        """Whether losses are minus rewards."""
+        """Whether it learns from rewards."""
+        self._generations = _generations(directory, config, self.rows)
+        """What the steps score of what the state has written; None: losses are minus what probes earn, or no rewards.
+        """
         self._step_size = StepSize(
-            config.method, config.learning_rate, config.learning_rate_multiplier, rewarded=self._rewarded
-        )
+            config.method, config.learning_rate, config.learning_rate_multiplier,
+            rewarded=self._rewarded and self._generations is None,
+            together=1 if self._generations is None else self._generations.steps,
+        )  # fmt: skip
         self._logged = logged
         self._eval_batch = eval_batch
         self._evaluations = Evaluations(0, eval_batch, config.eval_interval)
@@ -195,6 +202,8 @@ class Job:
 
     def _read_examples(self) -> None:
         self.rows.read()
+        if self._generations is not None and not self.evaluate_only:
+            self._generations.recall(self.first_step)
         self._validation = self.directory.read_validation()
         if isinstance(objective := self.config.objective, Rollout):
             self._validation = [objective.evaluated(example) for example in self._validation]
@@ -224,6 +233,8 @@ class Job:
             return
         self._base_pass = None
         self._commands += base_pass.commands()
+        if (then := base_pass.then()) is not None:
+            self._wait_for(then)
         if isinstance(base_pass, References):
             self.fixed_rows.examples, self._validation = base_pass.attached()
 
@@ -331,6 +342,8 @@ class Job:
         # The evaluation under way may be the one that ends the job.
         if self.config.patience is not None and self._evaluations.under_way:
             return None
+        if self._generations is not None and not self._generations.covers(self._step):
+            return self._issue(self._generation_work(self._generations))
         if self.config.shards is None:
             return self._issue(self._train_work())
         # A piece may be scored again, by another engine than the one that had it: the state must not move on before.
@@ -353,11 +366,24 @@ class Job:
             logger.info("job %s takes no step after %d: max_seconds=%g", self.job_id, self._step, most)
             self.finish_early()
 
-    def _evaluation_work(self) -> Work:
-        ids = self._evaluations.take()
+    @property
+    def _centre(self) -> ProbePlan:
+        """The plan of a group that asks the job's own state."""
         # In `fold` space the accumulator that is not folded yet is expressed in the basis of the last step.
         basis = self._basis if self._basis is not None else 0
-        plan = ProbePlan(step=self._step, probes=(Probe(key=0, sign=0, eps=0.0),), basis=basis)
+        return ProbePlan(step=self._step, probes=(Probe(key=0, sign=0, eps=0.0),), basis=basis)
+
+    def _generation_work(self, generations: Generations) -> Work | None:
+        """What the state writes for its next steps; None: steps are under way whose log a resumed job needs first."""
+        if self._outstanding or not self.recorder.hand_over():
+            return None
+        if (drawn := generations.take(self._step)) is None:
+            return None
+        seeds = self._sampling_seeds(COMPLETION_STREAM, self._step, drawn.ids, drawn.examples)
+        return Work(self._centre, drawn.ids, drawn.examples, None, sampling_seeds=seeds, writes=True)
+
+    def _evaluation_work(self) -> Work:
+        ids, plan = self._evaluations.take(), self._centre
         examples = tuple(self._validation[i] for i in ids)
         seeds = self._sampling_seeds(EVALUATION_STREAM, 0, ids, examples)
         is_last = not self._evaluations.has_pieces
@@ -368,11 +394,13 @@ class Job:
         basis = basis_of(config.method, step, self.space, self.num_bases)
         plan = config.method.plan(config.seed, step, basis)
         plan = plan.scaled(self._step_size.radius * eps_factor_at(config.eps_schedule, step, config.steps))
-        drawn = self.rows.draw(step)
+        drawn = self.rows.draw(step) if self._generations is None else self._generations.draw(step)
         base = self._step_size.base or 0.0  # None while "auto" still measures: such a step changes nothing
         rate = learning_rate_at(config.lr_schedule, base, step, config.steps, config.warmup_steps)
         self._step += 1
-        seeds = self._sampling_seeds(COMPLETION_STREAM, step, drawn.ids, drawn.examples)
+        seeds: tuple[int, ...] = ()
+        if self._generations is None:
+            seeds = self._sampling_seeds(COMPLETION_STREAM, step, drawn.ids, drawn.examples)
         return Work(plan, drawn.ids, drawn.examples, rate, sampling_seeds=seeds, appended=drawn.appended)
 
     def _sampling_seeds(
@@ -403,7 +431,7 @@ class Job:
 
     def after(self, work: Work) -> list[Command]:
         """What the workers do with the state after `work`: publish it, or save it for resuming."""
-        if work.reports_cells:
+        if work.reports_cells or work.writes:
             return []
         # In `fold` space most of the update is in the base: the accumulator alone is no adapter, and resumes nothing.
         if self.space != "bank" or self.evaluate_only:
@@ -441,6 +469,9 @@ class Job:
             self._open.put_back(work.shard)
         elif work.trains:
             self._step = work.plan.step
+        elif work.writes:
+            assert self._generations is not None
+            self._generations.put_back()
         else:
             self._evaluations.put_back(work.example_ids)
 
@@ -455,10 +486,24 @@ class Job:
         """Count the tokens of a completion that a member has finished."""
         self._measured.wrote(num_tokens)
 
-    def base_wrote(self, completions: Sequence[Sequence[int]]) -> None:
+    def base_wrote(self, work: Work, completions: Sequence[Sequence[int]]) -> None:
         """Take in what the base has written before the first step."""
         assert isinstance(self._base_pass, WrittenTokens)
-        self._base_pass.wrote(completions)
+        self._base_pass.wrote(work, completions)
+
+    def generated(self, work: Work, completions: Sequence[Sequence[int]], rewards: Cells) -> list[Command]:
+        """Take in what the state has written for its next steps; returns what the workers do."""
+        assert self._generations is not None
+        self._generations.wrote(work, completions, rewards)
+        return [ForgetRows(self.job_id)]
+
+    @property
+    def writes(self) -> bool:
+        """Whether members of its next group may write."""
+        if self.rewarder is None:
+            return False
+        scores = self._generations is not None and self._generations.covers(self._step)
+        return not scores or self._base_pass is not None or self._evaluation_left
 
     def on_result(
         self,
@@ -487,7 +532,7 @@ class Job:
             self._on_shard(work, result)
         elif work.trains:
             self._on_step(work, result, opened_at, cells)
-        else:
+        elif not work.writes:
             losses = result.losses if cells is None else _unshaped_losses(cells, len(work.examples))
             whole = self._evaluations.add(work.plan.step, work.example_ids, losses[0], result.predictions[0])
             if whole is not None:
@@ -602,6 +647,13 @@ class Job:
             "published": self.versions.steps,
             "gives_back": self.versions.given_back(evaluations),
         }
+
+
+def _generations(directory: JobDir, config: JobConfig, rows: TrainingRows) -> Generations | None:
+    objective = config.objective
+    if not isinstance(objective, GeneratingObjective) or objective.steps_per_generation is None:
+        return None
+    return Generations(directory, rows, objective.steps_per_generation)
 
 
 def _without_dropped(

@@ -162,6 +162,13 @@ class Lane:
         return not self.group.scoring.ready
 
     @property
+    def writes(self) -> bool:
+        """Whether members that the lane may offer now write."""
+        if self.group is not None:
+            return self.group.generates
+        return self.job is not None and self.job.writes
+
+    @property
     def held_up(self) -> bool:
         """Whether members wait to start, rollouts are played, or the disk is full."""
         members = self.group is not None and (self.group.waits or self.group.answers)
@@ -182,12 +189,15 @@ class Lane:
         assert group is not None and self.job is not None
         group.close(cells)
         if group.work.plan.of_base and group.work.sampling_seeds:
-            self.job.base_wrote(group.completions())
-        close: Command = CloseGroup(group.job_id, group.group_id, group.work.learning_rate, cells)
+            self.job.base_wrote(group.work, group.completions())
+        commands: list[Command] = [CloseGroup(group.job_id, group.group_id, group.work.learning_rate, cells)]
         if group.work.reports_cells:
-            close = ReportCells(group.job_id, group.group_id, cells)
+            commands = [ReportCells(group.job_id, group.group_id, cells)]
+        if group.work.writes:
+            assert cells is not None
+            commands += self.job.generated(group.work, group.completions(), cells)
         # In this order: what follows publishes or saves the state that CloseGroup has updated.
-        return group, [close, *self.job.after(group.work)]
+        return group, [*commands, *self.job.after(group.work)]
 
     def drop(self) -> list[Command]:
         """Cancel the group; if the job goes on, it issues the work again."""

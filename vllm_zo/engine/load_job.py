@@ -95,6 +95,12 @@ def load_job(
     # `read` is None where a coordinator of several engines makes the job.
     if config.method.coordinates.measured and (read is None or engine.workers > 1):
         raise ConfigError(f"{config.method.name}.{config.method.coordinates.measured} {ONE_WORKER}; use 'normal'.")
+    writes = isinstance(config.objective, GeneratingObjective) and config.objective.steps_per_generation is not None
+    if writes and read is None:
+        raise ConfigError(
+            f"objective={config.objective.name!r}: with steps_per_generation one engine writes and scores; train on "
+            "one engine, or leave it out."
+        )
     if shards is None and engine.stages > 1:
         shards = 1
     num_bases = resolve_bases(config.method, space, config.steps, engine.zo.slot_rank, config.bases)

@@ -14,6 +14,7 @@ from vllm_zo.engine.meter import JobMeter
 from vllm_zo.engine.recorder import JobRecorder
 from vllm_zo.engine.rollouts import Cost
 from vllm_zo.jobs.records import EvaluationMetrics, Metrics, StepMetrics, is_evaluation
+from vllm_zo.objectives.written import rewards_of
 
 Losses = list[list[float]]
 """(probes, examples) nats; for an objective that generates: minus the rewards."""
@@ -96,7 +97,7 @@ class Measurements:
         if result.finite and (late := len(result.coefficients) - len(work.plan.keys)):
             record["late"] = late
         if self._rewarded:
-            record["reward"] = -loss
+            record["reward"] = -loss if examples[0].rewards is None else rewards_of(examples).mean().item()
         if self.drift is not None:
             record["update_norm"] = self.drift
         if played:

@@ -246,8 +246,10 @@ class ZOSchedulerMixin(_Base):
             serving=serving.requests > 0,
             may_begin=self.zo_throttle.closed is None,
         )
-        # A unit that is too large for one step goes to vLLM instead, which prefills it in chunks.
-        if alone and offered and sum(len(member.token_ids) for member in offered) <= tokens:
+        # A unit that is too large for one step goes to vLLM instead, which prefills it in chunks. So does one that
+        # writes after all: the job was stopped a moment ago, and evaluates.
+        fits = sum(len(member.token_ids) for member in offered) <= tokens
+        if alone and offered and fits and all(member.generation is None for member in offered):
             self.zo.run_alone(offered)
             self._run_layers(step, credit)
             return []

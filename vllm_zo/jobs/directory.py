@@ -84,6 +84,11 @@ class JobDir:
         return self.path / "reference.json"
 
     @property
+    def generation(self) -> Path:
+        """What the job's state has written for its steps to score (`engine/generations.py`)."""
+        return self.path / "generation.json"
+
+    @property
     def start(self) -> Path:
         """The state before the first step, of a job that measures its V for it (`engine/measured_v.py`)."""
         return self.path / START

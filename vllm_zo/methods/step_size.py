@@ -9,7 +9,9 @@ method, and of REWARD_SHARE where losses are rewards:
                         K directions average the noise of the estimate, so a step may be sqrt(K) times as long.
     scale-free ones     lr = share * eps. The length of their step does not depend on w_K (adam, meazo, sign, muon).
 
-The share is smaller in a long run: see WALK. Where probes of the method's eps go too far, they come nearer first: FAR.
+Where several steps see the same completions, all of them together have the share of one, as a walk at random has it:
+each has 1 / sqrt(their number). The share is smaller in a long run: see WALK. Where probes of the method's eps go too
+far, they come nearer first: FAR.
 
 The coefficients come from the first steps of the run, which have learning rate 0. The step size is a function of logged
 coefficients alone, so a resumed run finds the same one.
@@ -61,11 +63,21 @@ class StepSize:
         given: a number, or "auto".
         multiplier: a factor of that number, or of the measured one.
         rewarded: whether the losses are rewards.
+        together: steps that see the same completions (`GeneratingObjective.steps_per_generation`), or 1. What is by
+            chance in these is in all of the steps: together they walk as far as one step alone would.
     """
 
-    def __init__(self, method: Method, given: float | str, multiplier: float = 1.0, *, rewarded: bool = False) -> None:
+    def __init__(
+        self,
+        method: Method,
+        given: float | str,
+        multiplier: float = 1.0,
+        *,
+        rewarded: bool = False,
+        together: int = 1,
+    ) -> None:
         self._method, self._multiplier = method, multiplier
-        self._share = method.auto_step * (REWARD_SHARE if rewarded else 1.0)
+        self._share = method.auto_step * (REWARD_SHARE if rewarded else 1 / math.sqrt(together))
         self._may_go_nearer = method.estimator.gives_slopes and not rewarded
         self._given = None if given == AUTO else float(given) * multiplier
         self._squares: list[float] = []

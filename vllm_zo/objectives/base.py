@@ -90,12 +90,15 @@ class EncodedExample:
             "rollout" has it.
         reference: what the base says of the example, where the objective asks (`ReferencedObjective`). The engine adds
             it before the first step.
+        rewards: of the completions that its sequences hold, where steps score what the model has written
+            (objectives/written.py).
     """
 
     sequences: tuple[ScoringSequence, ...]
     gold: int = 0
     columns: dict[str, Any] | None = None
     reference: tuple[float, ...] | None = None
+    rewards: tuple[float, ...] | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -171,6 +174,12 @@ class GeneratingObjective(Objective, Protocol):
     @property
     def timeout_s(self) -> float:
         """The longest time that the scores of one group may take, in seconds."""
+        ...
+
+    @property
+    def steps_per_generation(self) -> int | None:
+        """The job's own state writes, and so many steps score what it wrote (objectives/written.py). None: each probe
+        writes its own completions, at every step."""
         ...
 
     @property

@@ -1,4 +1,4 @@
-"""Reward: members write completions, and a reward scores them. Nothing of it needs a gradient."""
+"""Reward: the model writes completions, and a reward scores them. Nothing of it needs a gradient."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from vllm_zo.objectives.rewards import RewardFunction
 from vllm_zo.objectives.shaping import SHAPINGS, shape
 from vllm_zo.objectives.shared_options import PANEL, bos_option, special_tokens_option, template_option
 from vllm_zo.objectives.text import field_of, parse_template, render, tokenise, trim
+from vllm_zo.objectives.written import likelihood_loss, rewards_of
 from vllm_zo.options import check_options, option
 from vllm_zo.validation import reject
 
@@ -39,6 +40,10 @@ class Reward:
     All probes of a step continue the same prompts with the same random numbers (one sampling seed per prompt and step),
     so that they differ by their weights alone. Evaluations decode greedily. They report the mean reward, and as
     accuracy the share of prompts whose reward reaches `pass_reward`.
+
+    With `steps_per_generation` probes do not write. The job's own state writes the completions of a batch, and so many
+    steps score them: the loss is then that of objectives/written.py, and falls where completions that earned more than
+    the others of their prompt become likelier.
 
     The reward is one of
         reward   a Python function `reward(completions, **columns) -> list[float]`, which is TRL's signature; or its
@@ -95,6 +100,13 @@ class Reward:
     )
     samples: int = option(1, minimum=1, panel=PANEL, help="reward: completions for each prompt and probe.")
     """The reward of a prompt is the mean over them."""
+    steps_per_generation: int | None = option(
+        None,
+        minimum=1,
+        panel=PANEL,
+        help="reward: the trained model writes, and so many steps score what it wrote. Unset: every probe writes.",
+    )
+    """TRL's name."""
     shaping: str = option(
         "none", choices=SHAPINGS, panel=PANEL, help=f"reward: shaping of rewards: {', '.join(SHAPINGS)}."
     )
@@ -125,6 +137,11 @@ class Reward:
         check_options(self)
         if self.samples > 1 and self.temperature == 0.0:
             raise ConfigError(f"samples={self.samples}: at temperature 0 all completions are the same; use 1.")
+        if self.steps_per_generation is not None and self.shaping != "none":
+            raise ConfigError(
+                f"shaping={self.shaping!r}: it compares what probes have written, and with "
+                f"steps_per_generation={self.steps_per_generation} they write nothing; drop one of the two."
+            )
 
     @property
     def trust(self) -> Trust:
@@ -192,9 +209,15 @@ class Reward:
     def loss(self, cells_PC: Tensor, examples: Sequence[EncodedExample]) -> tuple[Tensor, Tensor]:
         """(P, E) float32 minus the shaped mean reward, and (P, E) int64, 0 where the reward reaches `pass_reward`.
 
-        A cell is the reward of one completion.
+        A cell is the reward of one completion. Of completions that were written before it is a score, and the loss
+        that of objectives/written.py.
         """
-        cells_PC = cells_PC.to(torch.promote_types(cells_PC.dtype, torch.float32))
+        dtype = torch.promote_types(cells_PC.dtype, torch.float32)
+        if examples[0].rewards is not None:
+            misses_E = (rewards_of(examples).mean(-1) < self.pass_reward).long()
+            loss_PE = likelihood_loss(cells_PC, examples, self.max_tokens).to(dtype)
+            return loss_PE, misses_E.to(cells_PC.device).expand(len(cells_PC), -1)
+        cells_PC = cells_PC.to(dtype)
         rewards_PE = cells_PC.unflatten(1, (len(examples), -1)).mean(-1)
         return -shape(rewards_PE, self.shaping), (rewards_PE < self.pass_reward).long()
 

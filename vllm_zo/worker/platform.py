@@ -126,8 +126,8 @@ class Platform(Protocol):
             NotImplementedError: the platform has no such forward (`layers_alone` is 0).
         """
 
-    def job_ended(self, job_id: str) -> None:
-        """Note that a job has ended: hidden states that are kept for no other may go when the room is needed."""
+    def let_go(self, job_id: str) -> None:
+        """Let hidden states that are kept for this job, and for no other, go when the room is needed."""
 
     def forget_states(self) -> None:
         """Drop the hidden states that are kept, because the base weights are others now."""

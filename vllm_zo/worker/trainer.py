@@ -37,6 +37,7 @@ from vllm_zo.commands import (
     Drift,
     DropGroup,
     Fold,
+    ForgetRows,
     ForgetVersions,
     Materialise,
     MeasureV,
@@ -244,7 +245,7 @@ class Trainer:
     def _stop(self, command: StopJob) -> None:
         ended = self.jobs.pop(command.job_id, None)
         self.pool.evict_owner(command.job_id)
-        self.platform.job_ended(command.job_id)
+        self.platform.let_go(command.job_id)
         for group_id in [g for g, opened in self.groups.items() if opened.command.job_id == command.job_id]:
             del self.groups[group_id]
         if command.restore_base:
@@ -257,6 +258,11 @@ class Trainer:
         self.platform.forget_states()
         for job in self.jobs.values():
             job.unmoved = None
+
+    @execute.register
+    def _forget_rows(self, command: ForgetRows) -> None:
+        self.platform.let_go(command.job_id)
+        self.jobs[command.job_id].unmoved = None
 
     @execute.register
     def _open(self, command: OpenGroup) -> None:

@@ -50,7 +50,7 @@ class Work:
             times += (config.steps - 1) // config.eval_interval
         referenced: list[EncodedExample] = []
         compares, coordinates = isinstance(config.objective, ReferencedObjective), config.method.coordinates
-        writes = coordinates.measures_u and isinstance(config.objective, GeneratingObjective)
+        writes = coordinates.measured is not None and isinstance(config.objective, GeneratingObjective)
         if not config.continual and (compares or coordinates.measures_v or writes):
             order = BatchOrder(len(train), min(rows, len(train)), config.seed)
             referenced = [*(train[i] for i in order.first(config.steps)), *(scored if compares else ())]

@@ -76,7 +76,7 @@ class CPUPlatform:
     def forward_alone(self, chunks: Sequence[Chunk], slots: Sequence[int]) -> AloneForward:
         return AloneForward(self.rows, chunks, slots)
 
-    def job_ended(self, job_id: str) -> None:
+    def let_go(self, job_id: str) -> None:
         self.rows.kept.ended(job_id)
 
     def forget_states(self) -> None:

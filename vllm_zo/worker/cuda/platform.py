@@ -61,7 +61,7 @@ class CUDAPlatform:
         """
         raise NotImplementedError("members run as requests of vLLM's on CUDA")
 
-    def job_ended(self, job_id: str) -> None:
+    def let_go(self, job_id: str) -> None:
         """Do nothing: nothing is kept for a job."""
 
     def forget_states(self) -> None:
