@@ -9,7 +9,7 @@ every contender. Seconds are those of the process on one thread, in steps only; 
 step ("job, LM head"), that and the first evaluation are in them too. Tokens are those of the completions of training,
 and the end of each. All start from the same model, see the same rows, sample at temperature 1, and give back the state
 of their best greedy evaluation. What a step earned is the mean reward of its completions, sampled: the table has the
-mean of each fifth of the steps.
+mean of each fifth of the steps. In "job, LM head, scored" the state writes, and 128 steps score what it wrote.
 
 GRPO is TRL's GRPOTrainer (`pip install trl`) with its defaults, but for a constant rate, float32 (faster than bfloat16
 in PyTorch on a CPU) and no checkpointing: transformers writes with a key-value cache, and AdamW trains LoRA of rank 8
@@ -48,21 +48,30 @@ from benchmarks.experiment import (
 from benchmarks.games import GAMES, Grade
 from benchmarks.long_run import Clock
 from benchmarks.memory import MIB, peak_rss, reset_peak
+from vllm_zo.methods.step_size import AUTO
 
 COMPLETIONS, GROUP, PILOT_STEPS = 32, 8, 4
 """Completions of a step, and GRPO's for one prompt."""
 GRPO = "grpo"
-JOBS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "job, all layers": ({"eps": 3e-3}, {}),
-    "job, last layer": ({"eps": 1e-2}, {"target_layers": "last"}),
-    "job, LM head": ({"eps": 3e-2, "u": "written", "interval": 10}, {"target_modules": "lm_head", "bases": 4}),
-    "job, LM head, all words alike": ({"eps": 3e-3, "interval": 10}, {"target_modules": "lm_head", "bases": 4}),
-}
-"""Options of LoZO, with the radius of a probe, and further ones of `finetune`. In layers, with three times the radius,
-probes hit hardly anything."""
-STEP_SIZES = {
+STEPS_PER_GENERATION = 128
+SCORED = {"samples": GROUP, "steps_per_generation": STEPS_PER_GENERATION}
+"""Options of `Reward` where the state writes, GROUP completions for a prompt as GRPO, and steps score them."""
+JOBS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+    "job, all layers": ({"eps": 3e-3}, {}, {}),
+    "job, last layer": ({"eps": 1e-2}, {"target_layers": "last"}, {}),
+    "job, LM head": ({"eps": 3e-2, "u": "written", "interval": 10}, {"target_modules": "lm_head", "bases": 4}, {}),
+    "job, LM head, all words alike": (
+        {"eps": 3e-3, "interval": 10}, {"target_modules": "lm_head", "bases": 4}, {}
+    ),
+    "job, LM head, scored": (
+        {"u": "written", "v": "activations", "interval": 1}, {"target_modules": "lm_head", "bases": 4}, SCORED
+    ),
+}  # fmt: skip
+"""Options of LoZO, with the radius of a probe, further ones of `finetune`, and of `Reward`. In layers, with three times
+the radius, probes hit hardly anything."""
+STEP_SIZES: dict[str, Any] = {
     "job, all layers": 1e-4, "job, last layer": 1e-3, "job, LM head": 2.5e-3, "job, LM head, all words alike": 5e-5,
-    GRPO: 5e-4,
+    "job, LM head, scored": AUTO, GRPO: 5e-4,
 }  # fmt: skip
 """The learning rates of factor 1. Those of jobs of layers make a step of about a third of the radius, those of jobs of
 the LM head of a sixth."""
@@ -147,37 +156,37 @@ def job_child(args: argparse.Namespace, runs: list[Run]) -> None:
         game = GAMES[name]
         meter = Meter(llm.get_tokenizer(), game.grader(args.data))
         parts, template = load(args, name, llm.get_tokenizer())
+        method, options, of_reward = JOBS[contender]
         objective = Reward(
             template, reward=meter.reward, max_tokens=game.max_tokens, temperature=1.0, top_p=1.0,
-            special_tokens=False,
+            special_tokens=False, **of_reward,
         )  # fmt: skip
         task = Task(name, objective, parts["train"], parts["validation"], parts["test"], objective)
-        rate = factor * STEP_SIZES[contender]
-        method, options = JOBS[contender]
         options = {
-            "method": {"name": "lozo", **method}, "batch_size": COMPLETIONS // 2, "bases": 1,
+            "method": {"name": "lozo", **method}, "batch_size": COMPLETIONS // (GROUP if of_reward else 2), "bases": 1,
             "divergence_factor": None, **options,
         }  # fmt: skip
-        steps = max(1, int(args.cpu_seconds / seconds_a_step(llm, task, options)))
+        each = of_reward.get("steps_per_generation", 1)
+        steps = max(1, int(args.cpu_seconds / seconds_a_step(llm, task, options, each)))
         meter.start_again()
         llm.reset_prefix_cache()  # of the prompts that the pilot has read
-        result = train(
-            llm, task, {**options, "learning_rate": rate}, steps, seed, cpu_seconds=args.cpu_seconds, callbacks=[meter]
-        )
+        rate = STEP_SIZES[contender]
+        options |= {"learning_rate": rate, "learning_rate_multiplier": factor}
+        result = train(llm, task, options, steps, seed, cpu_seconds=args.cpu_seconds, callbacks=[meter])
         if "curve" in result:
             for point, tokens in zip(result["curve"], meter.at, strict=True):
                 point["written"] = tokens
-        write(args, run, {**result, "written": meter.tokens, "earned": meter.fifths, "rate": rate})
+        write(args, run, {"rate": rate, **result, "written": meter.tokens, "earned": meter.fifths})
 
 
-def seconds_a_step(llm: Any, task: Any, options: dict[str, Any]) -> float:
-    """CPU seconds, by a short job that changes nothing."""
+def seconds_a_step(llm: Any, task: Any, options: dict[str, Any], each: int) -> float:
+    """CPU seconds, by a short job that changes nothing. each: steps for which the state writes at once."""
     clock = Clock(time.process_time)
     llm.finetune(
-        task.train, objective=task.objective, steps=PILOT_STEPS, learning_rate=0.0, callbacks=[clock], progress=False,
-        **options,
+        task.train, objective=task.objective, steps=PILOT_STEPS * each, learning_rate=0.0, callbacks=[clock],
+        progress=False, **options,
     )  # fmt: skip
-    return mean(clock.steps[1:])
+    return mean(clock.steps[each:])
 
 
 # --- GRPO -------------------------------------------------------------------------------------------------------------
@@ -317,7 +326,8 @@ def report(lines: Iterable[dict[str, Any]]) -> str:
 
 
 def row(run: dict[str, Any], least: int) -> str:
-    cells = [run["contender"], f"{run['rate']:g}", run["seed"], run["steps"], f"{run['spent']:.0f}", run["written"]]
+    rate = run["rate"] if run["rate"] == AUTO else f"{run['rate']:g}"  # of a run that diverged before it was known
+    cells = [run["contender"], rate, run["seed"], run["steps"], f"{run['spent']:.0f}", run["written"]]
     if "curve" in run:
         scores = run["curve"][0]["accuracy"], at_tokens(run["curve"], least), run["validation"]["accuracy"]
         cells += [f"{score:.3f}" for score in (*scores, run["test"]["accuracy"])]
