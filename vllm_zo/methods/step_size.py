@@ -39,9 +39,9 @@ docs/results.md six of six seeds kept what they had learnt at .15, three of six 
 FAR, NEAR = 0.08, 0.04
 """Nats that a probe moves the loss, root mean square. Beyond FAR the loss is not linear there, and steps as long
 unlearn: eps is cut so that it comes to NEAR, and CALIBRATION_STEPS more steps measure with that. Gemma 3 270M, all
-layers, eps=1e-3, five tasks and three seeds: it moved it by .095 and more, and most runs diverged or unlearnt; with 1e-4
-it moved that of SST-2 by .04, and the validation loss fell from .91 to .70. SmolLM2-135M, alike: at most .056
-(docs/methods.md)."""
+layers, eps=1e-3, four tasks and two seeds: it moved it by .095 and more, and runs diverged or unlearnt. With 1e-4 it
+moved that of SST-2 by .04, and the validation loss fell from .91 to .70. SmolLM2-135M, five tasks and three seeds: at
+most .056 (docs/methods.md)."""
 
 WALK = 15_000
 """Steps times layers that take steps of one eps. The direction of a step is mostly chance, so N steps move the weights
