@@ -10,9 +10,10 @@ import pytest
 import torch
 from vllm import SamplingParams
 
-from tests.engines import Engines, client_of, reviews, scheduler_of, worker_of
+from tests.engines import Engines, reviews, scheduler_of, worker_of
 from tests.test_concurrent_jobs import step
 from tests.test_measured_v import check_refused
+from tests.test_written_tokens import interrupted
 from tests.trajectories import steps_of
 from vllm_zo import ConfigError, LoZO, Reward, noise
 from vllm_zo.checkpoint.replay import rebuild_state
@@ -223,13 +224,8 @@ def test_without_its_file_a_resumed_job_writes_again(llm: Any, tmp_path: Path) -
 
 def test_a_group_that_is_interrupted_is_written_again(llm: Any, tmp_path: Path) -> None:
     whole = train(llm)
-    config = JobConfig.from_options({name: value for name, value in OPTIONS.items() if name != "progress"})
-    job = prepare_job(llm.llm_engine, reviews(ROWS, seed=4), None, None, config, trust=Trust.IMPORTS)
-    client_of(llm).call("zo_start", str(job.directory))
+    job = interrupted(llm, OPTIONS, reviews(ROWS, seed=4), 4)
     scheduler = scheduler_of(llm)
-    for _ in range(4):
-        step(llm, 3)
-        scheduler._forget_members()  # as a pause does
     while scheduler.zo.has_work():
         step(llm, 1)
     assert steps_of(job.directory) == steps_of(whole.directory)

@@ -106,16 +106,21 @@ def test_a_resumed_job_and_a_replay_have_the_same_sizes(llm: Any, tmp_path: Path
         assert torch.equal(tensor, from_snapshot.tensors()[name]), name
 
 
+def interrupted(llm: Any, options: dict[str, Any], rows: Any, times: int) -> Any:
+    """A job that was started, and whose open group was dropped so many times, after three engine steps each."""
+    config = JobConfig.from_options({name: value for name, value in options.items() if name != "progress"})
+    job = prepare_job(llm.llm_engine, rows, None, None, config, trust=Trust.IMPORTS)
+    client_of(llm).call("zo_start", str(job.directory))
+    for _ in range(times):
+        step(llm, 3)
+        scheduler_of(llm)._forget_members()  # as a pause does
+    return job
+
+
 def test_a_pass_that_is_interrupted_counts_each_completion_once(llm: Any, tmp_path: Path) -> None:
     whole = train(llm, output_dir=str(tmp_path / "whole"))
-    given = {name: value for name, value in OPTIONS.items() if name != "progress"}
-    config = JobConfig.from_options(given)
-    job = prepare_job(llm.llm_engine, reviews(ROWS, seed=4), None, None, config, trust=Trust.IMPORTS)
-    client_of(llm).call("zo_start", str(job.directory))
+    job = interrupted(llm, OPTIONS, reviews(ROWS, seed=4), 5)
     scheduler = scheduler_of(llm)
-    for _ in range(5):
-        step(llm, 3)
-        scheduler._forget_members()  # as a pause does
     assert not (job.directory / "start.safetensors").exists(), "or nothing was interrupted"
     while scheduler.zo.has_work():
         step(llm, 1)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
 from vllm_zo.checkpoint.files import write_atomically
@@ -18,14 +19,13 @@ from vllm_zo.engine.rewarder import Cells
 from vllm_zo.engine.training_rows import Drawn, TrainingRows
 from vllm_zo.errors import JobError
 from vllm_zo.jobs.directory import JobDir
-from vllm_zo.objectives.base import EncodedExample
 from vllm_zo.objectives.written import scored
 
 logger = logging.getLogger("vllm.zo")
 
 
 class Generations:
-    """Tracks which generation the steps score, and which has yet to be written.
+    """The generation that the steps score.
 
     Args:
         steps: that score a generation.
@@ -36,7 +36,6 @@ class Generations:
         self._drawn: Drawn | None = None
         """What the steps of generation `_number` score."""
         self._number = -1
-        self._under_way = False
 
     def covers(self, step: int) -> bool:
         """Whether the completions that a step scores are there."""
@@ -58,16 +57,9 @@ class Generations:
             return
         self._number, self._drawn = number, self._scored(number, kept["completions"], kept["rewards"])
 
-    def take(self, step: int) -> Drawn | None:
-        """The rows for which something is written before a step; None: that is under way."""
-        if self._under_way:
-            return None
-        self._under_way = True
+    def rows(self, step: int) -> Drawn:
+        """The rows for which something is written before a step."""
         return self._rows.draw(step // self.steps)
-
-    def put_back(self) -> None:
-        """Take back the rows of a group that was dropped; they come next."""
-        self._under_way = False
 
     def wrote(self, work: Work, completions: Sequence[Sequence[int]], rewards: Cells) -> None:
         """Keep what a group has written.
@@ -76,7 +68,7 @@ class Generations:
             completions: token ids, in the order of the examples' sequences.
             rewards: (1, sequences).
         """
-        number, self._under_way = work.plan.step // self.steps, False
+        number = work.plan.step // self.steps
         self._number, self._drawn = number, self._scored(number, completions, rewards[0])
         kept = {"number": number, "completions": completions, "rewards": rewards[0]}
         try:
@@ -86,8 +78,9 @@ class Generations:
 
     def _scored(self, number: int, completions: Sequence[Sequence[int]], rewards: Sequence[float]) -> Drawn:
         drawn = self._rows.draw(number)
-        examples: list[EncodedExample] = []
+        written = zip(completions, rewards, strict=True)
+        examples = []
         for example in drawn.examples:
-            part = slice(first := sum(len(e.sequences) for e in examples), first + len(example.sequences))
-            examples.append(scored(example, completions[part], rewards[part]))
+            texts, earned = zip(*islice(written, len(example.sequences)), strict=True)
+            examples.append(scored(example, texts, earned))
         return Drawn(drawn.ids, tuple(examples))

@@ -374,11 +374,11 @@ class Job:
         return ProbePlan(step=self._step, probes=(Probe(key=0, sign=0, eps=0.0),), basis=basis)
 
     def _generation_work(self, generations: Generations) -> Work | None:
-        """What the state writes for its next steps; None: steps are under way whose log a resumed job needs first."""
+        """What the state writes for its next steps; None: it is writing, or steps are under way whose log a resumed job
+        needs first."""
         if self._outstanding or not self.recorder.hand_over():
             return None
-        if (drawn := generations.take(self._step)) is None:
-            return None
+        drawn = generations.rows(self._step)
         seeds = self._sampling_seeds(COMPLETION_STREAM, self._step, drawn.ids, drawn.examples)
         return Work(self._centre, drawn.ids, drawn.examples, None, sampling_seeds=seeds, writes=True)
 
@@ -469,10 +469,7 @@ class Job:
             self._open.put_back(work.shard)
         elif work.trains:
             self._step = work.plan.step
-        elif work.writes:
-            assert self._generations is not None
-            self._generations.put_back()
-        else:
+        elif not work.writes:  # what is not written is due again by itself
             self._evaluations.put_back(work.example_ids)
 
     @property
