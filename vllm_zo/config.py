@@ -16,6 +16,7 @@ from vllm_zo.methods.spaces import SPACES, check_space
 from vllm_zo.methods.step_size import AUTO
 from vllm_zo.methods.targets import EMBEDDINGS, LM_HEAD, PRESETS, target_pattern
 from vllm_zo.objectives import OBJECTIVES, GeneratingObjective, Objective, ReferencedObjective, Rollout
+from vllm_zo.objectives.base import steps_per_generation
 from vllm_zo.objectives.shared_options import PANEL
 from vllm_zo.options import check_options, option
 from vllm_zo.registry import describe
@@ -357,10 +358,9 @@ class JobConfig:
             raise ConfigError(f"objective={self.objective.name!r}: {measured}; use {normal}.")
 
     def _check_continual(self) -> None:
-        if isinstance(self.objective, GeneratingObjective) and self.objective.steps_per_generation is not None:
+        if (steps := steps_per_generation(self.objective)) is not None:
             raise ConfigError(
-                f"continual=True: steps_per_generation={self.objective.steps_per_generation} needs rows that do not "
-                "change; drop one of the two."
+                f"continual=True: steps_per_generation={steps} needs rows that do not change; drop one of the two."
             )
         object.__setattr__(self, "steps", MANY_STEPS)
         if self.publish_interval is None:

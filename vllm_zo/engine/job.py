@@ -50,7 +50,7 @@ from vllm_zo.methods.schedules import eps_factor_at, learning_rate_at
 from vllm_zo.methods.spaces import basis_of
 from vllm_zo.methods.step_size import StepSize
 from vllm_zo.objectives import Rollout
-from vllm_zo.objectives.base import EncodedExample, GeneratingObjective
+from vllm_zo.objectives.base import EncodedExample, GeneratingObjective, steps_per_generation
 
 logger = logging.getLogger("vllm.zo")
 
@@ -108,13 +108,14 @@ class Job:
         self._validation: Sequence[EncodedExample] = ()
         self._rewarded = isinstance(config.objective, GeneratingObjective | Rollout)
         """Whether it learns from rewards."""
-        self._generations = _generations(directory, config, self.rows)
+        together = steps_per_generation(config.objective)
+        self._generations = None if together is None else Generations(directory, self.rows, together)
         """What the steps score of what the state has written; None: losses are minus what probes earn, or no rewards.
         """
         self._step_size = StepSize(
             config.method, config.learning_rate, config.learning_rate_multiplier,
             rewarded=self._rewarded and self._generations is None,
-            together=1 if self._generations is None else self._generations.steps,
+            together=together or 1,
         )  # fmt: skip
         self._logged = logged
         self._eval_batch = eval_batch
@@ -644,13 +645,6 @@ class Job:
             "published": self.versions.steps,
             "gives_back": self.versions.given_back(evaluations),
         }
-
-
-def _generations(directory: JobDir, config: JobConfig, rows: TrainingRows) -> Generations | None:
-    objective = config.objective
-    if not isinstance(objective, GeneratingObjective) or objective.steps_per_generation is None:
-        return None
-    return Generations(directory, rows, objective.steps_per_generation)
 
 
 def _without_dropped(

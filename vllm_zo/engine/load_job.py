@@ -19,6 +19,7 @@ from vllm_zo.errors import ConfigError
 from vllm_zo.jobs.directory import JobDir
 from vllm_zo.methods.plan import ModuleShape
 from vllm_zo.objectives import GeneratingObjective
+from vllm_zo.objectives.base import steps_per_generation
 from vllm_zo.slot_fit import resolve_bases
 
 AnyJob = TypeVar("AnyJob", bound=Job)
@@ -95,8 +96,7 @@ def load_job(
     # `read` is None where a coordinator of several engines makes the job.
     if config.method.coordinates.measured and (read is None or engine.workers > 1):
         raise ConfigError(f"{config.method.name}.{config.method.coordinates.measured} {ONE_WORKER}; use 'normal'.")
-    writes = isinstance(config.objective, GeneratingObjective) and config.objective.steps_per_generation is not None
-    if writes and read is None:
+    if steps_per_generation(config.objective) is not None and read is None:
         raise ConfigError(
             f"objective={config.objective.name!r}: with steps_per_generation one engine writes and scores; train on "
             "one engine, or leave it out."

@@ -199,6 +199,11 @@ class GeneratingObjective(Objective, Protocol):
         ...
 
 
+def steps_per_generation(objective: Objective) -> int | None:
+    """How many steps score what the job's state writes; None: probes write, or nobody does."""
+    return objective.steps_per_generation if isinstance(objective, GeneratingObjective) else None
+
+
 @runtime_checkable
 class ReferencedObjective(Objective, Protocol):
     """An objective whose losses compare the model with the base that it started from.
