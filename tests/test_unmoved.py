@@ -13,10 +13,11 @@ from tests.test_target_layers import LOSS_TOLERANCE
 from vllm_zo import LanguageModeling, LoZO, MultipleChoice
 from vllm_zo.objectives.base import EncodedExample, ScoringSequence
 from vllm_zo.worker import head as head_module
+from vllm_zo.worker import unmoved as unmoved_module
 from vllm_zo.worker.head import Head
-from vllm_zo.worker.loss_table import Entry, LossTable
+from vllm_zo.worker.loss_table import LossTable
 from vllm_zo.worker.trainer import Trainer
-from vllm_zo.worker.unmoved import UnmovedWords
+from vllm_zo.worker.unmoved import Scored, UnmovedWords
 
 VOCAB, WIDTH, RANK, SLOTS = 50, 16, 3, 2
 STEPS, BATCH, ROWS = 10, 4, 12
@@ -24,18 +25,20 @@ TOLERANCE = 2e-5
 """Sums of 16 products of size 1 in float32; logits of size 10."""
 
 
+@pytest.mark.parametrize("kept", [True, False], ids=["kept", "too large to keep"])
 @pytest.mark.parametrize("soft_cap", [None, 5.0])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("moved", [[3], [0, 7, 8, 31, 49], list(range(VOCAB))], ids=["one", "some", "all"])
 def test_scores_are_those_of_the_whole_vocabulary_in_float64(
-    monkeypatch: pytest.MonkeyPatch, soft_cap: float | None, bias: bool, moved: list[int]
+    monkeypatch: pytest.MonkeyPatch, soft_cap: float | None, bias: bool, moved: list[int], kept: bool
 ) -> None:
     monkeypatch.setattr(head_module, "VOCAB_CHUNK", 8)
     monkeypatch.setattr(head_module, "TOKEN_CHUNK", 3)
+    if not kept:
+        monkeypatch.setattr(unmoved_module, "ROOM", 5 * len(moved))
     torch.manual_seed(0)
     lm_head = SimpleNamespace(weight=torch.randn(VOCAB + 6, WIDTH), bias=torch.randn(VOCAB + 6) if bias else None)
     a, b = torch.randn(SLOTS, 1, RANK, WIDTH), torch.zeros(SLOTS, 1, VOCAB, RANK)
-    b[:, :, moved] = torch.randn(SLOTS, 1, len(moved), RANK)
     processor = SimpleNamespace(
         soft_cap=soft_cap, scale=0.7, org_vocab_size=VOCAB, lora_a_stacked=a, lora_b_stacked=b
     )  # fmt: skip
@@ -46,25 +49,24 @@ def test_scores_are_those_of_the_whole_vocabulary_in_float64(
     hidden = torch.randn(3 * len(sequences), WIDTH)
     calls: list[int] = []
     monkeypatch.setattr(Head, "without", _counting(Head.without, calls))
-    for slots in ([0, 1, 0, None], [1, None, 0, 0]):
-        table = LossTable.empty(tuple(EncodedExample((s,)) for s in sequences), 1, torch.device("cpu"))
-        scored = [
-            (s, [Entry(3 * i + j, s.label_ids[j], table, 6 * i + j, 6 * i + 3 + j, slots[i]) for j in range(3)])
-            for i, s in enumerate(sequences)
-        ]
-        unmoved.score(head, hidden, scored)
-        for i, (sequence, slot) in enumerate(zip(sequences, slots, strict=True)):
+    for step, slots in enumerate(([0, 1, None], [1, 0, 1])):
+        b[:, :, moved] = torch.randn(SLOTS, 1, len(moved), RANK)  # the probes of a step
+        table = LossTable.empty(tuple(EncodedExample((s,)) for s in sequences), len(slots), torch.device("cpu"))
+        scored = [Scored(table, p, i, 3 * i, slots[p]) for i in range(4) for p in range(len(slots))]
+        assert unmoved.knows(scored) == (kept and step > 0)
+        assert not unmoved.knows(scored[3:]), "a part of the batch is another one"
+        unmoved.score(head, None if unmoved.knows(scored) else hidden, scored)
+        for p, slot in enumerate(slots):
             weight = lm_head.weight[:VOCAB].double()
             if slot is not None:
                 weight = weight + (b[slot, 0] @ a[slot, 0]).double()
-            logits = hidden[3 * i : 3 * i + 3].double() @ weight.T
+            logits = hidden.double() @ weight.T
             logits = logits if lm_head.bias is None else logits + lm_head.bias[:VOCAB].double()
             logits = logits if soft_cap is None else soft_cap * torch.tanh(logits / soft_cap)
-            logprobs = (0.7 * logits).log_softmax(-1)
-            expected = [*logprobs[range(3), list(sequence.label_ids)], *logprobs.amax(-1)]
-            torch.testing.assert_close(
-                table.cells_PC[0, 6 * i : 6 * i + 6].double(), torch.stack(expected), atol=TOLERANCE, rtol=TOLERANCE
-            )
+            logprobs = (0.7 * logits).log_softmax(-1).view(4, 3, VOCAB)
+            labels = torch.tensor([s.label_ids for s in sequences])
+            expected = torch.cat([logprobs.gather(2, labels[:, :, None])[..., 0], logprobs.amax(-1)], 1)
+            torch.testing.assert_close(table.cells_PC[p].double(), expected.flatten(), atol=TOLERANCE, rtol=TOLERANCE)
     assert calls == [12], "the second time everything is known"
 
 
@@ -109,10 +111,9 @@ def test_a_job_learns_the_same_and_reads_the_whole_head_in_the_first_epoch_only(
     chunks: list[int] = []
     logits = Head._logits
 
-    def of_the_whole_head_counted(self: Head, hidden: Any, slots: Any, ids: Any = None) -> Any:
-        if ids is None:
-            chunks.append(len(hidden))
-        return logits(self, hidden, slots, ids)
+    def of_the_whole_head_counted(self: Head, hidden: Any, slots: Any) -> Any:
+        chunks.append(len(hidden))
+        return logits(self, hidden, slots)
 
     monkeypatch.setattr(Head, "_logits", of_the_whole_head_counted)
     losses, evaluations, tested = train()

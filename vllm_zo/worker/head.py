@@ -63,22 +63,12 @@ class Head:
         wanted = [row * len(labels) + column for row, column in zip(row_of, label_of, strict=True)]
         write_cells(logits_TL.view(-1)[upload(wanted, hidden.device)], [(entry.table, entry.cell) for entry in entries])
 
-    def score_logprobs(
-        self, hidden: Tensor, entries: Sequence[Entry], moved_M: Tensor | None = None, others_2T: Tensor | None = None
-    ) -> None:
+    def score_logprobs(self, hidden: Tensor, entries: Sequence[Entry]) -> None:
         """Write the log-probability of each entry's label into its cell, and that of the likeliest token into its
-        `best_cell`. hidden: (tokens of the step, D).
-
-        Args:
-            moved_M, others_2T: the words that adapters change, ascending, and what `without` gave for the entries' rows
-                and these words, if it is known.
-        """
+        `best_cell`. hidden: (tokens of the step, D)."""
         rows, labels = [entry.row for entry in entries], [entry.label for entry in entries]
         slots = [entry.slot for entry in entries] if _has_adapter(entries) else None
-        if moved_M is None or others_2T is None:
-            scores = self.log_probs(hidden, rows, labels, slots)
-        else:
-            scores = self._log_probs_of_moved(hidden, rows, labels, slots, moved_M, others_2T)
+        scores = self.log_probs(hidden, rows, labels, slots)
         cells = [(entry.table, entry.cell) for entry in entries]
         best_cells = [(entry.table, entry.best_cell) for entry in entries]
         write_cells(scores.flatten(), cells + best_cells)
@@ -102,20 +92,11 @@ class Head:
         ]
         return torch.cat(parts, dim=1)
 
-    def _log_probs(
-        self,
-        hidden_TD: Tensor,
-        label_T: Tensor,
-        slots_T: Slots | None,
-        ids_V: Tensor | None = None,
-        others: tuple[Tensor, Tensor, Tensor] | None = None,
-    ) -> Tensor:
-        """ids_V, others: see `_logits`, and of the words that are not among them what `_normalised` takes."""
+    def _log_probs(self, hidden_TD: Tensor, label_T: Tensor, slots_T: Slots | None) -> Tensor:
         hidden = hidden_TD.float()
-        nothing = torch.full((hidden.shape[0],), -torch.inf, device=hidden.device)
-        # Nothing below changes these in place. A label that this rank does not hold has target 0.
-        target, total, best = others or (torch.zeros_like(nothing), nothing, nothing)
-        for ids, logits in self._logits(hidden, slots_T, ids_V):
+        total = torch.full((len(hidden),), -torch.inf, device=hidden.device)
+        best, target = total, torch.zeros_like(total)  # a label that this rank does not hold has target 0
+        for ids, logits in self._logits(hidden, slots_T):
             total = torch.logaddexp(total, logits.logsumexp(-1))
             best = torch.maximum(best, logits.amax(-1))
             # gather needs an index within the chunk for every row; `where` discards the rows whose label is elsewhere.
@@ -124,21 +105,11 @@ class Head:
             target = torch.where(ids[place_T] == label_T, picked, target)
         return self._normalised(target, total, best)
 
-    def _logits(
-        self, hidden: Tensor, slots_T: Slots | None, ids_V: Tensor | None = None
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """The logits of words, chunk by chunk: token ids (C,), and (T, C) float32.
-
-        Args:
-            ids_V: the words, ascending. None: this rank's vocabulary.
-        """
-        if ids_V is None:
-            ids_V = torch.arange(self.start, self.stop, device=hidden.device)
-        for first in range(0, len(ids_V), VOCAB_CHUNK):  # `split` gives an empty piece of an empty vocabulary
-            ids = ids_V[first : first + VOCAB_CHUNK]
-            weight, bias = self._rows(ids - self.start)
-            logits = hidden @ weight.T
-            logits = logits if bias is None else logits + bias
+    def _logits(self, hidden: Tensor, slots_T: Slots | None) -> Iterator[tuple[Tensor, Tensor]]:
+        """The logits of this rank's vocabulary, chunk by chunk: token ids (C,), and (T, C) float32."""
+        for first in range(self.start, self.stop, VOCAB_CHUNK):
+            ids = torch.arange(first, min(first + VOCAB_CHUNK, self.stop), device=hidden.device)
+            logits = self.products(hidden, ids)
             if slots_T is not None:
                 logits = logits + self._adapted(hidden, ids, slots_T)
             yield ids, self._finish(logits)
@@ -156,16 +127,16 @@ class Head:
             best = self.tp.all_gather(best.unsqueeze(0), dim=0).amax(0)
         return torch.stack([target, best]) - total
 
-    def without(self, hidden: Tensor, rows: Sequence[int], moved_M: Tensor) -> Tensor:
-        """What all words but some have, as the model was loaded: (2, T) float32, for T rows of `hidden` the log of the
-        sum of the exponentials of their logits, and the largest.
+    def without(self, hidden_TD: Tensor, moved_M: Tensor) -> Tensor:
+        """What all words but some have, as the model was loaded: (2, T) float32, the log of the sum of the exponentials
+        of their logits, and the largest.
 
         Args:
+            hidden_TD: float32.
             moved_M: token ids of those that do not count, ascending. One rank holds the vocabulary.
         """
         assert self.tp is None
-        hidden_TD = hidden[upload(rows, hidden.device)]
-        return torch.cat([self._without(hidden_TD[chunk].float(), moved_M) for chunk in _token_chunks(len(rows))], 1)
+        return torch.cat([self._without(hidden_TD[chunk], moved_M) for chunk in _token_chunks(len(hidden_TD))], 1)
 
     def _without(self, hidden: Tensor, moved_M: Tensor) -> Tensor:
         total = torch.full((len(hidden),), -torch.inf, device=hidden.device)
@@ -176,28 +147,23 @@ class Head:
             best = torch.maximum(best, logits.amax(-1))
         return torch.stack([total, best])
 
-    def _log_probs_of_moved(
-        self,
-        hidden: Tensor,
-        rows: Sequence[int],
-        labels: Sequence[int],
-        slots_T: Slots | None,
-        moved_M: Tensor,
-        others_2T: Tensor,
-    ) -> Tensor:
-        """`log_probs`, where adapters change the logits of `moved_M` only, and `without` gave `others_2T`."""
-        hidden_TD, label_T = hidden[upload(rows, hidden.device)], upload(labels, hidden.device)
-        parts = []
-        for chunk in _token_chunks(len(rows)):
-            slots = None if slots_T is None else slots_T[chunk]
-            others = self._logits_as_loaded(hidden_TD[chunk], label_T[chunk]), *others_2T[:, chunk]
-            parts.append(self._log_probs(hidden_TD[chunk], label_T[chunk], slots, moved_M, others))
-        return torch.cat(parts, dim=1)
+    def products(self, hidden_TD: Tensor, ids: Tensor) -> Tensor:
+        """Rows of float32 hidden states times the weights of words that this rank holds, and their biases: (T, L)."""
+        weight_LD, bias_L = self._rows(ids - self.start)
+        logits_TL = hidden_TD @ weight_LD.T
+        return logits_TL if bias_L is None else logits_TL + bias_L
 
-    def _logits_as_loaded(self, hidden_TD: Tensor, label_T: Tensor) -> Tensor:
-        """(T,) float32: of each row the logit of its label, without an adapter."""
+    def with_adapter(self, products_TL: Tensor, hidden_TD: Tensor, ids: Tensor, slot: int | None) -> Tensor:
+        """The logits that an adapter makes of `products`: (T, L) float32. slot: None: as the model was loaded."""
+        if slot is not None:
+            a_RD, b_LR = self._factors(slot, ids)
+            products_TL = torch.addmm(products_TL, hidden_TD @ a_RD.T, b_LR.T)
+        return self._finish(products_TL)
+
+    def own_logits(self, hidden_TD: Tensor, label_T: Tensor) -> Tensor:
+        """(T,) float32: of each row the logit of its label, as the model was loaded. hidden_TD: float32."""
         weight_TD, bias_T = self._rows(label_T)
-        logits_T = (hidden_TD.float() * weight_TD).sum(-1)
+        logits_T = (hidden_TD * weight_TD).sum(-1)
         return self._finish(logits_T if bias_T is None else logits_T + bias_T)
 
     def _label_logits(self, hidden_TD: Tensor, label_ids: Tensor, slots_T: Slots | None) -> Tensor:
@@ -221,10 +187,13 @@ class Head:
         change = hidden_TD.new_zeros(len(hidden_TD), len(ids))
         for slot in dict.fromkeys(slot for slot in slots_T if slot is not None):
             rows = upload([t for t, other in enumerate(slots_T) if other == slot], hidden_TD.device)
-            a_RD = self.adapters.lora_a_stacked[slot, 0].float()
-            b_LR = self.adapters.lora_b_stacked[slot, 0][ids].float()
+            a_RD, b_LR = self._factors(slot, ids)
             change[rows] = hidden_TD[rows] @ a_RD.T @ b_LR.T
         return change
+
+    def _factors(self, slot: int, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """A slot's (R, D) and (L, R), of some words, in float32."""
+        return self.adapters.lora_a_stacked[slot, 0].float(), self.adapters.lora_b_stacked[slot, 0][ids].float()
 
     def _finish(self, logits: Tensor) -> Tensor:
         """Apply the soft cap and then the scale, as vLLM's LogitsProcessor does."""

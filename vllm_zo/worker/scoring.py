@@ -12,10 +12,9 @@ from typing import NamedTuple
 from torch import Tensor
 
 from vllm_zo.commands import ScoreMember
-from vllm_zo.objectives.base import ScoringSequence
 from vllm_zo.worker.head import Head
 from vllm_zo.worker.loss_table import Entry, LossTable
-from vllm_zo.worker.unmoved import UnmovedWords
+from vllm_zo.worker.unmoved import Scored, UnmovedWords
 
 
 class Present(NamedTuple):
@@ -32,6 +31,17 @@ class Present(NamedTuple):
     unmoved: UnmovedWords | None = None
     """What is kept of the words that its job does not move, if it trains the LM head alone."""
 
+    @property
+    def is_scored_by_words(self) -> bool:
+        """Whether `unmoved` can score it: it wants log-probabilities, and all of its sequence is in this step."""
+        sequence = self.table.sequences[self.member.sequence]
+        whole = self.member.num_computed_tokens == 0 and self.tokens == len(sequence.token_ids)
+        return self.unmoved is not None and sequence.kind == "logprobs" and whole
+
+    @property
+    def scored(self) -> Scored:
+        return Scored(self.table, self.probe, self.member.sequence, self.first_row, self.slot)
+
 
 def score_members(head: Head, hidden: Tensor, members: Sequence[Present]) -> None:
     """Write the cells of all members that have target positions in this engine step.
@@ -41,17 +51,15 @@ def score_members(head: Head, hidden: Tensor, members: Sequence[Present]) -> Non
     """
     labels: list[Entry] = []
     logprobs: list[Entry] = []
-    of_moved: dict[UnmovedWords, list[tuple[ScoringSequence, list[Entry]]]] = {}
+    of_moved: dict[UnmovedWords, list[Scored]] = {}
     for present in members:
         sequence = present.table.sequences[present.member.sequence]
         if sequence.kind == "labels":
             labels += _entries(present)
+        elif present.unmoved is not None and present.is_scored_by_words:
+            of_moved.setdefault(present.unmoved, []).append(present.scored)
         elif sequence.kind == "logprobs":
-            entries = _entries(present)
-            if present.unmoved is not None and len(entries) == len(sequence.positions):
-                of_moved.setdefault(present.unmoved, []).append((sequence, entries))
-            else:
-                logprobs += entries
+            logprobs += _entries(present)
     if labels:
         head.score_labels(hidden, labels)
     if logprobs:

@@ -450,7 +450,20 @@ class Trainer:
             first_row: request id -> its first row in `hidden`.
             num_tokens: request id -> number of its rows.
         """
-        present = [
+        present = self._present(members, first_row, num_tokens)
+        if present:
+            assert self.head is not None, "hidden states come out of the last stage"
+            with self._failing("scoring", members):
+                score_members(self.head, hidden, present)
+                for one in present:
+                    if (inputs := self.groups[one.member.group_id].inputs) is not None:
+                        rows = upload(scored_rows(one), hidden.device)
+                        inputs[one.member.sequence, one.member.num_computed_tokens] = hidden[rows]
+
+    def _present(
+        self, members: Sequence[ScoreMember], first_row: Mapping[str, int], num_tokens: Mapping[str, int]
+    ) -> list[Present]:
+        return [
             Present(
                 m,
                 probe,
@@ -464,14 +477,6 @@ class Trainer:
             if m.group_id in self.groups
             for probe in m.probes
         ]
-        if present:
-            assert self.head is not None, "hidden states come out of the last stage"
-            with self._failing("scoring", members):
-                score_members(self.head, hidden, present)
-                for one in present:
-                    if (inputs := self.groups[one.member.group_id].inputs) is not None:
-                        rows = upload(scored_rows(one), hidden.device)
-                        inputs[one.member.sequence, one.member.num_computed_tokens] = hidden[rows]
 
     def run_alone(self, members: Sequence[ScoreMember], after: Sequence[Command], stop: Callable[[int], bool]) -> None:
         """Run the whole sequences of members in a forward of their own, fill their cells, then execute `after`.
@@ -482,18 +487,41 @@ class Trainer:
         assert self._unfinished is None
         members = [m for m in members if m.job_id not in self._failed and m.group_id in self.groups]
         with self._failing("the forward of members", members):
-            if members:
+            if members and not self._score_again(members):
                 self._unfinished = self._forward_of(members, after)
         if self._unfinished is None:
             self.run(after)
         self.go_on(stop)
 
-    def _forward_of(self, members: Sequence[ScoreMember], after: Sequence[Command]) -> Unfinished:
-        slots = [self._slot_of(m, m.probes[0]) for m in members]
+    def _score_again(self, members: Sequence[ScoreMember]) -> bool:
+        """Score members without a forward, if they are the batch that their job has scored last and their probes change
+        the words that it moves alone. Returns whether it did."""
+        self._check_materialised(members)
+        num_tokens = self._lengths(members)
+        present = self._present(members, dict.fromkeys(num_tokens, 0), num_tokens)
+        unmoved = present[0].unmoved
+        if (
+            unmoved is None
+            or any(one.unmoved is not unmoved or not one.is_scored_by_words for one in present)
+            or any(self.groups[m.group_id].inputs is not None for m in members)
+            or not unmoved.knows([one.scored for one in present])
+        ):
+            return False
+        assert self.head is not None
+        unmoved.score(self.head, None, [one.scored for one in present])
+        return True
+
+    def _check_materialised(self, members: Sequence[ScoreMember]) -> None:
         for slot in {self._slot_of(m, probe) for m in members for probe in m.probes}:
             self.pool.check_materialised(slot)
-        # Dictionaries keep their order, so request ids, chunks and slots all follow `members`.
-        num_tokens = {m.req_id: len(self.groups[m.group_id].table.sequences[m.sequence].token_ids) for m in members}
+
+    def _lengths(self, members: Sequence[ScoreMember]) -> dict[str, int]:
+        """Request id -> tokens of its sequence, in the order of the members."""
+        return {m.req_id: len(self.groups[m.group_id].table.sequences[m.sequence].token_ids) for m in members}
+
+    def _forward_of(self, members: Sequence[ScoreMember], after: Sequence[Command]) -> Unfinished:
+        slots = [self._slot_of(m, m.probes[0]) for m in members]
+        num_tokens = self._lengths(members)
         chunks = self._chunks(members, num_tokens, list(num_tokens))
         forward = self.platform.forward_alone(chunks, [self.pool.first + slot for slot in slots])
         self._results.layer_rows = forward.layer_rows
