@@ -25,17 +25,19 @@ TOLERANCE = 2e-5
 """Sums of 16 products of size 1 in float32; logits of size 10."""
 
 
-@pytest.mark.parametrize("kept", [True, False], ids=["kept", "too large to keep"])
+@pytest.mark.parametrize("kept", ["batch", "others", ""])
 @pytest.mark.parametrize("soft_cap", [None, 5.0])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("moved", [[3], [0, 7, 8, 31, 49], list(range(VOCAB))], ids=["one", "some", "all"])
 def test_scores_are_those_of_the_whole_vocabulary_in_float64(
-    monkeypatch: pytest.MonkeyPatch, soft_cap: float | None, bias: bool, moved: list[int], kept: bool
+    monkeypatch: pytest.MonkeyPatch, soft_cap: float | None, bias: bool, moved: list[int], kept: str
 ) -> None:
     monkeypatch.setattr(head_module, "VOCAB_CHUNK", 8)
     monkeypatch.setattr(head_module, "TOKEN_CHUNK", 3)
-    if not kept:
+    if kept != "batch":
         monkeypatch.setattr(unmoved_module, "ROOM", 5 * len(moved))
+    if not kept:
+        monkeypatch.setattr(unmoved_module, "MOST_TOKENS", 11)  # the sequences have 12
     torch.manual_seed(0)
     lm_head = SimpleNamespace(weight=torch.randn(VOCAB + 6, WIDTH), bias=torch.randn(VOCAB + 6) if bias else None)
     a, b = torch.randn(SLOTS, 1, RANK, WIDTH), torch.zeros(SLOTS, 1, VOCAB, RANK)
@@ -53,7 +55,7 @@ def test_scores_are_those_of_the_whole_vocabulary_in_float64(
         b[:, :, moved] = torch.randn(SLOTS, 1, len(moved), RANK)  # the probes of a step
         table = LossTable.empty(tuple(EncodedExample((s,)) for s in sequences), len(slots), torch.device("cpu"))
         scored = [Scored(table, p, i, 3 * i, slots[p]) for i in range(4) for p in range(len(slots))]
-        assert unmoved.knows(scored) == (kept and step > 0)
+        assert unmoved.knows(scored) == (kept == "batch" and step > 0)
         assert not unmoved.knows(scored[3:]), "a part of the batch is another one"
         unmoved.score(head, None if unmoved.knows(scored) else hidden, scored)
         for p, slot in enumerate(slots):
@@ -67,7 +69,7 @@ def test_scores_are_those_of_the_whole_vocabulary_in_float64(
             labels = torch.tensor([s.label_ids for s in sequences])
             expected = torch.cat([logprobs.gather(2, labels[:, :, None])[..., 0], logprobs.amax(-1)], 1)
             torch.testing.assert_close(table.cells_PC[p].double(), expected.flatten(), atol=TOLERANCE, rtol=TOLERANCE)
-    assert calls == [12], "the second time everything is known"
+    assert calls == ([12] if kept else [12, 12]), "the second time everything is known"
 
 
 def _counting(original: Any, rows: list[int]) -> Any:

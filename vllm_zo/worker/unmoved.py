@@ -23,6 +23,8 @@ from vllm_zo.worker.loss_table import LossTable
 
 ROOM = 8 << 20
 """Logits of moved words that are held at a time: 32 MiB. A batch is kept if they and its hidden states are no more."""
+MOST_TOKENS = 1 << 20
+"""Of the sequences whose other words are kept. More come where the state writes what it is scored by."""
 
 
 class Scored(NamedTuple):
@@ -49,6 +51,8 @@ class UnmovedWords:
         self.moved_M = moved_M
         self._others: dict[tuple[tuple[int, ...], tuple[int, ...]], Tensor] = {}
         """Tokens and scored positions of a sequence -> (2, positions): log of the sum, largest logit."""
+        self._tokens = 0
+        """Of the sequences in `_others`."""
         self._last: _Batch | None = None
 
     def knows(self, scored: Sequence[Scored]) -> bool:
@@ -85,7 +89,12 @@ class UnmovedWords:
         if missing:
             found = head.without(torch.cat([*missing.values()]), self.moved_M)
             self._others |= zip(missing, found.split([len(rows) for rows in missing.values()], dim=1), strict=True)
-        return torch.cat([self._others[key] for key in keys], dim=1)
+            self._tokens += sum(len(tokens) for tokens, _ in missing)
+        others_2T = torch.cat([self._others[key] for key in keys], dim=1)
+        if self._tokens > MOST_TOKENS:
+            self._others.clear()
+            self._tokens = 0
+        return others_2T
 
 
 class _Part(NamedTuple):
