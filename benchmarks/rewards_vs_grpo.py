@@ -9,7 +9,7 @@ every contender. Seconds are those of the process on one thread, in steps only; 
 step ("job, LM head"), that and the first evaluation are in them too. Tokens are those of the completions of training,
 and the end of each. All start from the same model, see the same rows, sample at temperature 1, and give back the state
 of their best greedy evaluation. What a step earned is the mean reward of its completions, sampled: the table has the
-mean of each fifth of the steps. In "job, LM head, scored" the state writes, and 128 steps score what it wrote.
+mean of each fifth of the steps. In "job, LM head, scored" the state writes, and 256 steps score what it wrote.
 
 GRPO is TRL's GRPOTrainer (`pip install trl`) with its defaults, but for a constant rate, float32 (faster than bfloat16
 in PyTorch on a CPU) and no checkpointing: transformers writes with a key-value cache, and AdamW trains LoRA of rank 8
@@ -53,7 +53,7 @@ from vllm_zo.methods.step_size import AUTO
 COMPLETIONS, GROUP, PILOT_STEPS = 32, 8, 4
 """Completions of a step, and GRPO's for one prompt."""
 GRPO = "grpo"
-STEPS_PER_GENERATION = 128
+STEPS_PER_GENERATION = 256
 SCORED = {"samples": GROUP, "steps_per_generation": STEPS_PER_GENERATION}
 """Options of `Reward` where the state writes, GROUP completions for a prompt as GRPO, and steps score them."""
 JOBS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {

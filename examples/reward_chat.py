@@ -1,10 +1,12 @@
 """A chat model learns from a reward: SmolLM2 says what a review is, in exactly one form.
 
-    python examples/reward_chat.py [steps]
+    python examples/reward_chat.py [generations]
 
-The reward is 1 for the right one of two sentences and nothing else. The job trains the LM head alone, along the words
-that the model writes anyway (docs/methods.md, "The LM head alone, for a reward"). In some hundred steps the model
-learns the form; the review itself would take far longer (docs/results.md). models.py fetches the model once.
+The reward is 1 for the right one of two sentences and nothing else. The job's own state writes a generation of answers,
+which are rewarded once, and EACH steps score them: what earned more than other answers to its prompt is to become
+likelier (docs/objectives.md, "Rewards"). The job trains the LM head alone, along the words that the model writes anyway
+(docs/methods.md, "The LM head alone, for a reward"). In some minutes the model learns the form; the review itself
+would take far longer (docs/results.md). models.py fetches the model once.
 """
 
 from __future__ import annotations
@@ -21,9 +23,11 @@ ANSWERS = ("This review is negative.", "This review is positive.")
 QUESTION = f'Is this review positive or negative? {{}}\nReply "{ANSWERS[1]}" or "{ANSWERS[0]}"'
 SYSTEM = {"role": "system", "content": ""}
 """In place of the model's own system message, which makes prompts longer by half."""
-STEPS = int(sys.argv[1]) if len(sys.argv) > 1 else 80
-SHOWN = 10
-"""The figures at the end average so many training steps."""
+GENERATIONS = int(sys.argv[1]) if len(sys.argv) > 1 else 24
+EACH = 256
+"""Steps that score a generation: 8 answers to each of 4 prompts."""
+SHOWN = 4
+"""The figures at the end average so many generations."""
 
 
 def chats(part: str, most: int) -> list[dict]:
@@ -61,18 +65,20 @@ def main() -> None:
     run = llm.finetune(
         train=chats("train", 320),
         validation=chats("validation", 32),
-        objective=Reward("{prompt}", reward=exact, max_tokens=8, temperature=1.0, top_p=1.0),
-        method=LoZO(u="written", interval=10, eps=3e-2),
+        objective=Reward(
+            "{prompt}", reward=exact, max_tokens=8, temperature=1.0, top_p=1.0, samples=8, steps_per_generation=EACH
+        ),
+        method=LoZO(u="written", v="activations", interval=1),
         target_modules="lm_head",
         bases=4,
-        batch_size=16,
-        steps=STEPS,
-        eval_interval=STEPS,
+        batch_size=4,
+        steps=GENERATIONS * EACH,
+        eval_interval=GENERATIONS * EACH,
         seed=0,
     )
-    sampled = [record["reward"] for record in run.history]
+    sampled = [record["reward"] for record in run.history[::EACH]]
     first, last = (sum(part) / len(part) for part in (sampled[:SHOWN], sampled[-SHOWN:]))
-    print(f"right in the form, sampled: {first:.3f} in the first {SHOWN} steps, {last:.3f} in the last")
+    print(f"right in the form, sampled: {first:.3f} in the first {SHOWN} generations, {last:.3f} in the last")
     print(
         f"right in the form, greedy:  {run.metrics['initial_reward']:.3f} -> {run.metrics['reward']:.3f} on validation"
     )

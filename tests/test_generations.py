@@ -23,7 +23,6 @@ from vllm_zo.engine import written_tokens
 from vllm_zo.engine.load_job import load_job
 from vllm_zo.entrypoints.llm.prepare import prepare_job
 from vllm_zo.jobs.directory import JobDir
-from vllm_zo.methods.step_size import StepSize
 from vllm_zo.methods.written import row_sizes
 from vllm_zo.objectives import EncodedExample, ScoringSequence
 from vllm_zo.objectives.base import Trust
@@ -259,16 +258,6 @@ def test_sizes_and_directions_are_those_of_what_the_base_writes(llm: Any) -> Non
     (sizes_OR,) = state.layout.split_u(state.sizes_N)
     torch.testing.assert_close(sizes_OR[:, 0], row_sizes(sorted(counts.items()), len(sizes_OR)))
     assert state.measured_BN.abs().min(1).values.max() > 0
-
-
-def test_auto_steps_of_a_generation_walk_together_as_far_as_one() -> None:
-    rates = []
-    for together in (1, 16):
-        size = StepSize(LoZO(), "auto", together=together)
-        for _ in range(10):
-            size.note([0.3])
-        rates.append(size.base)
-    assert rates[0] is not None and rates[1] == pytest.approx(rates[0] / 4)
 
 
 # --- what it refuses --------------------------------------------------------------------------------------------------

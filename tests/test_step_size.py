@@ -14,7 +14,15 @@ from tests.trajectories import LOZO, Trajectory, cut_copy, train
 from vllm_zo import LoZO, Reward
 from vllm_zo.methods import METHODS
 from vllm_zo.methods.optimizers import OPTIMIZERS
-from vllm_zo.methods.step_size import AUTO, CALIBRATION_STEPS, MEASURED_WALK, REWARD_SHARE, WALK, StepSize
+from vllm_zo.methods.step_size import (
+    AUTO,
+    CALIBRATION_STEPS,
+    GENERATION_WALK,
+    MEASURED_WALK,
+    REWARD_SHARE,
+    WALK,
+    StepSize,
+)
 
 STEPS = CALIBRATION_STEPS + 5
 
@@ -109,6 +117,17 @@ def test_a_longer_run_takes_shorter_steps_and_walks_as_far(
     given = StepSize(LOZO, 1e-3)
     given.expect(steps, layers, rows)
     assert given.base == 1e-3, "a rate that was given stays"
+
+
+@pytest.mark.parametrize("together", [1, 9, 64, 400])
+def test_steps_that_see_the_same_completions_share_a_walk(together: int) -> None:
+    size = StepSize(LOZO, AUTO, together=together)
+    for _ in range(CALIBRATION_STEPS):
+        size.note([2.0])
+    step = size.base * 2.0 / LOZO.eps  # in radii
+    assert step <= 1.0
+    if together > 9:
+        assert step * math.sqrt(together) == pytest.approx(GENERATION_WALK)
 
 
 def test_steps_that_say_nothing_do_not_count() -> None:
